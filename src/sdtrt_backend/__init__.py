@@ -1,0 +1,32 @@
+"""8-bit inference for diffusion models as a ``torch.compile`` backend.
+
+    pipe.unet = torch.compile(pipe.unet, backend="sd_int8")
+    sdtrt_backend.accelerate(pipe)
+"""
+
+from __future__ import annotations
+
+from .backend import sd_int8
+from .calibrate import calibrate
+from .errors import CalibrationError, ModelError, OptionError, RecipeError, SdtrtError
+from .pipeline import accelerate, accelerated, demo_pipeline, explain, restore
+from .recipe import Recipe
+from .values import Options, Report
+
+__all__ = [
+    "CalibrationError",
+    "ModelError",
+    "OptionError",
+    "Options",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "SdtrtError",
+    "accelerate",
+    "accelerated",
+    "calibrate",
+    "demo_pipeline",
+    "explain",
+    "restore",
+    "sd_int8",
+]

@@ -1,0 +1,129 @@
+"""``sd_int8``: the stages, one line each. This file alone connects them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import measure
+from .calibrate import Observer
+from .capture import Captured, bind, capture, tensor_inputs
+from .errors import ModelError
+from .lower import LOWERINGS, choose
+from .quantize import insert, plan
+from .recipe import Recipe
+from .run import Built, Step, state_of
+from .values import Decision, LayerReport, Options
+
+log = logging.getLogger("sdtrt_backend")
+
+# torch.compile on the CPU was never seen to be twice as fast as eager on a denoiser (1.1x to 1.4x). An 8-bit step at
+# least this much faster than eager needs no comparison with the compiled 16-bit step, which costs a whole compilation.
+CLEARLY_FASTER = 2.0
+
+
+def sd_int8(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+            **_: Any) -> Callable[..., Any]:
+    """The ``torch.compile`` backend. ``options``: see ``values.Options``."""
+    parsed = Options.parse(options)
+    captured = capture(gm, example_inputs)
+    if any(p.is_meta for p in captured.constants.values()):
+        raise ModelError.on_meta("the module")
+    if not captured.layers:
+        return _inductor(gm, example_inputs)
+    state = state_of(captured, parsed)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in captured.constants.values()):
+        state.say(state.fallbacks, "gradients are enabled and the weights require them, and 8-bit kernels have none: this call "
+                                   "runs unquantised; for inference call the module under torch.no_grad()")
+        return _inductor(gm, example_inputs)
+    if parsed.recipe is not None and state.recipe is None:
+        recipe = Recipe.load(parsed.recipe)
+        recipe.check_model(captured.fingerprints())
+        state.recipe = recipe
+    return Step(captured, state, build, unquantized)
+
+
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs))  # type: ignore[no-any-return]
+
+
+def unquantized(captured: Captured, args: Sequence[Any]) -> Callable[..., Any]:
+    """The captured graph in the user's precision through Inductor, for the shapes of ``args``."""
+    graph, _ = bind(captured, args)
+    with torch.no_grad():
+        return _inductor(graph, tensor_inputs(captured, args))
+
+
+def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Options) -> Built:
+    """Recipe and graph -> an 8-bit step for the shapes of ``args``, measured on ``args``, or the reason why not."""
+    tensors = tensor_inputs(captured, args)
+    start = time.perf_counter()
+    decisions = plan(captured.layers, recipe, options.exclude)
+    if not any(d.quantized for d in decisions):
+        return Built(None, f"no layer can be quantised ({decisions[0].layer.name}: {decisions[0].reason})")
+    target, refusal = choose(options.engine, tensors[0].device)
+    if refusal is not None:
+        return Built(None, refusal)
+    graph, nodes = bind(captured, args)
+    quantized = insert(graph, nodes, decisions)
+    step = LOWERINGS[target](quantized, tensors, options.rest)
+    return _judge(captured, args, decisions, step, target, options, {"build_s": time.perf_counter() - start})
+
+
+def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision], step: Callable[..., Any], target: str,
+           options: Options, timings: dict[str, float]) -> Built:
+    """Use the step only if its first output is finite and inside ``max_error``, and its time beats the 16-bit step."""
+    tensors = tensor_inputs(captured, args)
+    with torch.no_grad():
+        layers = _layer_reports(captured, args, decisions, target)
+        full = captured.graph(*args)
+        with measure.CountInt8() as counted:
+            first = step(*tensors)
+    error = measure.compare(first, full)
+    if not all(bool(t.isfinite().all()) for t in measure.outputs(full)):
+        return Built(None, "the model's own output is not finite on this input, so an 8-bit step cannot be judged", layers)
+    if not error <= options.max_error:
+        what = "is not finite" if error == float("inf") else f"differs by {error:.3f}"
+        return Built(None, f"the first 8-bit output {what} from the full-precision output on the same input, "
+                           f"max_error is {options.max_error}", layers, error)
+    share = counted.flops / max(1, sum(layer.flops for layer in layers))
+    built = Built(step, None, layers, error, share if target != "reference" else 0.0, timings)
+    if target == "reference":
+        return built
+    timings["eager_ms"], timings["sd_int8_ms"] = measure.step_ms(lambda: captured.graph(*args), lambda: step(*tensors))
+    if timings["eager_ms"] < CLEARLY_FASTER * timings["sd_int8_ms"]:
+        compiled = unquantized(captured, args)
+        compiled(*tensors)
+        timings["compile_ms"], timings["sd_int8_ms"] = measure.step_ms(lambda: compiled(*tensors), lambda: step(*tensors))
+        if timings["compile_ms"] < timings["sd_int8_ms"]:
+            return Built(None, f"the 8-bit step takes {timings['sd_int8_ms']:.2f} ms and the unquantised compiled step "
+                               f"{timings['compile_ms']:.2f} ms on these shapes", layers, error, None, timings)
+    return built
+
+
+def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision], target: str) -> tuple[LayerReport, ...]:
+    """One row per layer, its noise measured on the input that the unquantised graph feeds it."""
+    by_node = {d.layer.node: d for d in decisions}
+    rows: list[LayerReport] = []
+
+    class Measure(Observer):
+        def run_node(self, n: fx.Node) -> Any:
+            self.current = n
+            return super().run_node(n)
+
+    def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
+        d = by_node[observer.current.name]
+        sqnr, flops = measure.layer_noise(d, arguments, observer.current.target)  # type: ignore[arg-type]
+        rows.append(LayerReport(name, op, tuple(d.layer.weight.shape), d.precision, target if d.quantized else "inductor",
+                                d.reason, d.amax if d.quantized else None, sqnr, flops))
+
+    observer = Measure(captured.graph, captured.layer_names(), see)
+    observer.run(*args)
+    return tuple(rows)

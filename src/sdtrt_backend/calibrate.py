@@ -1,0 +1,264 @@
+"""Statistics of every quantisable layer's input, keyed by the timestep the model receives; and a Recipe from them.
+
+Two front doors share this code: ``calibrate(pipe, prompts)`` puts forward hooks on the modules while the user's own
+pipeline runs; the compiled callable observes its own graph during the user's first pictures (``run.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import stats
+from .errors import CalibrationError, ModelError
+from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
+from .rules import MODULES, OPS, RANGE_RULES, AmaxByTimestep
+from .timesteps import TIMESTEP_NAMES, Buckets, Trajectories, timestep_value
+from .values import Options
+
+log = logging.getLogger(__name__)
+DENOISERS = ("unet", "transformer", "prior", "decoder")
+
+
+@dataclass
+class InputStats:
+    """One tensor at one timestep, over calls: channel amax (max, min, sum) [channels], tensor amax, |x| histogram."""
+
+    channel_max: torch.Tensor
+    channel_min: torch.Tensor
+    channel_sum: torch.Tensor
+    tensor_max: float
+    tensor_min: float
+    tensor_sum: float
+    histogram: torch.Tensor
+    count: int = 1
+
+    def add(self, channels: torch.Tensor, histogram: torch.Tensor) -> None:
+        amax = float(channels.max())
+        self.channel_max = torch.maximum(self.channel_max, channels)
+        self.channel_min = torch.minimum(self.channel_min, channels)
+        self.channel_sum = self.channel_sum + channels
+        self.tensor_max, self.tensor_min = max(self.tensor_max, amax), min(self.tensor_min, amax)
+        self.tensor_sum += amax
+        self.histogram = self.histogram + histogram
+        self.count += 1
+
+
+@dataclass
+class Calibration:
+    """Streaming statistics: memory grows with layers and timesteps, not with samples.
+
+    inputs: group -> timestep -> InputStats; group_of: layer -> group (the first layer that reads the same tensor).
+    """
+
+    inputs: dict[str, dict[float, InputStats]] = field(default_factory=dict)
+    group_of: dict[str, str] = field(default_factory=dict)
+    ops: dict[str, str] = field(default_factory=dict)
+    weight_amax: dict[str, torch.Tensor] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    buckets: Buckets = field(default_factory=Buckets)
+    trajectories: Trajectories = field(default_factory=Trajectories)
+    _bucket: float = 0.0
+    _seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = field(default_factory=dict)
+
+    def start_call(self, timestep: float) -> None:
+        """Before each forward of the denoiser."""
+        self.trajectories.observe(timestep)
+        self._bucket = self.buckets.key(timestep)
+        self._seen.clear()
+
+    def observe(self, name: str, op: str, x: torch.Tensor, weight: torch.Tensor, channel_axis: int) -> None:
+        """Record input ``x`` of layer ``name``; layers handed the same tensor object share one record."""
+        if name not in self.ops:
+            self.ops[name] = op
+            self.fingerprints[name] = fingerprint(weight)
+            w = weight.detach().float().abs()
+            self.weight_amax[name] = w.amax([d for d in range(w.dim()) if d != 1]).cpu()
+        seen = self._seen.get(id(x))
+        first = seen is None or seen[0]() is not x  # a dead tensor's id may have been given to this one
+        if first:
+            seen = self._seen[id(x)] = (weakref.ref(x), self.group_of.get(name, name))
+        assert seen is not None
+        self.group_of.setdefault(name, seen[1])
+        if not first:
+            return
+        channels = stats.channel_amax(x, channel_axis)
+        if not bool(channels.isfinite().all()):
+            self.nonfinite[name] = self.nonfinite.get(name, 0) + 1
+            return
+        histogram = stats.log_histogram(x)
+        at = self.inputs.setdefault(self.group_of[name], {})
+        if self._bucket in at:
+            at[self._bucket].add(channels, histogram)
+        else:
+            amax = float(channels.max())
+            at[self._bucket] = InputStats(channels, channels, channels, amax, amax, amax, histogram)
+
+    def amax(self, group: str) -> tuple[AmaxByTimestep, AmaxByTimestep]:
+        """(per tensor [T], per channel [T, channels]) of a group, timesteps in the order they were first visited."""
+        rows = [self.inputs[group][t] for t in self.buckets.values if t in self.inputs[group]]
+        count = torch.tensor([float(r.count) for r in rows])
+        tensor = AmaxByTimestep(torch.tensor([r.tensor_max for r in rows]), torch.tensor([r.tensor_min for r in rows]),
+                                torch.tensor([r.tensor_sum for r in rows]), count)
+        channel = AmaxByTimestep(torch.stack([r.channel_max for r in rows]), torch.stack([r.channel_min for r in rows]),
+                                 torch.stack([r.channel_sum for r in rows]), count)
+        return tensor, channel
+
+    def recipe(self, options: Options, provenance: Mapping[str, Any]) -> Recipe:
+        """Apply the range rule and SmoothQuant (linears only, one factor per group) to what was observed."""
+        if not self.inputs:
+            bad = ", ".join(sorted(self.nonfinite)[:3])
+            raise CalibrationError(f"every observed input was NaN or infinite ({bad}, ...): check the model and its latents, "
+                                   "or run the pipeline in fp32" if bad else
+                                   "no quantisable layer ran during calibration: is this the pipeline's denoiser?")
+        rule = RANGE_RULES[options.rule]
+        layers, smoothing, amaxes = {}, {}, {}
+        for group in self.inputs:
+            members = [name for name, g in self.group_of.items() if g == group]
+            tensor, channel = self.amax(group)
+            amaxes[group] = torch.stack([tensor.maximum, tensor.minimum, tensor.total, tensor.count], 1)
+            amax = float(rule(tensor.prefix(options.percentile)))
+            alpha = options.alpha if all(self.ops[m] == "linear" for m in members) else None
+            if alpha is not None:
+                channel_amax = rule(channel.prefix(options.percentile))
+                weight_amax = torch.stack([self.weight_amax[m] for m in members]).amax(0)
+                smoothing[group] = stats.smoothing_factor(channel_amax, weight_amax, alpha)
+                amax = float((channel_amax / smoothing[group]).max())
+            for name in members:
+                layers[name] = LayerRecipe(self.ops[name], self.fingerprints[name], group, amax, alpha)
+        facts = {"rule": options.rule, "percentile": options.percentile, "alpha": options.alpha, "versions": versions(),
+                 "skipped_nonfinite": dict(sorted(self.nonfinite.items())), **provenance}
+        return Recipe(model_hash(self.fingerprints.items()), layers, smoothing, amaxes, tuple(self.buckets.values), facts)
+
+
+class Observer(torch.fx.Interpreter):
+    """Runs a captured graph in the user's precision, operation by operation, and shows each layer's input."""
+
+    def __init__(self, graph: torch.fx.GraphModule, names: Mapping[str, str],
+                 see: Callable[[str, str, int, tuple[Any, ...]], None]) -> None:
+        super().__init__(graph)
+        self.names, self.see = names, see  # FX node name -> layer name
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if n.name in self.names:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            rule = OPS[n.target]
+            full = tuple(args) + tuple(kwargs.get(key, default) for key, default in rule.arguments[len(args):])
+            self.see(self.names[n.name], rule.name, rule.channel_axis, full)
+        return super().run_node(n)
+
+
+def denoiser_name(pipe: Any) -> str:
+    """Attribute of the pipeline that holds the denoiser. Raises ModelError when there is none."""
+    for name in DENOISERS:
+        if isinstance(getattr(pipe, name, None), torch.nn.Module):
+            return name
+    raise ModelError.no_denoiser(pipe, DENOISERS)
+
+
+@contextlib.contextmanager
+def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Forward hooks on every quantisable submodule while the context is open; removed however it ends."""
+    signature = inspect.signature(module.forward)
+
+    def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        calibration.start_call(timestep_value(next((given[n] for n in TIMESTEP_NAMES if n in given), None)))
+
+    def after(*_: Any) -> None:
+        tick()
+
+    def layer_hook(name: str, child: torch.nn.Module) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+        rule = MODULES[type(child)]
+        return lambda m, args: calibration.observe(name, rule.name, args[0], m.weight, rule.channel_axis)
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        for name, child in module.named_modules():
+            if type(child) in MODULES:
+                handles.append(child.register_forward_pre_hook(layer_hook(name, child)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
+    """The pipeline with its plain denoiser, whatever torch.compile made of it; put back afterwards."""
+    compiled = getattr(pipe, name)
+    module: torch.nn.Module = getattr(compiled, "_orig_mod", compiled)
+    in_place, module._compiled_call_impl = module._compiled_call_impl, None  # type: ignore[assignment]
+    if module is not compiled:
+        setattr(pipe, name, module)
+    try:
+        yield module
+    finally:
+        module._compiled_call_impl = in_place
+        if module is not compiled:
+            setattr(pipe, name, compiled)
+
+
+def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 25, guidance_scale: float | None = None,
+              seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, progress: bool = True,
+              **pipe_kwargs: Any) -> Recipe:
+    """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe.
+
+    pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer`` and a call that takes prompts).
+    guidance_scale: None for the pipeline's default; seed: prompt i starts from noise of seed + i, so the same call
+    gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``);
+    pipe_kwargs: anything else the pipeline takes (height, width, image, ...).
+    Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise CalibrationError(f"calibrate expects a non-empty list of prompts, got {prompts!r}; pass for example 8 of your own")
+    parsed = Options.parse(options)
+    name = denoiser_name(pipe)
+    if any(p.is_meta for p in getattr(pipe, name).parameters()):
+        raise ModelError.on_meta(name)
+    calibration = Calibration()
+    bar = _progress(len(range(0, len(prompts), batch_size)) * num_inference_steps, progress)
+    quiet = getattr(pipe, "_progress_bar_config", None)
+    if guidance_scale is not None:
+        pipe_kwargs["guidance_scale"] = guidance_scale
+    try:
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        with torch.no_grad(), _uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
+            for start in range(0, len(prompts), batch_size):
+                part = list(prompts[start : start + batch_size])
+                noise = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]
+                pipe(part, num_inference_steps=num_inference_steps, generator=noise, output_type="latent", **pipe_kwargs)
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"calibration interrupted after {calibration.trajectories.calls} steps: no recipe was made, "
+                      "the hooks are removed and the pipeline is as it was")
+        raise
+    finally:
+        bar.close()
+        if quiet is None and hasattr(pipe, "_progress_bar_config"):
+            del pipe._progress_bar_config
+        elif quiet is not None:
+            pipe._progress_bar_config = quiet
+    seen = len(calibration.buckets.values)
+    provenance: dict[str, Any] = {"prompts": len(prompts), "seed": seed, "num_inference_steps": num_inference_steps,
+                                  "guidance_scale": guidance_scale, "scheduler": type(getattr(pipe, "scheduler", None)).__name__,
+                                  "pipeline": type(pipe).__name__, "front_door": "calibrate"}
+    if seen < num_inference_steps:
+        provenance["note"] = (f"asked for {num_inference_steps} steps, the denoiser saw {seen} different timesteps; "
+                              "the ranges cover those only")
+        log.warning("calibrate: %s", provenance["note"])
+    return calibration.recipe(parsed, provenance)
+
+
+def _progress(total: int, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="calibrating", unit="step", disable=not show)

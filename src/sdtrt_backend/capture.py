@@ -1,0 +1,90 @@
+"""Dynamo's graph -> the layers that can be quantised, and a fresh graph with the parameters bound as constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .fx import call_arguments, finish, module_path
+from .recipe import fingerprint
+from .rules import OPS
+from .timesteps import find_timestep
+from .values import Layer
+
+
+@dataclass(frozen=True)
+class Captured:
+    """graph: Dynamo's own, never changed; layers: its quantisable calls; timestep: index of that input or None.
+
+    constants: input index -> parameter; unquantizable: layer name -> why it is not even a candidate.
+    """
+
+    graph: fx.GraphModule
+    layers: tuple[Layer, ...]
+    constants: dict[int, torch.nn.Parameter]
+    timestep: int | None
+    unquantizable: dict[str, str]
+
+    def fingerprints(self) -> dict[str, str]:
+        return {layer.name: fingerprint(layer.weight) for layer in self.layers}
+
+    def layer_names(self) -> dict[str, str]:
+        """FX node name -> layer name."""
+        return {layer.node: layer.name for layer in self.layers}
+
+
+def capture(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """Find parameters, timestep and quantisable calls. Fake or symbolic example inputs are fine."""
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    constants = {i: v for i, v in enumerate(example_inputs) if isinstance(v, torch.nn.Parameter)}
+    value_of = {placeholders[i]: v for i, v in constants.items()}
+    layers: list[Layer] = []
+    unquantizable: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node.target not in OPS:
+            continue
+        arguments = call_arguments(node)
+        name = module_path(node)
+        if arguments["weight"] not in value_of:
+            unquantizable[name] = "its weight is computed in the graph, not a parameter"
+            continue
+        bias = arguments["bias"]
+        layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, value_of[arguments["weight"]].detach(),
+                            None if bias is None else value_of[bias].detach(), arguments.get("groups", 1)))
+    timestep = find_timestep([n.name for n in placeholders], example_inputs)
+    return Captured(graph, tuple(layers), constants, timestep, unquantizable)
+
+
+def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    """A fresh graph whose inputs are the tensors of ``args`` alone: parameters become constants, integers literals.
+
+    Editing Dynamo's graph in place would change its calling convention. Returns the graph and node name -> new node.
+    """
+    root, graph, env = torch.nn.Module(), fx.Graph(), {}
+    placeholders = iter(enumerate(args))
+    for node in captured.graph.graph.nodes:
+        if node.op == "placeholder":
+            i, value = next(placeholders)
+            if i in captured.constants:
+                root.register_buffer(node.name, captured.constants[i].detach())
+                env[node] = graph.get_attr(node.name)
+            elif isinstance(value, torch.Tensor):
+                env[node] = graph.placeholder(node.name)
+            else:
+                env[node] = value  # a size that Dynamo made symbolic: one graph per shape is faster and simpler
+        elif node.op == "get_attr":
+            root.register_buffer(node.name, getattr(captured.graph, node.target))
+            env[node] = graph.get_attr(node.name)
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    nodes = {node.name: new for node, new in env.items() if isinstance(new, fx.Node)}
+    return finish(fx.GraphModule(root, graph)), nodes
+
+
+def tensor_inputs(captured: Captured, args: Sequence[Any]) -> list[torch.Tensor]:
+    """What the bound graph takes, from what Dynamo passes."""
+    return [v for i, v in enumerate(args) if i not in captured.constants and isinstance(v, torch.Tensor)]

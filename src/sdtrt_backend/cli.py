@@ -1,0 +1,164 @@
+"""``sdtrt``: demo, calibrate, generate, doctor."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import SdtrtError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="8-bit inference for diffusion models.",
+                  pretty_exceptions_enable=False)
+console = Console()
+BAD_INPUT, NOT_QUANTIZED = 2, 3
+
+Model = Annotated[Path | None, typer.Option(help="A diffusers pipeline folder; the bundled model when omitted.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")]
+
+
+def main() -> None:
+    """Run the command line; errors of this package become one line and exit code 2."""
+    try:
+        app()
+    except SdtrtError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(BAD_INPUT)
+
+
+@app.command()
+def demo(
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line.")] = None,
+    steps: Steps = 25,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="Folder for demo.png, report.html and report.json.")] = Path("out"),
+    model: Model = None,
+) -> None:
+    """Draw the same prompts in full precision and in 8 bits and compare. Exit code 3 when 8 bits were refused."""
+    from . import demo as demonstration
+
+    pipe = _load(model)
+    chosen = _read_prompts(prompts) if prompts else list(demonstration.PROMPTS)
+    result = demonstration.run(pipe, chosen, demonstration.CALIBRATION_PROMPTS, steps, seed, out, console,
+                               str(model) if model else "the bundled model")
+    if result["state"] != "ready":
+        raise typer.Exit(NOT_QUANTIZED)
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[Path, typer.Argument(help="A text file, one prompt per line.")],
+    out: Annotated[Path, typer.Option(help="Folder for recipe.json and recipe.safetensors.")] = Path("recipe"),
+    model: Model = None,
+    steps: Steps = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
+    seed: Seed = 0,
+    rule: Annotated[str, typer.Option(help="Range rule over timesteps.")] = "max",
+) -> None:
+    """Run the pipeline over your prompts and save the recipe for options={"recipe": ...}."""
+    from .calibrate import calibrate as run
+
+    recipe = run(_load(model), _read_prompts(prompts), num_inference_steps=steps, guidance_scale=guidance, seed=seed,
+                 options={"rule": rule})
+    recipe.save(out)
+    console.print(f"{len(recipe.layers)} layers over {len(recipe.timesteps)} timesteps -> {out}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    recipe: Annotated[Path | None, typer.Option(help="A saved recipe; without one the first pictures calibrate.")] = None,
+    model: Model = None,
+    steps: Steps = 25,
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 4,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
+    int8: Annotated[bool, typer.Option("--int8/--full", help="8 bits, or the model's own precision.")] = True,
+) -> None:
+    """Draw pictures of one prompt, in 8 bits by default."""
+    from .demo import draw
+    from .pipeline import accelerate, explain
+    from .report import comparison_picture
+
+    pipe = _load(model)
+    if int8:
+        accelerate(pipe, recipe=recipe)
+    pictures = draw(pipe, [prompt] * count, steps, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    comparison_picture([("sd_int8" if int8 else "full precision", pictures)], [prompt] * count).save(out)
+    if int8:
+        report = explain(pipe)
+        said = "; ".join((*report.fallbacks, *report.notes))
+        console.print(f"state: {report.state}" + (f" ({said})" if said else ""), highlight=False)
+    console.print(f"written: {out}")
+
+
+@app.command()
+def doctor(model: Model = None) -> None:
+    """What this machine can do, which packages fit, and what would be quantised. Exit code 3 when nothing would be."""
+    import torch
+
+    from .recipe import versions
+
+    table = Table("what", "found", "what it means", title="sdtrt doctor", title_justify="left")
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    vnni = capabilities.get("avx512_vnni", False) or capabilities.get("avx_vnni", False)
+    table.add_row("CPU", torch.backends.cpu.get_cpu_capability(),
+                  "int8 dot products" if vnni else "no VNNI: int8 runs, but may not be faster; the measured choice decides")
+    table.add_row("oneDNN", str(torch.backends.mkldnn.is_available()), "runs the int8 kernels on the CPU")
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
+    table.add_row("bf16", str(bf16), "attention runs in bf16" if bf16 else "attention stays in fp32")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    table.add_row("GPU", gpu, "8-bit kernels of this version run on the CPU")
+    import shutil
+
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    table.add_row("C++ compiler", compiler or "none", "Inductor needs it" if compiler else "install g++: apt-get install g++")
+    for name, version in versions().items():
+        table.add_row(name, version, "")
+    for module, extra in (("torchao", "torchao"), ("modelopt", "modelopt"), ("tensorrt", "tensorrt"),
+                          ("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx")):
+        if importlib.util.find_spec(module) is None:
+            table.add_row(module, "not installed", f"optional: pip install 'sdtrt_backend[{extra}]'")
+    console.print(table)
+    counts = _would_quantize(_load(model))
+    console.print(f"{counts['int8']} of {sum(counts.values())} layers would be quantised; the rest: " + "; ".join(
+        f"{n} x {reason}" for reason, n in counts.items() if reason != "int8"), highlight=False)
+    if not counts["int8"] or compiler is None:
+        raise typer.Exit(NOT_QUANTIZED)
+
+
+def _would_quantize(pipe: Any) -> dict[str, int]:
+    """Reason (or "int8") -> number of layers, from the modules alone."""
+    from .calibrate import denoiser_name
+    from .rules import MODULES, reason_to_keep
+    from .values import Layer
+
+    counts = {"int8": 0}
+    for name, child in getattr(pipe, denoiser_name(pipe)).named_modules():
+        if type(child) in MODULES:
+            layer = Layer(name, MODULES[type(child)].name, "", "", child.weight, child.bias, getattr(child, "groups", 1))
+            reason = reason_to_keep(layer, ()) or "int8"
+            counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def _load(model: Path | None) -> Any:
+    from .pipeline import demo_pipeline, load_pipeline
+
+    return load_pipeline(model) if model else demo_pipeline()
+
+
+def _read_prompts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise SdtrtError(f"prompts file {path} does not exist; write one prompt per line")
+    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise SdtrtError(f"prompts file {path} holds no prompt; write one per line")
+    return prompts

@@ -1,0 +1,138 @@
+"""``sdtrt demo``: the one line on a real pipeline, from full precision to 8 bits, measured in one run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from . import metrics
+from .measure import step_ms
+from .pipeline import explain
+from .recipe import versions
+from .report import comparison_picture, summary_table, write_result
+
+PROMPTS = ("hot pepper, noto style", "rocket, fluent style", "red apple, noto style", "owl, fluent style",
+           "guitar, noto style", "cactus, fluent style", "hamburger, noto style", "penguin, fluent style")
+CALIBRATION_PROMPTS = ("strawberry, fluent style", "dog face, noto style", "airplane, fluent style", "tulip, noto style",
+                       "pizza, fluent style", "snowman, noto style", "umbrella, fluent style", "fish, noto style")
+GUIDANCE = 5.0
+STEP_REPEATS = 15
+
+
+def draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int, tick: Callable[[], None] = lambda: None) -> metrics.Pictures:
+    """One picture per prompt, each from noise of seed + its index; float32 [N, height, width, 3] in 0..1."""
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        noise = torch.Generator("cpu").manual_seed(seed + i)
+        pictures.append(pipe(prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise,
+                             output_type="np", callback_on_step_end=lambda *a: (tick(), a[-1])[1]).images[0])
+    return np.stack(pictures)
+
+
+class LastCall:
+    """Remembers the denoiser's last arguments while open, so that a step can be timed on real inputs."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.handle = module.register_forward_pre_hook(self.keep, with_kwargs=True)
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def keep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def close(self) -> None:
+        self.handle.remove()
+
+
+def run(pipe: Any, prompts: Sequence[str], calibration_prompts: Sequence[str], steps: int, seed: int, out: Path,
+        console: Console, name: str) -> dict[str, Any]:
+    """Draw in full precision, self-calibrate, draw in 8 bits, time one step of each, write the report; returns its JSON."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    unet = pipe.unet
+    columns = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        def stage(label: str, total: int) -> Callable[[], None]:
+            task = bar.add_task(label, total=total)
+            return lambda: bar.advance(task)
+
+        last = LastCall(unet)
+        tick = stage("pictures in full precision", len(prompts) * steps)
+        reference = draw(pipe, prompts, steps, seed, tick)
+        last.close()
+
+        pipe.unet = torch.compile(unet, backend="sd_int8", options={"calibration_runs": len(calibration_prompts)})
+
+        draw(pipe, calibration_prompts, steps, seed + 10_000, stage("self-calibration, full precision", len(calibration_prompts) * steps))
+        tick = stage("building the 8-bit step", 1)
+        start = time.perf_counter()
+        with torch.no_grad():
+            pipe.unet(*_first_step(pipe, last, steps), **last.kwargs)
+        cold_start = time.perf_counter() - start
+        tick()
+        pictures = draw(pipe, prompts, steps, seed, stage("the same pictures in 8 bits", len(prompts) * steps))
+
+        tick = stage("torch.compile, to compare with", 1)
+        compiled = torch.compile(unet)
+        start = time.perf_counter()
+        with torch.no_grad():
+            compiled(*last.args, **last.kwargs)
+            compile_start = time.perf_counter() - start
+            tick()
+            eager, plain, int8 = step_ms(*(lambda f=f: f(*last.args, **last.kwargs) for f in (unet, compiled, pipe.unet)),
+                                         repeats=STEP_REPEATS)
+    report = explain(pipe)
+    psnr, ssim = metrics.psnr(pictures, reference), metrics.ssim(pictures, reference)
+    result: dict[str, Any] = {
+        "title": f"sd_int8 on {name}: {len(prompts)} pictures, {steps} steps, {next(unet.parameters()).dtype} before".replace("torch.", ""),
+        "machine": machine(),
+        "versions": versions(),
+        "step_ms": {"eager": eager, "compile": plain, "sd_int8": int8},
+        "speedup_vs_compile": plain / int8,
+        "speedup_vs_eager": eager / int8,
+        "psnr_db": {"mean": mean(psnr), "min": min(psnr), "each": psnr},
+        "ssim": {"mean": mean(ssim), "min": min(ssim), "each": ssim},
+        "quantized_flops_share": report.quantized_flops_share or 0.0,
+        "cold_start_s": cold_start,
+        "compile_cold_start_s": compile_start,
+        "prompts": list(prompts),
+        "calibration_prompts": list(calibration_prompts),
+        "steps": steps,
+        "seed": seed,
+        "state": report.state,
+    }
+    sheet = comparison_picture([("full precision", reference), ("sd_int8", pictures),
+                                ("difference x8", np.clip(np.abs(pictures - reference) * 8, 0, 1))], prompts)
+    files = write_result(out, result, report, sheet)
+    console.print(summary_table(result))
+    for sentence in report.fallbacks:
+        console.print(f"fallback: {sentence}", style="yellow")
+    console.print("written: " + ", ".join(str(f) for f in files))
+    return result
+
+
+def _first_step(pipe: Any, last: LastCall, steps: int) -> tuple[Any, ...]:
+    """The arguments of a picture's first step: its timestep tells the backend that the last trajectory is over."""
+    pipe.scheduler.set_timesteps(steps)
+    return (last.args[0], pipe.scheduler.timesteps[0], *last.args[2:])
+
+
+def machine() -> str:
+    """Processor, cores and operating system in words."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        processor = next((value.strip() for key, _, value in lines if key.strip() == "model name"), processor)
+    return f"{processor}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+
+

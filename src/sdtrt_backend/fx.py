@@ -1,0 +1,62 @@
+"""The few FX helpers the stages share."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx
+
+from .rules import OPS
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module that made ``node``, relative to the compiled root: ``down_blocks.0.resnets.1.conv1``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"(?:\.__dict__)?\.?_modules\['([^']+)'\]|\.__dict__\['_modules'\]\['([^']+)'\]",
+                  lambda m: "." + (m.group(1) or m.group(2)), path)
+    return re.sub(r"^(?:L\[')?self(?:'\])?\.?", "", path).strip(".") or node.name
+
+
+def call_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a quantisable call by name, defaults filled in (``rules.OPS``)."""
+    parameters = OPS[node.target].arguments
+    values = dict(parameters)
+    values.update(zip((name for name, _ in parameters), node.args, strict=False))
+    values.update(node.kwargs)
+    return values
+
+
+def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
+    """Stride, padding or dilation as the two-element list that kernels take."""
+    return [value, value] if isinstance(value, int) else (list(value) * 2)[:2]
+
+
+def add_constant(gm: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:
+    """Register ``value`` as a buffer of ``gm`` and return a get_attr node at the current insertion point."""
+    name = re.sub(r"\W", "_", name)
+    gm.register_buffer(name, value)
+    return gm.graph.get_attr(name)
+
+
+def inserting_after(node: fx.Node) -> AbstractContextManager[None]:
+    """Insertion point behind ``node``; behind the last placeholder when it is one, as passes expect those first."""
+    inputs = node.graph.find_nodes(op="placeholder") if node.op == "placeholder" else [node]
+    return node.graph.inserting_after(inputs[-1])
+
+
+def finish(gm: fx.GraphModule) -> fx.GraphModule:
+    """Clean up after a pass: drop dead nodes and unused constants, check, recompile."""
+    gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
+    used = {n.target for n in gm.graph.nodes if n.op == "get_attr"}
+    for name in [name for name, _ in gm.named_buffers() if name not in used]:
+        delattr(gm, name)
+    gm.graph.lint()
+    gm.recompile()
+    return gm

@@ -1,0 +1,158 @@
+"""Q/DQ graph -> Inductor on the CPU, with oneDNN int8 convolutions and linears.
+
+Two steps. Before Inductor, dequantize -> conv/linear becomes one 8-bit operator (``ops.py``) whose output strides are
+channels last. Inside Inductor, after its weights are frozen, that operator becomes oneDNN's, with the weight packed for
+the shape at hand. This is what Inductor's own x86 pattern pass does; doing it by name means a layer cannot silently
+miss the pattern, and nothing global is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .. import ops
+from ..fx import add_constant, call_arguments, finish, pair
+from ..rules import OPS
+from ..values import UINT8_ZERO
+
+QD = torch.ops.quantized_decomposed
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], rest: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Compile ``gm`` (changed in place) for the shapes of ``example``. rest: "float32", "bfloat16" or "auto"."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    narrow = rest == "bfloat16" or rest == "auto" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    to_int8_operators(gm, torch.bfloat16 if narrow else None)
+    if narrow:
+        attention_in_bf16(gm)
+    group_norm_by_aten(gm)
+    settings = {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN()}
+    # an FX graph cache hit would skip the packing pass; kernels are cached by their source all the same
+    with config.patch({**settings, "fx_graph_cache": False}), torch.no_grad():
+        return compile_fx(gm, list(example))
+
+
+def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:
+    """dequantize(x) , dequantize(w) -> conv/linear becomes int8_conv2d/int8_linear. Activations become uint8 with zero
+    point 128, the only signedness oneDNN's convolution takes: the same numbers.
+
+    narrow: dtype that the 8-bit kernels write, None for the dtype the graph has. Their accumulator is int32; rounding
+    its scaled value to bf16 adds 1/10 of the noise that int8 has already brought and halves the bytes written.
+    """
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in OPS:
+            continue
+        arguments = call_arguments(node)
+        x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+        if weight.target is not QD.dequantize_per_channel.default:
+            continue
+        scale, dtype = x.args[1], x.kwargs["out_dtype"]
+        out = narrow or dtype
+        unsigned = _unsigned(gm, x.args[0])
+        with gm.graph.inserting_before(node):
+            common = (unsigned, scale, UINT8_ZERO, weight.args[0], weight.args[1], _as_float(gm, bias))
+            if OPS[node.target].name == "conv2d":
+                geometry = [pair(arguments[k]) for k in ("stride", "padding", "dilation")]
+                new = gm.graph.call_function(ops.int8_conv2d, (*common, *geometry, out))
+            else:
+                new = gm.graph.call_function(ops.int8_linear, (*common, out))
+            if out != dtype:
+                new = gm.graph.call_method("to", (new, dtype))
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+    return finish(gm)
+
+
+def _unsigned(gm: fx.GraphModule, quantize: fx.Node) -> fx.Node:
+    """The uint8 twin of an int8 quantize node, made once and shared by all its readers.
+
+    The scale is a buffer, not a literal: kernels of equal layers then have equal source and are compiled once.
+    """
+    if "unsigned" in quantize.meta:
+        return quantize.meta["unsigned"]  # type: ignore[no-any-return]
+    source, scale, zero = quantize.args[0], torch.tensor(1 / quantize.args[1]), UINT8_ZERO
+    if source.target is torch.mul and len(source.users) == 1 and source.args[1].op == "get_attr":
+        # an unfolded smoothing factor and the scale are one multiplication
+        source, scale = source.args[0], getattr(gm, source.args[1].target) * scale
+    with gm.graph.inserting_before(quantize):
+        factor = add_constant(gm, f"{quantize.name}_inverse_scale", scale.view(1, 1, -1))  # Inductor inlines 0-d and 1-d
+        scaled = gm.graph.call_function(torch.mul, (source, factor))
+        code = gm.graph.call_function(torch.clamp, (gm.graph.call_function(torch.round, (scaled,)), -zero, 255 - zero))
+        unsigned = gm.graph.call_function(torch.add, (code, zero))
+        quantize.meta["unsigned"] = gm.graph.call_method("to", (unsigned, torch.uint8))
+    return quantize.meta["unsigned"]  # type: ignore[no-any-return]
+
+
+def _as_float(gm: fx.GraphModule, bias: fx.Node | None) -> fx.Node | None:
+    """oneDNN adds the bias to the int32 accumulator and wants it in fp32."""
+    if bias is None or getattr(gm, str(bias.target)).dtype is torch.float32:
+        return bias
+    return add_constant(gm, f"{bias.name}_fp32", getattr(gm, str(bias.target)).float())
+
+
+def attention_in_bf16(gm: fx.GraphModule) -> fx.GraphModule:
+    """Attention is the largest part that stays unquantised; its fp32 inputs go to the bf16 kernel."""
+    for node in list(gm.graph.nodes):
+        if node.target is not ATTENTION or not _is_float32(node):
+            continue
+        with gm.graph.inserting_before(node):
+            narrow = [gm.graph.call_method("to", (a, torch.bfloat16)) for a in node.args[:3]]
+        node.args = (*narrow, *node.args[3:])
+        with gm.graph.inserting_after(node):
+            wide = gm.graph.call_method("to", (node, torch.float32))
+        node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
+    return finish(gm)
+
+
+def group_norm_by_aten(gm: fx.GraphModule) -> fx.GraphModule:
+    """Keep group norms as ATen calls. Inductor's decomposition is no faster in channels last, where a group is 4 to 8
+    of 16 vector lanes, and its 30 large kernels are a third of the whole compile time."""
+    parameters = ("input", "num_groups", "weight", "bias", "eps")
+    for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.group_norm):
+        given = {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(parameters, node.args, strict=False)), **node.kwargs}
+        node.target, node.args, node.kwargs = ops.group_norm, tuple(given[p] for p in parameters), {}
+    return finish(gm)
+
+
+def _is_float32(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32 and node.kwargs.get("attn_mask") is None
+
+
+class PackForOneDNN(CustomGraphPass):
+    """Post-grad pass: int8_conv2d / int8_linear -> onednn.qconv_pointwise / qlinear_pointwise with packed weights."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        gm: Any = graph.owning_module
+        for node in list(graph.nodes):
+            if node.target not in (ops.int8_conv2d, ops.int8_linear):
+                continue
+            x, x_scale, zero, weight, weight_scale, bias, *geometry, dtype = node.args
+            w, s, shape = getattr(gm, weight.target), getattr(gm, weight_scale.target), list(x.meta["val"].shape)
+            with graph.inserting_before(node):
+                weight_zero = add_constant(gm, f"{node.name}_zero", torch.zeros_like(s, dtype=torch.int32))
+                if geometry:
+                    packed = torch.ops.onednn.qconv_prepack(w, s, x_scale, zero, *geometry, 1, shape)
+                    target, tail = torch.ops.onednn.qconv_pointwise.default, (*geometry, 1)
+                else:
+                    packed = torch.ops.onednn.qlinear_prepack(w, shape)
+                    target, tail = torch.ops.onednn.qlinear_pointwise.default, ()
+                weight_node = add_constant(gm, f"{node.name}_packed", packed)
+                new = graph.call_function(target, (x, x_scale, zero, weight_node, weight_scale, weight_zero, bias, *tail,
+                                                   1.0, 0, dtype, "none", [], ""))
+            new.meta.update(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+        graph.eliminate_dead_code()
+
+    def uuid(self) -> None:
+        """None: graphs that went through this pass are not stored in Inductor's graph cache."""
+        return None

@@ -1,0 +1,156 @@
+"""Recipe: ranges, smoothing and provenance of one calibrated model; KBs, no weights; JSON and safetensors on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import RecipeError
+
+SCHEMA = 1
+JSON_NAME, TENSORS_NAME = "recipe.json", "recipe.safetensors"
+FINGERPRINT_SAMPLES = 1024
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """Calibrated input of one layer.
+
+    fingerprint: identifies the weight; group: layers of one group read one tensor and share amax and smoothing;
+    amax: clipping value after smoothing; alpha: migration strength or None.
+    """
+
+    op: str
+    fingerprint: str
+    group: str
+    amax: float
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What calibration found. ``smoothing``: group -> divisor per input channel, fp32 [in].
+
+    ``amax_by_timestep``: group -> fp32 [T, 4] (max, min, sum, count of the unsmoothed amax), rows in the order of
+    ``timesteps``, noisiest first.
+    """
+
+    model_hash: str
+    layers: Mapping[str, LayerRecipe]
+    smoothing: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    amax_by_timestep: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_model(self, fingerprints: Mapping[str, str]) -> None:
+        """Raise RecipeError unless every layer of the recipe that the model has carries the recipe's weight."""
+        known = [name for name in self.layers if name in fingerprints]
+        if not known:
+            raise RecipeError.other_model(f"none of its {len(self.layers)} layers ({next(iter(self.layers), '-')}, ...) exist here")
+        for name in known:
+            if fingerprints[name] != self.layers[name].fingerprint:
+                raise RecipeError.other_model(f"the weight of {name} differs from the calibrated one")
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, each atomically."""
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"smoothing/{k}": v.contiguous() for k, v in sorted(self.smoothing.items())}
+        tensors |= {f"amax/{k}": v.contiguous() for k, v in sorted(self.amax_by_timestep.items())}
+        blob = save(tensors)
+        body = {
+            "schema": SCHEMA,
+            "model_hash": self.model_hash,
+            "timesteps": list(self.timesteps),
+            "provenance": dict(self.provenance),
+            "layers": {name: asdict(layer) for name, layer in sorted(self.layers.items())},
+            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        }
+        body["sha256"] = _digest(body)
+        _write(folder / TENSORS_NAME, blob)
+        _write(folder / JSON_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Recipe:
+        """Read what ``save`` wrote. Raises RecipeError when it is missing, truncated, edited or of a newer schema."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        folder = Path(folder)
+        try:
+            body = json.loads((folder / JSON_NAME).read_text())
+            blob = (folder / TENSORS_NAME).read_bytes()
+        except FileNotFoundError as error:
+            raise RecipeError.unreadable(folder, f"{Path(error.filename).name} is missing") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise RecipeError.unreadable(folder, f"{JSON_NAME} is truncated or not JSON") from None
+        if not isinstance(body, dict) or not isinstance(body.get("schema"), int):
+            raise RecipeError.unreadable(folder, f"{JSON_NAME} has no schema number")
+        if body["schema"] > SCHEMA:
+            raise RecipeError.newer(folder, body["schema"], SCHEMA)
+        if body.pop("sha256", None) != _digest(body):
+            raise RecipeError.unreadable(folder, f"{JSON_NAME} was edited or damaged (its checksum does not match)")
+        if hashlib.sha256(blob).hexdigest() != body["tensors_sha256"]:
+            raise RecipeError.unreadable(folder, f"{TENSORS_NAME} is truncated, edited or of another recipe")
+        try:
+            tensors = load(blob)
+        except SafetensorError as error:
+            raise RecipeError.unreadable(folder, f"{TENSORS_NAME}: {error}") from None
+        return cls(
+            model_hash=body["model_hash"],
+            layers={name: LayerRecipe(**layer) for name, layer in body["layers"].items()},
+            smoothing={k.removeprefix("smoothing/"): v for k, v in tensors.items() if k.startswith("smoothing/")},
+            amax_by_timestep={k.removeprefix("amax/"): v for k, v in tensors.items() if k.startswith("amax/")},
+            timesteps=tuple(body["timesteps"]),
+            provenance=body["provenance"],
+        )
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """Identity of a weight: SHA-256 over its shape and 1024 evenly spaced elements as bf16, so the same checkpoint
+    loaded in fp32, fp16 or bf16 has the same fingerprint. 16 hexadecimal digits."""
+    flat = weight.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].to("cpu", torch.bfloat16).view(torch.int16)
+    return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def model_hash(fingerprints: Iterable[tuple[str, str]]) -> str:
+    """One hash over (layer name, fingerprint) pairs, order-independent."""
+    return hashlib.sha256(repr(sorted(fingerprints)).encode()).hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose behaviour shapes a recipe or a measurement; only installed ones."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("sdtrt_backend", "torch", "torchao", "diffusers", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Atomic: a reader sees the old file or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

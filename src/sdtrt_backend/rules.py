@@ -1,0 +1,106 @@
+"""The tables: which operations are quantised, what stays in the user's precision and why, and how ranges are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from .values import Layer
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """How an operation is quantised: weights per output channel (axis 0), the input per tensor.
+
+    arguments: the call's parameters in order with their defaults; channel_axis: the input's channel dimension.
+    """
+
+    name: str
+    channel_axis: int
+    arguments: tuple[tuple[str, Any], ...]
+
+
+_LINEAR = OpRule("linear", -1, (("input", None), ("weight", None), ("bias", None)))
+_CONV2D = OpRule(
+    "conv2d",
+    1,
+    (("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)),
+)
+OPS: dict[Any, OpRule] = {torch._C._nn.linear: _LINEAR, torch.nn.functional.linear: _LINEAR, torch.conv2d: _CONV2D,
+                          torch.nn.functional.conv2d: _CONV2D}
+MODULES: dict[type[torch.nn.Module], OpRule] = {torch.nn.Linear: _LINEAR, torch.nn.Conv2d: _CONV2D}
+
+ENGINES = ("auto", "inductor", "reference")
+RESTS = ("auto", "float32", "bfloat16")
+
+# Module paths that stay in the user's precision. They hold about 1 % of the FLOPs and much of the error.
+KEEP: tuple[tuple[str, str], ...] = (
+    ("*time_embedding*", "timestep embedding: every layer depends on it, and it is a negligible share of the work"),
+    ("*time_emb_proj*", "timestep projection: every layer depends on it, and it is a negligible share of the work"),
+    ("*time_text_embed*", "timestep and text embedding: a negligible share of the work"),
+    ("*add_embedding*", "added embedding: a negligible share of the work"),
+    ("conv_in", "first convolution: few channels, and its input is the latent itself"),
+    ("conv_out", "last convolution: few channels, and its error reaches the latent undamped"),
+    ("proj_out", "last projection: its error reaches the latent undamped"),
+    ("x_embedder", "first projection: its input is the latent itself"),
+    ("context_embedder", "first projection of the text: a negligible share of the work"),
+    ("norm_out*", "final modulation: a negligible share of the work"),
+)
+MIN_CHANNELS = 32
+CHANNEL_MULTIPLE = 16  # int8 dot products of every target work on 16 channels or more at a time
+
+
+def reason_to_keep(layer: Layer, exclude: tuple[str, ...]) -> str | None:
+    """The sentence why ``layer`` stays in the user's precision, or None when it may be quantised."""
+    for pattern in exclude:
+        if fnmatchcase(layer.name, pattern):
+            return f"excluded by the option exclude: {pattern}"
+    for pattern, why in KEEP:
+        if fnmatchcase(layer.name, pattern):
+            return why
+    out_channels, in_channels = layer.weight.shape[:2]
+    if layer.groups != 1:
+        return f"grouped convolution ({layer.groups} groups): no 8-bit kernel"
+    if min(out_channels, in_channels) < MIN_CHANNELS:
+        return f"{in_channels} -> {out_channels} channels: fewer than {MIN_CHANNELS}, int8 does not pay"
+    if out_channels % CHANNEL_MULTIPLE or in_channels % CHANNEL_MULTIPLE:
+        return f"{in_channels} -> {out_channels} channels: not multiples of {CHANNEL_MULTIPLE}"
+    if not layer.weight.isfinite().all():
+        return "its weights are not finite"
+    return None
+
+
+@dataclass(frozen=True)
+class AmaxByTimestep:
+    """amax of one tensor over the calls of each timestep, noisiest timestep first: [T] or [T, channels], fp32.
+
+    maximum, minimum, total: over calls; count: calls [T].
+    """
+
+    maximum: torch.Tensor
+    minimum: torch.Tensor
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def prefix(self, percentile: float) -> AmaxByTimestep:
+        """The first ``percentile`` of the timesteps, at least one."""
+        n = max(1, int(len(self.count) * percentile))
+        return AmaxByTimestep(self.maximum[:n], self.minimum[:n], self.total[:n], self.count[:n])
+
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count.view(-1, *[1] * (self.total.dim() - 1))
+
+
+# Range rules: amax over timesteps and calls -> one clipping value (per tensor or channel).
+RANGE_RULES: dict[str, Callable[[AmaxByTimestep], torch.Tensor]] = {
+    "max": lambda a: a.maximum.amax(0),
+    "mean_max": lambda a: a.maximum.mean(0),
+    "min_max": lambda a: a.maximum.amin(0),
+    "min_mean": lambda a: a.mean().amin(0),
+    "mean_mean": lambda a: a.mean().mean(0),
+    "global_min": lambda a: a.minimum.amin(0),
+}

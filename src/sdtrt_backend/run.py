@@ -1,0 +1,200 @@
+"""The state machine behind a compiled module: calibrating -> building -> ready, or refused.
+
+While calibrating, calls run the captured graph operation by operation, which gives the user's own numbers to the bit.
+One thread at a time calibrates or builds; the others run unquantised meanwhile and never wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .calibrate import Calibration, Observer
+from .capture import Captured, tensor_inputs
+from .errors import CalibrationError
+from .recipe import Recipe
+from .timesteps import timestep_value
+from .values import LayerReport, Options, Report
+
+log = logging.getLogger("sdtrt_backend")
+CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A step for one set of shapes: the callable on tensor inputs, or None with the reason why it is not used."""
+
+    step: Callable[..., Any] | None
+    refusal: str | None
+    layers: tuple[LayerReport, ...] = ()
+    error: float | None = None
+    quantized_flops_share: float | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class ModuleState:
+    """What is known of one module under one set of options, shared by all its graphs and shapes."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.lock = threading.Lock()
+        self.status = CALIBRATING
+        self.calibration = Calibration()
+        self.recipe: Recipe | None = None
+        self.built: Built | None = None
+        self.fallbacks: list[str] = []
+        self.notes: list[str] = []
+
+    def refuse(self, reason: str) -> None:
+        """From now on the module runs in the user's precision; said once."""
+        self.status = REFUSED
+        self.say(self.fallbacks, f"{reason}; the module runs in its own precision")
+
+    def say(self, where: list[str], sentence: str) -> None:
+        if sentence not in where:
+            where.append(sentence)
+            log.warning("sd_int8: %s", sentence)
+
+    def report(self) -> Report:
+        built = self.built or Built(None, None)
+        provenance = dict(self.recipe.provenance) if self.recipe else {}
+        return Report(self.status, built.layers, tuple(self.fallbacks), tuple(self.notes), built.timings, built.error,
+                      built.quantized_flops_share if self.status == READY else 0.0, provenance)
+
+
+# weight -> options -> state; entries die with the weights
+_STATES: Any = WeakIdKeyDictionary()
+
+
+def state_of(captured: Captured, options: Options) -> ModuleState:
+    """The module's state: graphs for other shapes of the same weights share it, so they never recalibrate."""
+    weights = [captured.constants[i] for i in sorted(captured.constants)]
+    for weight in weights:
+        if options in _STATES.get(weight, {}):
+            state: ModuleState = _STATES[weight][options]
+            break
+    else:
+        state = ModuleState(options)
+    for weight in weights:
+        _STATES.setdefault(weight, {})[options] = state
+    return state
+
+
+def states(module: torch.nn.Module) -> list[ModuleState]:
+    """Every state that the module's parameters belong to, oldest first."""
+    found: dict[int, ModuleState] = {}
+    for parameter in module.parameters():
+        for state in _STATES.get(parameter, {}).values():
+            found.setdefault(id(state), state)
+    return list(found.values())
+
+
+def forget(module: torch.nn.Module) -> None:
+    """Drop the states of a module: the next compilation starts anew."""
+    for parameter in module.parameters():
+        _STATES.pop(parameter, None)
+
+
+class Step:
+    """What Dynamo calls: one graph, any number of shapes.
+
+    build: (captured, args, recipe, options) -> Built; unquantized: (captured, args) -> callable on tensor inputs.
+    """
+
+    def __init__(self, captured: Captured, state: ModuleState,
+                 build: Callable[[Captured, Sequence[Any], Recipe, Options], Built],
+                 unquantized: Callable[[Captured, Sequence[Any]], Callable[..., Any]]) -> None:
+        self.captured, self.state = captured, state
+        self.build, self.unquantized = build, unquantized
+        self.variants: dict[Any, Callable[..., Any]] = {}
+        self.fallback: dict[Any, Callable[..., Any]] = {}
+        self.weights = list(captured.constants.values())
+        self.weights_version = self._version()
+
+    def __call__(self, *args: Any) -> Any:
+        key = shapes(self.captured, args)
+        if self.state.status == READY and key in self.variants:
+            if self._version() == self.weights_version:
+                return self.variants[key](*tensor_inputs(self.captured, args))
+            self.state.refuse("the weights were changed after the 8-bit step was built (a LoRA fused, a checkpoint loaded?): "
+                              "restore and accelerate, or recompile after torch._dynamo.reset(), to quantise the new ones")
+        if self.state.status == REFUSED:
+            return self._refused(key, args)
+        if not self.state.lock.acquire(blocking=False):
+            return self.captured.graph(*args)
+        try:
+            if self.state.recipe is None:
+                result = self._calibrate(args)
+                if self.state.recipe is None:
+                    return result
+            self._build(key, args)
+        finally:
+            self.state.lock.release()
+        return self(*args)
+
+    def _calibrate(self, args: Sequence[Any]) -> Any:
+        """One observed call, or None when this call starts after the last calibrating trajectory."""
+        state, calibration = self.state, self.state.calibration
+        timestep = None if self.captured.timestep is None else args[self.captured.timestep]
+        calibration.start_call(timestep_value(timestep))
+        if calibration.trajectories.complete >= state.options.calibration_runs:
+            try:
+                state.recipe = calibration.recipe(state.options, self._provenance())
+            except CalibrationError as error:
+                state.say(state.notes, f"{error}; calibrating goes on")
+                state.calibration = Calibration()
+                return self.captured.graph(*args)
+            if calibration.nonfinite:
+                layers = ", ".join(sorted(calibration.nonfinite)[:3])
+                state.say(state.notes, f"NaN or infinite inputs seen while calibrating were left out (layers {layers}, ...)")
+            return None
+        weights = {layer.name: layer.weight for layer in self.captured.layers}
+
+        def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
+            calibration.observe(name, op, arguments[0], weights[name], channel_axis)
+
+        return Observer(self.captured.graph, self.captured.layer_names(), see).run(*args)
+
+    def _build(self, key: Any, args: Sequence[Any]) -> None:
+        state = self.state
+        assert state.recipe is not None
+        state.status = BUILDING
+        log.info("sd_int8: building the 8-bit step")
+        try:
+            built = self.build(self.captured, args, state.recipe, state.options)
+        except BaseException:
+            state.status = CALIBRATING  # Ctrl-C or an unknown compiler failure: the next call tries again
+            raise
+        if built.step is None:
+            state.built = state.built or built
+            state.refuse(built.refusal or "no reason given")
+            return
+        state.built = state.built or built
+        self.variants[key] = built.step
+        self.weights_version = self._version()
+        state.status = READY
+
+    def _refused(self, key: Any, args: Sequence[Any]) -> Any:
+        if key not in self.fallback:
+            self.fallback[key] = self.unquantized(self.captured, args)
+        return self.fallback[key](*tensor_inputs(self.captured, args))
+
+    def _version(self) -> int:
+        """Changes when a weight is written in place. Inference tensors cannot be written and have no counter."""
+        return sum(w._version for w in self.weights if not w.is_inference())
+
+    def _provenance(self) -> dict[str, Any]:
+        trajectories = self.state.calibration.trajectories
+        return {"front_door": "self-calibration", "trajectories": trajectories.complete, "calls": trajectories.calls - 1}
+
+
+def shapes(captured: Captured, args: Iterable[Any]) -> tuple[Any, ...]:
+    """What a built step is valid for: sizes, dtypes and devices of the tensor inputs."""
+    return tuple((a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a
+                 for i, a in enumerate(args) if i not in captured.constants)

@@ -1,0 +1,42 @@
+"""SmoothQuant in a graph: divide a tensor by its factor, inside the preceding layer norm where only 8-bit layers read it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .fx import add_constant, inserting_after
+
+
+def smooth_source(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], factor: torch.Tensor) -> fx.Node:
+    """The node that carries source / factor (factor: fp32 [channels], over the last dimension).
+
+    Folded into the layer norm when ``source`` is one and nobody but ``readers`` reads it; else one multiplication,
+    which compilers fuse into the quantisation that follows.
+    """
+    return fold_into_norm(gm, source, readers, factor) or multiply(gm, source, factor)
+
+
+def fold_into_norm(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], factor: torch.Tensor) -> fx.Node | None:
+    """norm(x) * w + b over s is norm(x) * (w / s) + b / s. None when the pattern does not hold."""
+    if source.target is not torch.nn.functional.layer_norm or not set(source.users) <= readers or len(source.args) < 4:
+        return None
+    weight, bias = source.args[2], source.args[3]
+    if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and isinstance(bias, fx.Node) and bias.op == "get_attr"):
+        return None
+    with gm.graph.inserting_before(source):
+        folded = [add_constant(gm, f"{source.name}_{part}", _divide(getattr(gm, str(node.target)), factor))
+                  for part, node in (("weight", weight), ("bias", bias))]
+    source.args = (*source.args[:2], *folded, *source.args[4:])
+    return source
+
+
+def multiply(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor) -> fx.Node:
+    with inserting_after(source):
+        inverse = add_constant(gm, f"{source.name}_inverse_smoothing", factor.reciprocal())
+    with gm.graph.inserting_after(inverse):
+        return gm.graph.call_function(torch.mul, (source, inverse))
+
+
+def _divide(constant: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (constant.detach().float() / factor.to(constant.device)).to(constant.dtype)

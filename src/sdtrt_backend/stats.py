@@ -1,0 +1,72 @@
+"""Statistics of tensors and the formulas of quantisation: pure functions in the papers' symbols, fp32 arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .values import INT8_MAX
+
+# Histogram of |x|: 8 bins per octave from 2^-16 to 2^12; the first and last bin take what lies outside.
+OCTAVES = (-16, 12)
+BINS_PER_OCTAVE = 8
+BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
+HISTOGRAM_SAMPLE = 4096  # elements looked at per call, evenly spaced: a full log2 would triple the cost of calibration
+TINY_AMAX = 2.0**-24  # below this a tensor is all zeros for int8
+
+
+def log_histogram(x: torch.Tensor) -> torch.Tensor:
+    """Counts [BINS] int64 of |x| in log-spaced bins, from at most HISTOGRAM_SAMPLE evenly spaced elements of ``x``."""
+    flat = x.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // HISTOGRAM_SAMPLE)].float().abs()
+    octave = sample.clamp(2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1]).log2()
+    index = ((octave - OCTAVES[0]) * BINS_PER_OCTAVE).long().clamp(0, BINS - 1)
+    return torch.bincount(index.cpu(), minlength=BINS)
+
+
+def channel_amax(x: torch.Tensor, channel_axis: int) -> torch.Tensor:
+    """max |x| of every channel, fp32 [channels] on the CPU."""
+    axis = channel_axis % x.dim()
+    dims = [d for d in range(x.dim()) if d != axis]
+    low, high = torch.aminmax(x.detach().transpose(0, axis).reshape(x.shape[axis], -1), dim=1) if dims else (x, x)
+    return torch.maximum(low.abs(), high.abs()).float().cpu()
+
+
+def weight_scale(weight: torch.Tensor) -> torch.Tensor:
+    """Per output channel: max |W| / 127, fp32 [out]; 1 for an all-zero channel, whose codes are zero anyway."""
+    amax = weight.detach().float().flatten(1).abs().amax(1)
+    return torch.where(amax > TINY_AMAX, amax / INT8_MAX, torch.ones_like(amax))
+
+
+def quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """round(W / s) in [-127, 127], int8, same shape; ``scale`` is per output channel (axis 0)."""
+    s = scale.view(-1, *[1] * (weight.dim() - 1))
+    return (weight.detach().float() / s).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+
+
+def fake_quantize(x: torch.Tensor, amax: float) -> torch.Tensor:
+    """Symmetric per-tensor int8 and back, fp32: s = amax / 127, x_hat = s * clamp(round(x / s), -128, 127)."""
+    s = max(amax, TINY_AMAX) / INT8_MAX
+    return (x.float() / s).round().clamp(-INT8_MAX - 1, INT8_MAX) * s
+
+
+def smoothing_factor(act_amax: torch.Tensor, weight_amax: torch.Tensor, alpha: float) -> torch.Tensor:
+    """SmoothQuant (Xiao et al. 2022, eq. 4): s_j = max|X_j|^alpha / max|W_j|^(1-alpha), input divided by s_j.
+
+    act_amax, weight_amax: [in], fp32. Channels that are zero in either keep s_j = 1. Returns fp32 [in].
+    """
+    s = act_amax.clamp_min(TINY_AMAX).pow(alpha) / weight_amax.clamp_min(TINY_AMAX).pow(1 - alpha)
+    live = (act_amax > TINY_AMAX) & (weight_amax > TINY_AMAX)
+    return torch.where(live, s.clamp(1e-4, 1e4), torch.ones_like(s))
+
+
+def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """||y - ref|| / ||ref|| in fp32."""
+    reference = reference.detach().float()
+    return float((y.detach().float() - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def sqnr_db(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """Signal to quantisation noise, dB: -20 log10 of the relative error."""
+    return -20 * math.log10(max(relative_error(y, reference), 1e-12))
