@@ -180,6 +180,7 @@ def train_diffusion(work: Work, pipe: StableDiffusionPipeline, images: torch.Ten
         which = (torch.rand(batch, device=device) * counts[pick] * (torch.rand(batch, device=device) < 0.5)).long()
         ids = torch.where((torch.rand(batch, device=device) < CAPTION_DROPOUT)[:, None], empty, table[first[pick] + which])
         t = ((torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch * len(alpha)).long()
+        t = t.clamp(max=len(alpha) - 1)  # in float32 511 + rand can round up to 512
         a = alpha[t].view(-1, 1, 1, 1)
         x, noise = latents[pick], torch.randn(batch, *LATENT, device=device)
         noisy = (a.sqrt() * x + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
@@ -199,7 +200,7 @@ def train_diffusion(work: Work, pipe: StableDiffusionPipeline, images: torch.Ten
             bar.update(100)
             bar.set_postfix(loss=f"{mean_loss.item():.4f}")
     bar.close()
-    work.save(step=step, optimizer=optimizer.state_dict(), parameters=[p.detach() for p in parameters], ema=ema)
+    work.save(step=step, optimizer=optimizer.state_dict(), parameters=[p.detach().clone() for p in parameters], ema=ema)
     with torch.no_grad():
         for p, e in zip(parameters, ema, strict=True):
             p.copy_(e)
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("checkpoint"))
     parser.add_argument("--minutes", type=float, default=9.0, help="stop this run after so many minutes")
     parser.add_argument("--vae-steps", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=30000)
+    parser.add_argument("--steps", type=int, default=21600)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -253,7 +254,7 @@ def main() -> None:
             error = F.mse_loss(vae.decode(latents[:512]).sample, images[:512].float() / 127.5 - 1)
         print(f"vae: reconstruction PSNR {10 * torch.log10(4 / error).item():.1f} dB, latent std {1 / scaling:.3f}, "
               f"mean {latents.mean((0, 2, 3)).tolist()}")
-        work.save(vae=vae.state_dict(), scaling=scaling, seconds=time.time() - start)
+        work.save(vae=vae.state_dict(), scaling=scaling)
     vae.load_state_dict(work.state["vae"])
     vae.register_to_config(scaling_factor=work.state["scaling"])
     vae.eval()

@@ -114,11 +114,12 @@ class Calibration:
 
     def recipe(self, options: Options, provenance: Mapping[str, Any]) -> Recipe:
         """Apply the range rule and SmoothQuant (linears only, one factor per group) to what was observed."""
-        if not self.inputs:
-            bad = ", ".join(sorted(self.nonfinite)[:3])
-            raise CalibrationError(f"every observed input was NaN or infinite ({bad}, ...): check the model and its latents, "
-                                   "or run the pipeline in fp32" if bad else
-                                   "no quantisable layer ran during calibration: is this the pipeline's denoiser?")
+        if not self.ops:
+            raise CalibrationError("no quantisable layer ran during calibration: is this the pipeline's denoiser?")
+        blind = sorted(name for name, group in self.group_of.items() if group not in self.inputs)
+        if blind:
+            raise CalibrationError(f"{len(blind)} layers saw nothing but NaN or infinite inputs ({', '.join(blind[:3])}, ...): "
+                                   "check the weights and the latents, or run the pipeline in fp32")
         rule = RANGE_RULES[options.rule]
         layers, smoothing, amaxes = {}, {}, {}
         for group in self.inputs:

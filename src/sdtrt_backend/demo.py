@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 from . import metrics
+from .calibrate import denoiser_name
 from .measure import step_ms
 from .pipeline import explain
 from .recipe import versions
@@ -54,55 +56,51 @@ class LastCall:
 
 
 def run(pipe: Any, prompts: Sequence[str], calibration_prompts: Sequence[str], steps: int, seed: int, out: Path,
-        console: Console, name: str) -> dict[str, Any]:
+        console: Console, label: str) -> dict[str, Any]:
     """Draw in full precision, self-calibrate, draw in 8 bits, time one step of each, write the report; returns its JSON."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    unet = pipe.unet
+    name = denoiser_name(pipe)
+    plain = getattr(pipe, name)
     columns = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        def stage(label: str, total: int) -> Callable[[], None]:
-            task = bar.add_task(label, total=total)
+        def stage(what: str, total: int) -> Callable[[], None]:
+            task = bar.add_task(what, total=total)
             return lambda: bar.advance(task)
 
-        last = LastCall(unet)
+        last = LastCall(plain)
         tick = stage("pictures in full precision", len(prompts) * steps)
         reference = draw(pipe, prompts, steps, seed, tick)
         last.close()
 
-        pipe.unet = torch.compile(unet, backend="sd_int8", options={"calibration_runs": len(calibration_prompts)})
-
-        draw(pipe, calibration_prompts, steps, seed + 10_000, stage("self-calibration, full precision", len(calibration_prompts) * steps))
-        tick = stage("building the 8-bit step", 1)
-        start = time.perf_counter()
-        with torch.no_grad():
-            pipe.unet(*_first_step(pipe, last, steps), **last.kwargs)
-        cold_start = time.perf_counter() - start
-        tick()
-        pictures = draw(pipe, prompts, steps, seed, stage("the same pictures in 8 bits", len(prompts) * steps))
+        quantized = torch.compile(plain, backend="sd_int8", options={"calibration_runs": len(calibration_prompts)})
+        setattr(pipe, name, quantized)
+        tick = stage("self-calibration, full precision", len(calibration_prompts) * steps)
+        draw(pipe, calibration_prompts, steps, seed + 10_000, tick)
+        pictures = draw(pipe, prompts, steps, seed, stage("the same pictures in 8 bits, built first", len(prompts) * steps))
 
         tick = stage("torch.compile, to compare with", 1)
-        compiled = torch.compile(unet)
+        compiled = torch.compile(plain)
         start = time.perf_counter()
         with torch.no_grad():
             compiled(*last.args, **last.kwargs)
             compile_start = time.perf_counter() - start
             tick()
-            eager, plain, int8 = step_ms(*(lambda f=f: f(*last.args, **last.kwargs) for f in (unet, compiled, pipe.unet)),
-                                         repeats=STEP_REPEATS)
+            steps_of = [partial(f, *last.args, **last.kwargs) for f in (plain, compiled, quantized)]
+            eager_ms, compile_ms, int8_ms = step_ms(*steps_of, repeats=STEP_REPEATS)
     report = explain(pipe)
     psnr, ssim = metrics.psnr(pictures, reference), metrics.ssim(pictures, reference)
     result: dict[str, Any] = {
-        "title": f"sd_int8 on {name}: {len(prompts)} pictures, {steps} steps, {next(unet.parameters()).dtype} before".replace("torch.", ""),
+        "title": f"sd_int8 on {label}: {len(prompts)} pictures, {steps} steps, {str(next(plain.parameters()).dtype)[6:]} before",
         "machine": machine(),
         "versions": versions(),
-        "step_ms": {"eager": eager, "compile": plain, "sd_int8": int8},
-        "speedup_vs_compile": plain / int8,
-        "speedup_vs_eager": eager / int8,
+        "step_ms": {"eager": eager_ms, "compile": compile_ms, "sd_int8": int8_ms},
+        "speedup_vs_compile": compile_ms / int8_ms,
+        "speedup_vs_eager": eager_ms / int8_ms,
         "psnr_db": {"mean": mean(psnr), "min": min(psnr), "each": psnr},
         "ssim": {"mean": mean(ssim), "min": min(ssim), "each": ssim},
         "quantized_flops_share": report.quantized_flops_share or 0.0,
-        "cold_start_s": cold_start,
+        "cold_start_s": report.timings.get("cold_start_s", 0.0),
         "compile_cold_start_s": compile_start,
         "prompts": list(prompts),
         "calibration_prompts": list(calibration_prompts),
@@ -118,12 +116,6 @@ def run(pipe: Any, prompts: Sequence[str], calibration_prompts: Sequence[str], s
         console.print(f"fallback: {sentence}", style="yellow")
     console.print("written: " + ", ".join(str(f) for f in files))
     return result
-
-
-def _first_step(pipe: Any, last: LastCall, steps: int) -> tuple[Any, ...]:
-    """The arguments of a picture's first step: its timestep tells the backend that the last trajectory is over."""
-    pipe.scheduler.set_timesteps(steps)
-    return (last.args[0], pipe.scheduler.timesteps[0], *last.args[2:])
 
 
 def machine() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,8 +148,12 @@ class Step:
             try:
                 state.recipe = calibration.recipe(state.options, self._provenance())
             except CalibrationError as error:
-                state.say(state.notes, f"{error}; calibrating goes on")
-                state.calibration = Calibration()
+                broken = next((layer.name for layer in self.captured.layers if not layer.weight.isfinite().all()), None)
+                if broken is not None:
+                    state.refuse(f"the weights of {broken} are not finite")
+                else:
+                    state.say(state.notes, f"{error}; calibrating goes on")
+                    state.calibration = Calibration()
                 return self.captured.graph(*args)
             if calibration.nonfinite:
                 layers = ", ".join(sorted(calibration.nonfinite)[:3])
@@ -166,11 +171,13 @@ class Step:
         assert state.recipe is not None
         state.status = BUILDING
         log.info("sd_int8: building the 8-bit step")
+        start = time.perf_counter()
         try:
             built = self.build(self.captured, args, state.recipe, state.options)
         except BaseException:
             state.status = CALIBRATING  # Ctrl-C or an unknown compiler failure: the next call tries again
             raise
+        built.timings["cold_start_s"] = time.perf_counter() - start
         if built.step is None:
             state.built = state.built or built
             state.refuse(built.refusal or "no reason given")

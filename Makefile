@@ -1,0 +1,28 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test bench lint clean
+
+demo: $(STAMP)
+	@$(BIN)/sdtrt demo --out out
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	@$(BIN)/python -m pytest benchmarks
+
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up .venv: torch and the rest, a few minutes the first time"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv out dist .benchmarks .pytest_cache .ruff_cache .mypy_cache
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

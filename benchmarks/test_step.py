@@ -1,0 +1,63 @@
+"""How fast is one UNet step of the bundled model in 8 bits? Both sides in one run: `pytest benchmarks/test_step.py`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import sdtrt_backend
+from sdtrt_backend.demo import CALIBRATION_PROMPTS, machine
+from sdtrt_backend.measure import step_ms
+from sdtrt_backend.recipe import versions
+
+REPEATS = 40
+RESULTS = Path(__file__).parent / "results"
+
+
+def test_sd_int8_against_torch_compile(capsys, tmp_path):
+    """Batch 2 (guidance), 32x32 latent; medians of interleaved steps."""
+    torch.manual_seed(0)
+    pipe = sdtrt_backend.demo_pipeline()
+    recipe = sdtrt_backend.calibrate(pipe, CALIBRATION_PROMPTS[:2], guidance_scale=5.0, progress=False).save(tmp_path)
+    sample, timestep, text = torch.randn(2, 4, 32, 32), torch.tensor(500), torch.randn(2, 32, 192)
+    wide, narrow = (sample, timestep, text), (sample.bfloat16(), timestep, text.bfloat16())
+    half = copy.deepcopy(pipe.unet).bfloat16()
+
+    def compiled(module, **settings):
+        torch._dynamo.reset()
+        return torch.compile(module, **settings)
+
+    steps = {
+        "eager fp32": partial(pipe.unet, *wide),
+        "torch.compile fp32": partial(compiled(copy.deepcopy(pipe.unet)), *wide),
+        "eager bf16": partial(half, *narrow),
+        "torch.compile bf16": partial(compiled(copy.deepcopy(half)), *narrow),
+        **{f"sd_int8, rest {rest}": partial(compiled(copy.deepcopy(pipe.unet), backend="sd_int8",
+                                                     options={"recipe": str(recipe), "rest": rest}), *wide)
+           for rest in ("float32", "bfloat16")},
+    }
+    with torch.no_grad():
+        for _ in range(3):
+            step_ms(*steps.values(), repeats=1)
+        times = dict(zip(steps, step_ms(*steps.values(), repeats=REPEATS), strict=True))
+    best = min(ms for name, ms in times.items() if name.startswith("sd_int8"))
+    default = times["sd_int8, rest float32"]
+    lines = [f"{machine()}; torch {versions()['torch']}", *(f"{name:24} {ms:7.1f} ms {ms / default:6.2f}x" for name, ms in times.items())]
+    ratios = {f"{name} / sd_int8": times[name] / default for name in ("torch.compile fp32", "torch.compile bf16")}
+    lines += [f"{name}: {ratio:.2f}" for name, ratio in ratios.items()]
+    with capsys.disabled():
+        print("", *lines, f"best sd_int8 variant: {best:.1f} ms", sep="\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "step_cpu.json").write_text(json.dumps(
+        {"machine": machine(), "versions": versions(), "step_ms": times, "ratios": ratios}, indent=1) + "\n")
+    assert ratios["torch.compile fp32 / sd_int8"] >= 2.0
+    assert ratios["torch.compile bf16 / sd_int8"] >= 1.25
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, "-q"]))

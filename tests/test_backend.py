@@ -1,0 +1,295 @@
+"""The compiled callable from its first call to its last, on a hand-made denoiser; every refusal and every error."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from tolerances import TOLERANCES
+from toy import ToyDenoiser
+
+import sdtrt_backend
+from sdtrt_backend import measure
+from sdtrt_backend.run import states
+
+STEPS = (999, 666, 333, 1)
+REFERENCE = {"engine": "reference"}  # plain torch fake quantisation: the same state machine, no compile time
+
+
+@pytest.fixture
+def make_denoiser():
+    torch._dynamo.reset()
+    return lambda seed=0: ToyDenoiser(seed).eval()
+
+
+@pytest.fixture
+def denoiser(make_denoiser):
+    return make_denoiser()
+
+
+def call(module, timestep, batch=2, size=8, seed=0):
+    noise = torch.Generator().manual_seed(1000 * seed + timestep)
+    with torch.no_grad():
+        return module(torch.randn(batch, 4, size, size, generator=noise), torch.tensor(timestep),
+                      encoder_hidden_states=torch.randn(batch, 5, 64, generator=noise))
+
+
+def trajectory(module, seed=0, **shape):
+    return [call(module, t, seed=seed, **shape) for t in STEPS]
+
+
+def calibrated(denoiser, **options):
+    """A compiled denoiser after its two calibrating trajectories."""
+    compiled = torch.compile(denoiser, backend="sd_int8", options={**REFERENCE, **options})
+    for seed in (0, 1):
+        trajectory(compiled, seed)
+    return compiled
+
+
+def test_calibrating_calls_return_the_users_own_numbers_to_the_bit(denoiser):
+    compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
+    for seed in (0, 1):
+        for mine, theirs in zip(trajectory(compiled, seed), trajectory(denoiser, seed), strict=True):
+            assert torch.equal(mine, theirs)
+    assert sdtrt_backend.explain(compiled).state == "calibrating"
+
+
+def test_the_call_after_the_last_trajectory_is_8_bit_and_close(denoiser):
+    compiled = calibrated(denoiser)
+    mine, theirs = call(compiled, 999, seed=2), call(denoiser, 999, seed=2)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "ready"
+    assert not torch.equal(mine, theirs)
+    assert measure.compare(mine, theirs) < TOLERANCES["int8_step"]
+    assert report.error == pytest.approx(measure.compare(mine, theirs), rel=1e-3)
+    assert {layer.precision for layer in report.layers} == {"int8", "16-bit"}
+    assert all(layer.reason for layer in report.layers if layer.precision == "16-bit")
+    assert "state: ready" in str(report)
+
+
+def test_an_unknown_option_lists_the_valid_ones(denoiser):
+    compiled = torch.compile(denoiser, backend="sd_int8", options={"percentil": 0.5})
+    with pytest.raises(Exception, match=r"unknown option 'percentil'.*alpha.*calibration_runs.*percentile"):
+        call(compiled, 999)
+    assert call(denoiser, 999).isfinite().all()
+
+
+def test_a_recipe_of_another_model_is_refused(denoiser, make_denoiser, tmp_path):
+    trained = calibrated(make_denoiser(seed=5))
+    call(trained, 999)
+    states(trained)[0].recipe.save(tmp_path)
+    compiled = torch.compile(denoiser, backend="sd_int8", options={"recipe": str(tmp_path), **REFERENCE})
+    with pytest.raises(Exception, match="the recipe belongs to another model"):
+        call(compiled, 999)
+    assert call(denoiser, 999).isfinite().all()
+
+
+def test_a_truncated_recipe_is_refused(denoiser, tmp_path):
+    compiled = calibrated(denoiser)
+    call(compiled, 999)
+    states(compiled)[0].recipe.save(tmp_path)
+    (tmp_path / "recipe.json").write_text((tmp_path / "recipe.json").read_text()[:200])
+    torch._dynamo.reset()
+    again = torch.compile(denoiser, backend="sd_int8", options={"recipe": str(tmp_path), **REFERENCE})
+    with pytest.raises(Exception, match="truncated"):
+        call(again, 999)
+
+
+def test_a_saved_recipe_skips_calibration(denoiser, make_denoiser, tmp_path):
+    compiled = calibrated(denoiser)
+    expected = call(compiled, 999, seed=3)
+    states(compiled)[0].recipe.save(tmp_path)
+    torch._dynamo.reset()
+    twin = make_denoiser()
+    again = torch.compile(twin, backend="sd_int8", options={"recipe": str(tmp_path), **REFERENCE})
+    assert torch.equal(call(again, 999, seed=3), expected)
+    assert sdtrt_backend.explain(again).state == "ready"
+
+
+def test_nan_weights_are_refused_with_the_layer_named(denoiser):
+    with torch.no_grad():
+        denoiser.conv1.weight[3] = float("nan")
+    compiled = calibrated(denoiser)
+    call(compiled, 999)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "refused"
+    assert "conv1" in report.fallbacks[0]
+    assert "finite" in report.fallbacks[0]
+    assert call(compiled, 666).shape == call(denoiser, 666).shape
+
+
+def test_nan_latents_during_calibration_are_left_out_and_said(denoiser):
+    compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
+    with torch.no_grad():
+        for t in STEPS:
+            compiled(torch.full((2, 4, 8, 8), float("nan")), torch.tensor(t), encoder_hidden_states=torch.zeros(2, 5, 64))
+    trajectory(compiled, 1)
+    output = call(compiled, 999, seed=2)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "ready"
+    assert output.isfinite().all()
+    assert any("NaN or infinite inputs" in note for note in report.notes)
+
+
+def test_only_nan_latents_leave_the_module_unquantised_and_say_why(denoiser):
+    compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
+    with torch.no_grad():
+        for t in STEPS * 2 + STEPS[:1]:
+            compiled(torch.full((2, 4, 8, 8), float("nan")), torch.tensor(t), encoder_hidden_states=torch.zeros(2, 5, 64))
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "calibrating"
+    assert any("NaN or infinite" in note for note in report.notes)
+
+
+def test_a_module_on_meta_is_refused(make_denoiser):
+    compiled = torch.compile(make_denoiser().to("meta"), backend="sd_int8")
+    with pytest.raises(Exception, match="meta device"), torch.no_grad():
+        compiled(torch.empty(2, 4, 8, 8, device="meta"), torch.tensor(5, device="meta"),
+                 encoder_hidden_states=torch.empty(2, 5, 64, device="meta"))
+
+
+def test_a_module_with_nothing_to_quantise_is_left_to_inductor():
+    module = torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.SiLU())
+    compiled, x = torch.compile(module, backend="sd_int8"), torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+    with pytest.raises(sdtrt_backend.ModelError, match="not compiled by sd_int8"):
+        sdtrt_backend.explain(compiled)
+
+
+def test_a_module_whose_layers_all_stay_is_refused_with_the_first_reason(denoiser):
+    compiled = calibrated(denoiser, exclude=["*"])
+    call(compiled, 999)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "refused"
+    assert "excluded by the option exclude" in report.fallbacks[0]
+
+
+def test_gradients_run_unquantised_and_say_why(denoiser):
+    compiled = torch.compile(denoiser.train(), backend="sd_int8")
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 64)
+    compiled(x, torch.tensor(5), encoder_hidden_states=context).square().sum().backward()
+    mine = denoiser.conv1.weight.grad.clone()
+    denoiser.zero_grad()
+    denoiser(x, torch.tensor(5), encoder_hidden_states=context).square().sum().backward()
+    torch.testing.assert_close(mine, denoiser.conv1.weight.grad, rtol=1e-3, atol=1e-3)
+    assert "gradients" in sdtrt_backend.explain(compiled).fallbacks[0]
+
+
+def test_an_error_beyond_the_bound_is_refused_and_the_module_keeps_its_numbers(denoiser):
+    compiled = calibrated(denoiser, max_error=1e-6)
+    mine = call(compiled, 999)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "refused"
+    assert "max_error is 1e-06" in report.fallbacks[0]
+    torch.testing.assert_close(mine, call(denoiser, 999), rtol=1e-3, atol=1e-4)
+
+
+def test_a_slower_8_bit_step_is_refused_with_both_times(denoiser, monkeypatch):
+    monkeypatch.setattr(measure, "step_ms", lambda *steps, **_: [1.0, 2.0])
+    compiled = calibrated(denoiser, engine="inductor")
+    call(compiled, 999)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "refused"
+    assert "2.00 ms" in report.fallbacks[0]
+    assert "1.00 ms" in report.fallbacks[0]
+
+
+def test_other_batches_and_sizes_reuse_the_statistics(denoiser):
+    compiled = calibrated(denoiser)
+    call(compiled, 999)
+    for batch, size in ((1, 8), (4, 8), (4, 12)):
+        mine, theirs = call(compiled, 666, batch, size), call(denoiser, 666, batch, size)
+        assert not torch.equal(mine, theirs)
+        assert measure.compare(mine, theirs) < TOLERANCES["int8_step"]
+    assert len(states(compiled)) == 1
+    assert sdtrt_backend.explain(compiled).provenance["calls"] == 2 * len(STEPS)
+
+
+def test_threads_calling_during_the_swap_get_full_precision_or_8_bit_results(denoiser):
+    compiled = calibrated(denoiser)
+    expected, results, errors = call(denoiser, 999, seed=2), [], []
+
+    def work():
+        try:
+            results.extend(call(compiled, 999, seed=2) for _ in range(5))
+        except Exception as error:  # collected: an assertion in a thread would be lost
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(results) == 20
+    quantised = call(compiled, 999, seed=2)
+    assert all(torch.equal(r, expected) or torch.equal(r, quantised) for r in results)
+    assert sdtrt_backend.explain(compiled).state == "ready"
+
+
+def test_weights_changed_after_the_build_are_noticed(denoiser):
+    compiled = calibrated(denoiser)
+    call(compiled, 999)
+    with torch.no_grad():
+        denoiser.conv1.weight.mul_(2.0)
+    mine = call(compiled, 999)
+    torch.testing.assert_close(mine, call(denoiser, 999), rtol=1e-3, atol=1e-3)
+    assert any("weights were changed" in sentence for sentence in sdtrt_backend.explain(compiled).fallbacks)
+
+
+def test_an_interrupted_trajectory_does_not_count(denoiser):
+    compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
+    call(compiled, 999)
+    call(compiled, 666)  # Ctrl-C here
+    trajectory(compiled, 1)
+    call(compiled, 999)
+    assert sdtrt_backend.explain(compiled).state == "calibrating"
+    trajectory(compiled, 2)
+    call(compiled, 999)
+    assert sdtrt_backend.explain(compiled).state == "ready"
+
+
+def test_a_build_that_is_interrupted_is_tried_again(denoiser, monkeypatch):
+    compiled = calibrated(denoiser)
+    real, calls = measure.compare, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(measure, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(compiled, 999)
+    call(compiled, 999)
+    assert sdtrt_backend.explain(compiled).state == "ready"
+
+
+def test_inference_mode_works(denoiser):
+    compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
+    with torch.inference_mode():
+        for seed in (0, 1, 2):
+            output = trajectory(compiled, seed)[0]
+    assert sdtrt_backend.explain(compiled).state == "ready"
+    assert measure.compare(output, call(denoiser, 999, seed=2)) < TOLERANCES["int8_step"]
+
+
+def test_two_calls_in_bfloat16_stay_bfloat16(make_denoiser):
+    denoiser = make_denoiser().bfloat16()
+    compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
+
+    def bf16_call(module, timestep):
+        noise = torch.Generator().manual_seed(timestep)
+        with torch.no_grad():
+            return module(torch.randn(2, 4, 8, 8, generator=noise).bfloat16(), torch.tensor(timestep),
+                          encoder_hidden_states=torch.randn(2, 5, 64, generator=noise).bfloat16())
+
+    for t in STEPS * 2:
+        bf16_call(compiled, t)
+    output = bf16_call(compiled, 999)
+    assert sdtrt_backend.explain(compiled).state == "ready"
+    assert output.dtype is torch.bfloat16
+    assert measure.compare(output, bf16_call(denoiser, 999)) < TOLERANCES["int8_step"]

@@ -1,0 +1,70 @@
+"""The command line: exit codes, files, one-line errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sdtrt_backend import cli, demo
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("red apple, noto style\n\nrocket, fluent style\n")
+    return path
+
+
+def test_help_names_every_command():
+    text = run(cli.app, ["--help"]).output
+    assert all(command in text for command in ("demo", "calibrate", "generate", "doctor"))
+
+
+def test_doctor_counts_what_would_be_quantised():
+    result = run(cli.app, ["doctor"])
+    assert result.exit_code == 0
+    assert "117 of 132 layers would be quantised" in result.output
+
+
+def test_calibrate_writes_a_recipe_that_generate_takes(prompts, tmp_path):
+    result = run(cli.app, ["calibrate", str(prompts), "--out", str(tmp_path / "recipe"), "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "recipe" / "recipe.json").read_text())["provenance"]["prompts"] == 2
+
+
+def test_generate_draws_a_picture(tmp_path):
+    result = run(cli.app, ["generate", "dog face, noto style", "--full", "--steps", "2", "--count", "1", "--out", str(tmp_path / "a.png")])
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "a.png").size[0] > 128
+
+
+@pytest.mark.parametrize("arguments", [["calibrate", "missing.txt"], ["demo", "--model", "nowhere"], ["demo", "--prompts", "missing.txt"]])
+def test_bad_input_is_one_line_and_exit_code_2(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sdtrt", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == cli.BAD_INPUT
+    assert "error:" in capsys.readouterr().out
+
+
+def test_demo_writes_picture_page_and_numbers(tmp_path, prompts, monkeypatch):
+    """The whole demo at two steps and two prompts, with the 8-bit build by the real kernels."""
+    monkeypatch.setattr(demo, "CALIBRATION_PROMPTS", demo.CALIBRATION_PROMPTS[:1])
+    result = run(cli.app, ["demo", "--steps", "2", "--prompts", str(prompts), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    body = json.loads((tmp_path / "report.json").read_text())
+    assert set(body["step_ms"]) == {"eager", "compile", "sd_int8"}
+    assert body["speedup_vs_compile"] == pytest.approx(body["step_ms"]["compile"] / body["step_ms"]["sd_int8"])
+    assert body["quantized_flops_share"] > 0.9
+    assert len(body["psnr_db"]["each"]) == len(body["ssim"]["each"]) == 2
+    assert body["layers"]
+    assert body["fallbacks"] == []
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "src=\"http" not in page
+    assert Image.open(tmp_path / "demo.png").size[0] > 256

@@ -1,0 +1,154 @@
+"""The bundled pipeline: patched, calibrated, restored to the bit, and run in 8 bits by the real kernels."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tolerances import TOLERANCES
+
+import sdtrt_backend
+from sdtrt_backend import measure, metrics
+from sdtrt_backend.demo import draw
+from sdtrt_backend.recipe import JSON_NAME, TENSORS_NAME
+from sdtrt_backend.run import states
+
+PROMPT = "red apple, noto style"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch._dynamo.reset()
+    return sdtrt_backend.demo_pipeline()
+
+
+@pytest.fixture(scope="module")
+def recipe(pipe, tmp_path_factory):
+    recipe = sdtrt_backend.calibrate(pipe, [PROMPT, "rocket, fluent style"], num_inference_steps=4, seed=7, progress=False)
+    recipe.save(tmp_path_factory.mktemp("recipe"))
+    return recipe
+
+
+def hooks(module):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_the_bundled_pipeline_loads_without_a_warning(caplog, capfd):
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        pipe = sdtrt_backend.demo_pipeline()
+    assert pipe.unet.dtype is torch.float32
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "Loading" not in capfd.readouterr().err
+
+
+def test_restore_gives_the_same_picture_and_module_to_the_bit(pipe):
+    before, module = draw(pipe, [PROMPT], 2, 0), pipe.unet
+    with sdtrt_backend.accelerated(pipe, engine="reference", calibration_runs=1):
+        draw(pipe, [PROMPT], 2, 0)
+        quantised = draw(pipe, [PROMPT], 2, 0)
+        assert sdtrt_backend.explain(pipe).state == "ready"
+    assert pipe.unet is module
+    assert not np.array_equal(quantised, before)
+    assert np.array_equal(draw(pipe, [PROMPT], 2, 0), before)
+    with pytest.raises(sdtrt_backend.ModelError, match="not compiled"):
+        sdtrt_backend.explain(pipe)
+
+
+def test_accelerate_refuses_bad_options_and_recipes_at_once(pipe, tmp_path):
+    with pytest.raises(sdtrt_backend.OptionError, match="valid options"):
+        sdtrt_backend.accelerate(pipe, percentil=1.0)
+    with pytest.raises(sdtrt_backend.RecipeError, match="missing"):
+        sdtrt_backend.accelerate(pipe, recipe=tmp_path)
+    assert pipe.unet._compiled_call_impl is None
+
+
+def test_accelerate_refuses_a_denoiser_on_meta(pipe):
+    class Meta:
+        unet = torch.nn.Linear(64, 64, device="meta")
+
+    with pytest.raises(sdtrt_backend.ModelError, match="meta device"):
+        sdtrt_backend.accelerate(Meta())
+    with pytest.raises(sdtrt_backend.ModelError, match="meta device"):
+        sdtrt_backend.calibrate(Meta(), [PROMPT])
+    with pytest.raises(sdtrt_backend.ModelError, match="no denoiser"):
+        sdtrt_backend.accelerate(object())
+
+
+def test_calibrating_twice_with_one_seed_gives_the_same_bytes(pipe, recipe, tmp_path):
+    again = sdtrt_backend.calibrate(pipe, [PROMPT, "rocket, fluent style"], num_inference_steps=4, seed=7, progress=False)
+    first, second = recipe.save(tmp_path / "a"), again.save(tmp_path / "b")
+    for name in (JSON_NAME, TENSORS_NAME):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert sum(f.stat().st_size for f in first.iterdir()) < 500_000
+    assert hooks(pipe.unet) == 0
+
+
+def test_calibration_covers_every_layer_and_every_timestep(pipe, recipe):
+    assert len(recipe.timesteps) == 4
+    assert len(recipe.layers) == sum(isinstance(m, torch.nn.Linear | torch.nn.Conv2d) for m in pipe.unet.modules())
+    block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1."
+    assert len({recipe.layers[block + name].group for name in ("to_q", "to_k", "to_v")}) == 1
+
+
+def test_fewer_timesteps_than_asked_is_said_and_recorded(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        recipe = sdtrt_backend.calibrate(pipe, [PROMPT], num_inference_steps=6, timesteps=[999, 500, 1], progress=False)
+    assert "asked for 6 steps, the denoiser saw 3" in recipe.provenance["note"]
+    assert recipe.provenance["note"] in caplog.text
+
+
+def test_ctrl_c_during_calibration_leaves_the_pipeline_as_it_was(pipe):
+    before = draw(pipe, [PROMPT], 2, 0)
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 1:
+            raise KeyboardInterrupt
+        return tensors
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sdtrt_backend.calibrate(pipe, [PROMPT], num_inference_steps=4, callback_on_step_end=stop, progress=False)
+    assert "interrupted after 2 steps" in caught.value.__notes__[0]
+    assert hooks(pipe.unet) == 0
+    assert np.array_equal(draw(pipe, [PROMPT], 2, 0), before)
+
+
+def test_calibrate_refuses_a_single_string_and_nan_weights(pipe):
+    with pytest.raises(sdtrt_backend.CalibrationError, match="list of prompts"):
+        sdtrt_backend.calibrate(pipe, PROMPT)
+    broken = sdtrt_backend.demo_pipeline()
+    with torch.no_grad():
+        broken.unet.conv_in.weight.fill_(float("nan"))
+    with pytest.raises(sdtrt_backend.CalibrationError, match="NaN or infinite"):
+        sdtrt_backend.calibrate(broken, [PROMPT], num_inference_steps=2, progress=False)
+
+
+def test_the_one_line_runs_nine_tenths_of_the_flops_in_int8_for_every_shape(pipe, recipe, tmp_path):
+    """Real oneDNN kernels: batch 2, then four pictures of 96x96, without recalibrating; close to the reference lowering."""
+    torch._dynamo.reset()
+    folder = recipe.save(tmp_path)
+    unet = torch.compile(pipe.unet, backend="sd_int8", options={"recipe": str(folder)})
+    oracle = torch.compile(pipe.unet, backend="sd_int8", options={"recipe": str(folder), "engine": "reference"})
+    noise = torch.Generator().manual_seed(0)
+    for batch, size in ((2, 32), (8, 48)):
+        args = (torch.randn(batch, 4, size, size, generator=noise), torch.tensor(400), torch.randn(batch, 32, 192, generator=noise))
+        with torch.no_grad():
+            full, mine, reference = (f(*args, return_dict=False)[0] for f in (pipe.unet, unet, oracle))
+        assert measure.compare(mine, full) < TOLERANCES["int8_step"]
+        assert measure.compare(mine, reference) < TOLERANCES["kernels_vs_reference_step"]
+    report = states(pipe.unet)[0].report()
+    assert report.state == "ready"
+    assert report.quantized_flops_share >= 0.9
+    assert not report.fallbacks
+    assert min(layer.sqnr_db for layer in report.layers if layer.precision == "int8") > 15
+
+
+def test_pictures_of_the_reference_lowering_stay_close(pipe, recipe, tmp_path):
+    reference = draw(pipe, [PROMPT], 8, 0)
+    with sdtrt_backend.accelerated(pipe, recipe=recipe.save(tmp_path), engine="reference"):
+        pictures = draw(pipe, [PROMPT], 8, 0)
+    assert metrics.psnr(pictures, reference)[0] > 27
+    assert metrics.ssim(pictures, reference)[0] > 0.93
