@@ -34,8 +34,9 @@ def test_pictures_in_8_bits_against_full_precision(capsys):
               "psnr_db": {"mean": mean(psnr), "min": min(psnr)}, "ssim": {"mean": mean(ssim), "min": min(ssim)},
               "quantized_flops_share": report.quantized_flops_share, "timings": dict(report.timings)}
     with capsys.disabled():
-        print(f"\n64 pictures: PSNR mean {mean(psnr):.2f} dB, worst {min(psnr):.2f}; SSIM mean {mean(ssim):.4f}, worst {min(ssim):.4f}; "
-              f"int8 FLOPs {report.quantized_flops_share:.1%}; last calibrating step to first 8-bit step {report.timings['cold_start_s']:.1f} s")
+        print(f"\n{len(prompts)} pictures: PSNR mean {mean(psnr):.2f} dB, worst {min(psnr):.2f}; "
+              f"SSIM mean {mean(ssim):.4f}, worst {min(ssim):.4f}; int8 FLOPs {report.quantized_flops_share:.1%}; "
+              f"last calibrating step to first 8-bit step {report.timings['cold_start_s']:.1f} s")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "quality_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     assert report.state == "ready"

@@ -47,7 +47,8 @@ def test_sd_int8_against_torch_compile(capsys, tmp_path):
         times = dict(zip(steps, step_ms(*steps.values(), repeats=REPEATS), strict=True))
     best = min(ms for name, ms in times.items() if name.startswith("sd_int8"))
     default = times["sd_int8, rest float32"]
-    lines = [f"{machine()}; torch {versions()['torch']}", *(f"{name:24} {ms:7.1f} ms {ms / default:6.2f}x" for name, ms in times.items())]
+    lines = [f"{machine()}; torch {versions()['torch']}"]
+    lines += [f"{name:24} {ms:7.1f} ms {ms / default:6.2f}x" for name, ms in times.items()]
     ratios = {f"{name} / sd_int8": times[name] / default for name in ("torch.compile fp32", "torch.compile bf16")}
     lines += [f"{name}: {ratio:.2f}" for name, ratio in ratios.items()]
     with capsys.disabled():

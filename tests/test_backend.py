@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 from tolerances import TOLERANCES
-from toy import ToyDenoiser
 
 import sdtrt_backend
 from sdtrt_backend import measure
@@ -15,17 +14,6 @@ from sdtrt_backend.run import states
 
 STEPS = (999, 666, 333, 1)
 REFERENCE = {"engine": "reference"}  # plain torch fake quantisation: the same state machine, no compile time
-
-
-@pytest.fixture
-def make_denoiser():
-    torch._dynamo.reset()
-    return lambda seed=0: ToyDenoiser(seed).eval()
-
-
-@pytest.fixture
-def denoiser(make_denoiser):
-    return make_denoiser()
 
 
 def call(module, timestep, batch=2, size=8, seed=0):

@@ -38,12 +38,14 @@ def test_calibrate_writes_a_recipe_that_generate_takes(prompts, tmp_path):
 
 
 def test_generate_draws_a_picture(tmp_path):
-    result = run(cli.app, ["generate", "dog face, noto style", "--full", "--steps", "2", "--count", "1", "--out", str(tmp_path / "a.png")])
+    result = run(cli.app, ["generate", "dog face, noto style", "--full", "--steps", "2", "--count", "1",
+                           "--out", str(tmp_path / "a.png")])
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "a.png").size[0] > 128
 
 
-@pytest.mark.parametrize("arguments", [["calibrate", "missing.txt"], ["demo", "--model", "nowhere"], ["demo", "--prompts", "missing.txt"]])
+@pytest.mark.parametrize("arguments", [["calibrate", "missing.txt"], ["demo", "--model", "nowhere"],
+                                       ["demo", "--prompts", "missing.txt"]])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["sdtrt", *arguments])
     with pytest.raises(SystemExit) as stop:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from .backend import sd_int8
 from .calibrate import calibrate
 from .errors import CalibrationError, ModelError, OptionError, RecipeError, SdtrtError
+from .options import Options
 from .pipeline import accelerate, accelerated, demo_pipeline, explain, restore
 from .recipe import Recipe
-from .values import Options, Report
+from .report import Report
 
 __all__ = [
     "CalibrationError",

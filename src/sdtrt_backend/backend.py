@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -15,10 +15,11 @@ from .calibrate import Observer
 from .capture import Captured, bind, capture, tensor_inputs
 from .errors import ModelError
 from .lower import LOWERINGS, choose
+from .options import Options
 from .quantize import insert, plan
 from .recipe import Recipe
 from .run import Built, Step, state_of
-from .values import Decision, LayerReport, Options
+from .values import Decision, LayerReport
 
 log = logging.getLogger("sdtrt_backend")
 
@@ -51,7 +52,7 @@ def sd_int8(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs))  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], compile_fx(gm, list(example_inputs)))
 
 
 def unquantized(captured: Captured, args: Sequence[Any]) -> Callable[..., Any]:
@@ -108,7 +109,8 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
     return built
 
 
-def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision], target: str) -> tuple[LayerReport, ...]:
+def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision],
+                   target: str) -> tuple[LayerReport, ...]:
     """One row per layer, its noise measured on the input that the unquantised graph feeds it."""
     by_node = {d.layer.node: d for d in decisions}
     rows: list[LayerReport] = []

@@ -18,10 +18,10 @@ import torch
 
 from . import stats
 from .errors import CalibrationError, ModelError
+from .options import Options
 from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
 from .rules import MODULES, OPS, RANGE_RULES, AmaxByTimestep
 from .timesteps import TIMESTEP_NAMES, Buckets, Trajectories, timestep_value
-from .values import Options
 
 log = logging.getLogger(__name__)
 DENOISERS = ("unet", "transformer", "prior", "decoder")
@@ -179,7 +179,8 @@ def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[
 
     def layer_hook(name: str, child: torch.nn.Module) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         rule = MODULES[type(child)]
-        return lambda m, args: calibration.observe(name, rule.name, args[0], m.weight, rule.channel_axis)
+        weight = child.get_parameter("weight")
+        return lambda _, args: calibration.observe(name, rule.name, args[0], weight, rule.channel_axis)
 
     handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
@@ -197,7 +198,7 @@ def _uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
     """The pipeline with its plain denoiser, whatever torch.compile made of it; put back afterwards."""
     compiled = getattr(pipe, name)
     module: torch.nn.Module = getattr(compiled, "_orig_mod", compiled)
-    in_place, module._compiled_call_impl = module._compiled_call_impl, None  # type: ignore[assignment]
+    in_place, module._compiled_call_impl = module._compiled_call_impl, None
     if module is not compiled:
         setattr(pipe, name, module)
     try:

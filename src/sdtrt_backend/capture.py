@@ -52,8 +52,8 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         if arguments["weight"] not in value_of:
             unquantizable[name] = "its weight is computed in the graph, not a parameter"
             continue
-        bias = arguments["bias"]
-        layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, value_of[arguments["weight"]].detach(),
+        weight, bias = value_of[arguments["weight"]].detach(), arguments["bias"]
+        layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight,
                             None if bias is None else value_of[bias].detach(), arguments.get("groups", 1)))
     timestep = find_timestep([n.name for n in placeholders], example_inputs)
     return Captured(graph, tuple(layers), constants, timestep, unquantizable)

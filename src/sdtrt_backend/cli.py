@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import SdtrtError
@@ -28,7 +29,7 @@ def main() -> None:
     try:
         app()
     except SdtrtError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(BAD_INPUT)
 
 
@@ -125,7 +126,7 @@ def doctor(model: Model = None) -> None:
     for module, extra in (("torchao", "torchao"), ("modelopt", "modelopt"), ("tensorrt", "tensorrt"),
                           ("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx")):
         if importlib.util.find_spec(module) is None:
-            table.add_row(module, "not installed", f"optional: pip install 'sdtrt_backend[{extra}]'")
+            table.add_row(module, "not installed", escape(f"optional: pip install 'sdtrt_backend[{extra}]'"))
     console.print(table)
     counts = _would_quantize(_load(model))
     console.print(f"{counts['int8']} of {sum(counts.values())} layers would be quantised; the rest: " + "; ".join(

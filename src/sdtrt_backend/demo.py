@@ -32,11 +32,15 @@ STEP_REPEATS = 15
 
 def draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int, tick: Callable[[], None] = lambda: None) -> metrics.Pictures:
     """One picture per prompt, each from noise of seed + its index; float32 [N, height, width, 3] in 0..1."""
+    def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        tick()
+        return tensors
+
     pictures = []
     for i, prompt in enumerate(prompts):
         noise = torch.Generator("cpu").manual_seed(seed + i)
-        pictures.append(pipe(prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise,
-                             output_type="np", callback_on_step_end=lambda *a: (tick(), a[-1])[1]).images[0])
+        pictures.append(pipe(prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise, output_type="np",
+                             callback_on_step_end=on_step).images[0])
     return np.stack(pictures)
 
 

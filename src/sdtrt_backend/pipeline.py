@@ -12,9 +12,10 @@ import torch
 
 from .calibrate import denoiser_name
 from .errors import ModelError
+from .options import Options
 from .recipe import Recipe
+from .report import Report
 from .run import forget, states
-from .values import Options, Report
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -41,7 +42,7 @@ def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backe
 def restore(pipe: Any) -> Any:
     """Undo ``accelerate``: the denoiser runs its own forward again; its weights were never touched. Returns the pipeline."""
     module = _denoiser(pipe)
-    module._compiled_call_impl = None  # type: ignore[assignment]
+    module._compiled_call_impl = None
     forget(module)
     return pipe
 
@@ -107,4 +108,4 @@ def _quiet() -> Iterator[None]:
 def _denoiser(what: Any) -> torch.nn.Module:
     """The module to compile: the pipeline's denoiser, unwrapped, or the module itself."""
     module = what if isinstance(what, torch.nn.Module) else getattr(what, denoiser_name(what))
-    return getattr(module, "_orig_mod", module)  # type: ignore[no-any-return]
+    return getattr(module, "_orig_mod", module)

@@ -53,7 +53,8 @@ class Recipe:
         """Raise RecipeError unless every layer of the recipe that the model has carries the recipe's weight."""
         known = [name for name in self.layers if name in fingerprints]
         if not known:
-            raise RecipeError.other_model(f"none of its {len(self.layers)} layers ({next(iter(self.layers), '-')}, ...) exist here")
+            example = next(iter(self.layers), "-")
+            raise RecipeError.other_model(f"none of its {len(self.layers)} layers ({example}, ...) exist here")
         for name in known:
             if fingerprints[name] != self.layers[name].fingerprint:
                 raise RecipeError.other_model(f"the weight of {name} differs from the calibrated one")

@@ -7,7 +7,7 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,26 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from .metrics import Pictures
-from .values import Report
+from .values import LayerReport
 
 WIDTH = 118
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a module. Times in ms per step or seconds; error is relative to the user's precision."""
+
+    state: str
+    layers: tuple[LayerReport, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
+    quantized_flops_share: float | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return render_text(self)
 
 
 def render_text(report: Report) -> str:
@@ -71,6 +88,7 @@ def summary_table(result: Mapping[str, Any]) -> Table:
 
 
 def result_json(result: Mapping[str, Any], report: Report) -> str:
+    """``result`` with the report's layers, fallbacks, notes and provenance, as text."""
     body = {**result, "layers": [asdict(layer) for layer in report.layers], "fallbacks": list(report.fallbacks),
             "notes": list(report.notes), "provenance": dict(report.provenance)}
     return json.dumps(body, indent=1, default=str) + "\n"

@@ -19,9 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .calibrate import Calibration, Observer
 from .capture import Captured, tensor_inputs
 from .errors import CalibrationError
+from .options import Options
 from .recipe import Recipe
+from .report import Report
 from .timesteps import timestep_value
-from .values import LayerReport, Options, Report
+from .values import LayerReport
 
 log = logging.getLogger("sdtrt_backend")
 CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"

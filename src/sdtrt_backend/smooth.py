@@ -32,6 +32,7 @@ def fold_into_norm(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], f
 
 
 def multiply(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor) -> fx.Node:
+    """source * (1 / factor), right behind ``source``."""
     with inserting_after(source):
         inverse = add_constant(gm, f"{source.name}_inverse_smoothing", factor.reciprocal())
     with gm.graph.inserting_after(inverse):

@@ -9,7 +9,7 @@ miss the pattern, and nothing global is registered.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], rest: str) -> Cal
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    narrow = rest == "bfloat16" or rest == "auto" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    narrow = rest == "bfloat16" or (rest == "auto" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     to_int8_operators(gm, torch.bfloat16 if narrow else None)
     if narrow:
         attention_in_bf16(gm)
@@ -37,7 +37,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], rest: str) -> Cal
     settings = {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN()}
     # an FX graph cache hit would skip the packing pass; kernels are cached by their source all the same
     with config.patch({**settings, "fx_graph_cache": False}), torch.no_grad():
-        return compile_fx(gm, list(example))
+        return cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
 
 
 def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:
@@ -81,7 +81,7 @@ def _unsigned(gm: fx.GraphModule, quantize: fx.Node) -> fx.Node:
     source, scale, zero = quantize.args[0], torch.tensor(1 / quantize.args[1]), UINT8_ZERO
     if source.target is torch.mul and len(source.users) == 1 and source.args[1].op == "get_attr":
         # an unfolded smoothing factor and the scale are one multiplication
-        source, scale = source.args[0], getattr(gm, source.args[1].target) * scale
+        source, scale = source.args[0], getattr(gm, str(source.args[1].target)) * scale
     with gm.graph.inserting_before(quantize):
         factor = add_constant(gm, f"{quantize.name}_inverse_scale", scale.view(1, 1, -1))  # Inductor inlines 0-d and 1-d
         scaled = gm.graph.call_function(torch.mul, (source, factor))

@@ -1,0 +1,71 @@
+"""The options of the backend: one frozen dataclass, checked once at the front door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import OptionError
+from .rules import ENGINES, RANGE_RULES, RESTS
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``torch.compile(module, backend="sd_int8", options={...})``, checked once, here.
+
+    recipe: folder of a saved recipe, or None to self-calibrate.
+    calibration_runs: complete denoising trajectories to observe before building.
+    rule: name of a range rule (``rules.RANGE_RULES``).
+    percentile: share of the timesteps, from the noisy end, that the range rule looks at; 0 < p <= 1.
+    alpha: SmoothQuant migration strength, 0..1; None switches smoothing off.
+    max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step.
+    rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
+    engine: "auto", "inductor" or "reference".
+    exclude: glob patterns of module paths that stay unquantised.
+    """
+
+    recipe: str | None = None
+    calibration_runs: int = 2
+    rule: str = "max"
+    percentile: float = 1.0
+    alpha: float | None = 0.35
+    max_error: float = 0.2
+    rest: str = "auto"
+    engine: str = "auto"
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+        """``given`` as the user wrote it -> Options. Raises OptionError naming what is valid."""
+        values = dict(given or {})
+        valid = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in valid:
+                raise OptionError.unknown(name, valid)
+
+        def check(name: str, ok: bool, expected: str) -> None:
+            if name in values and not ok:
+                raise OptionError.ill_typed(name, expected, values[name])
+
+        def number(name: str) -> bool:
+            return isinstance(values.get(name), int | float) and not isinstance(values.get(name), bool)
+
+        if isinstance(values.get("recipe"), Path):
+            values["recipe"] = str(values["recipe"])
+        if isinstance(values.get("exclude"), list):
+            values["exclude"] = tuple(values["exclude"])
+        check("recipe", values.get("recipe") is None or isinstance(values["recipe"], str), "the path of a recipe folder")
+        runs = values.get("calibration_runs")
+        check("calibration_runs", isinstance(runs, int) and not isinstance(runs, bool) and runs >= 1, "an integer >= 1")
+        check("rule", values.get("rule") in RANGE_RULES, f"one of {', '.join(RANGE_RULES)}")
+        check("percentile", number("percentile") and 0 < values["percentile"] <= 1, "a number in (0, 1]")
+        strength = values.get("alpha") is None or (number("alpha") and 0 <= values["alpha"] <= 1)
+        check("alpha", strength, "a number in [0, 1] or None")
+        check("max_error", number("max_error") and values["max_error"] > 0, "a number > 0")
+        check("rest", values.get("rest") in RESTS, f"one of {', '.join(RESTS)}")
+        check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")
+        patterns = values.get("exclude")
+        check("exclude", isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns), "a list of glob patterns")
+        return cls(**values)

@@ -1,0 +1,60 @@
+"""Fixtures that several files share: the toy denoiser, captured and calibrated."""
+
+import pytest
+import torch
+from toy import ToyDenoiser
+
+from sdtrt_backend.calibrate import Calibration, observed
+from sdtrt_backend.capture import capture
+from sdtrt_backend.options import Options
+
+
+@pytest.fixture
+def make_denoiser():
+    torch._dynamo.reset()
+    return lambda seed=0: ToyDenoiser(seed).eval()
+
+
+@pytest.fixture
+def denoiser(make_denoiser):
+    return make_denoiser()
+
+
+@pytest.fixture
+def inputs():
+    noise = torch.Generator().manual_seed(3)
+    return torch.randn(2, 4, 8, 8, generator=noise), torch.tensor(500), torch.randn(2, 5, 64, generator=noise)
+
+
+def grab(module, *calls):
+    """What Dynamo hands to a backend and then passes to its callable, for the last of the calls."""
+    found = []
+
+    def backend(graph, example_inputs):
+        captured = capture(graph, example_inputs)
+
+        def run(*args):
+            found.append((captured, args))
+            return graph(*args)
+
+        return run
+
+    compiled = torch.compile(module, backend=backend)
+    with torch.no_grad():
+        for call in calls:
+            compiled(*call)
+    return found[-1]
+
+
+@pytest.fixture
+def graph(denoiser, inputs):
+    """(Captured, args as Dynamo passes them)."""
+    return grab(denoiser, inputs)
+
+
+@pytest.fixture
+def recipe(denoiser, inputs):
+    calibration = Calibration()
+    with torch.no_grad(), observed(denoiser, calibration):
+        denoiser(*inputs)
+    return calibration.recipe(Options(alpha=0.5), {})

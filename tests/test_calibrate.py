@@ -1,0 +1,90 @@
+"""Statistics: streaming equals all at once, hooks never stay, groups follow tensors, what is not finite is left out."""
+
+import pytest
+import torch
+
+from sdtrt_backend.calibrate import Calibration, observed
+from sdtrt_backend.errors import CalibrationError
+from sdtrt_backend.options import Options
+
+
+def observe(calibration, tensors, timesteps, name="layer"):
+    weight = torch.ones(16, tensors[0].shape[1])
+    for x, t in zip(tensors, timesteps, strict=True):
+        calibration.start_call(t)
+        calibration.observe(name, "conv2d", x, weight, 1)
+    return calibration
+
+
+@pytest.fixture
+def tensors():
+    return [torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(4)]
+
+
+def test_streaming_equals_all_at_once(tensors):
+    tensor, channel = observe(Calibration(), tensors, [9.0, 1.0, 9.0, 1.0]).amax("layer")
+    stacked = torch.stack(tensors).view(2, 2, 2, 16, 4, 4)  # call, timestep
+    each = stacked.abs().amax((2, 4, 5))  # call, timestep, channel
+    assert torch.equal(channel.maximum, each.amax(0))
+    assert torch.equal(channel.minimum, each.amin(0))
+    torch.testing.assert_close(channel.total, each.sum(0))
+    assert torch.equal(tensor.maximum, each.amax((0, 2)))
+    assert torch.equal(tensor.minimum, each.amax(2).amin(0))
+    assert tensor.count.tolist() == [2, 2]
+
+
+def test_statistics_are_keyed_by_timestep_in_the_order_of_the_first_visit(tensors):
+    calibration = observe(Calibration(), tensors, [9.0, 5.0, 1.0, 9.0])
+    assert calibration.buckets.values == [9.0, 5.0, 1.0]
+    assert [calibration.inputs["layer"][t].count for t in (9.0, 5.0, 1.0)] == [2, 1, 1]
+
+
+def test_memory_does_not_grow_with_samples(tensors):
+    calibration = observe(Calibration(), tensors * 5, [9.0, 1.0] * 10)
+    assert len(calibration.inputs["layer"]) == 2
+    assert not any(isinstance(v, torch.Tensor) and v.dim() > 1 for v in vars(calibration.inputs["layer"][9.0]).values())
+
+
+def test_layers_handed_one_tensor_are_one_group_recorded_once(denoiser, inputs):
+    calibration = Calibration()
+    with torch.no_grad(), observed(denoiser, calibration):
+        denoiser(*inputs)
+    assert calibration.group_of["to_k"] == calibration.group_of["to_v"] == "to_q"
+    assert calibration.group_of["context_v"] == "context_k" != "to_q"
+    assert calibration.inputs["to_q"][500.0].count == 1
+    assert "to_k" not in calibration.inputs
+
+
+def test_a_group_has_one_range_and_one_factor_from_its_largest_weights(denoiser, inputs):
+    with torch.no_grad():
+        denoiser.to_v.weight.mul_(50)
+    calibration = Calibration()
+    with torch.no_grad(), observed(denoiser, calibration):
+        denoiser(*inputs)
+    recipe = calibration.recipe(Options(alpha=0.5), {})
+    assert len({(recipe.layers[n].amax, recipe.layers[n].group) for n in ("to_q", "to_k", "to_v")}) == 1
+    _, channel = calibration.amax("to_q")
+    expected = (channel.maximum.amax(0) / denoiser.to_v.weight.detach().abs().amax(0)).sqrt()
+    torch.testing.assert_close(recipe.smoothing["to_q"], expected)
+
+
+def test_hooks_are_removed_also_when_the_body_raises(denoiser):
+    with pytest.raises(RuntimeError, match="stop"), observed(denoiser, Calibration()):
+        assert denoiser.conv1._forward_pre_hooks
+        raise RuntimeError("stop")
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in denoiser.modules())
+
+
+def test_calls_that_are_not_finite_are_counted_and_left_out(tensors):
+    tensors[1][0, 0, 0, 0] = float("nan")
+    calibration = observe(Calibration(), tensors, [9.0, 9.0, 9.0, 9.0])
+    assert calibration.nonfinite == {"layer": 1}
+    assert calibration.amax("layer")[0].count.tolist() == [3]
+
+
+def test_nothing_finite_is_an_error_that_names_the_layer():
+    calibration = observe(Calibration(), [torch.full((1, 16, 2, 2), float("inf"))], [1.0])
+    with pytest.raises(CalibrationError, match=r"NaN or infinite inputs \(layer"):
+        calibration.recipe(Options(), {})
+    with pytest.raises(CalibrationError, match="no quantisable layer ran"):
+        Calibration().recipe(Options(), {})

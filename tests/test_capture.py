@@ -1,0 +1,50 @@
+"""Dynamo's graph in, layers and a fresh graph out."""
+
+import torch
+from conftest import grab
+
+from sdtrt_backend.capture import bind, tensor_inputs
+
+
+def test_every_linear_and_convolution_is_found_under_its_module_path(denoiser, graph):
+    captured, _ = graph
+    modules = {n: m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    assert {layer.name for layer in captured.layers} == set(modules)
+    assert all(torch.equal(layer.weight, modules[layer.name].weight) for layer in captured.layers)
+    assert captured.unquantizable == {}
+
+
+def test_layers_that_read_one_tensor_have_one_source(graph):
+    source = {layer.name: layer.source for layer in graph[0].layers}
+    assert source["to_q"] == source["to_k"] == source["to_v"] != source["to_out"]
+    assert source["context_k"] == source["context_v"]
+
+
+def test_the_bound_graph_takes_tensors_alone_and_gives_the_modules_own_numbers(denoiser, graph, inputs):
+    captured, args = graph
+    bound, _ = bind(captured, args)
+    assert len(bound.graph.find_nodes(op="placeholder")) == 3
+    with torch.no_grad():
+        assert torch.equal(bound(*tensor_inputs(captured, args))[0], denoiser(*inputs))
+
+
+def test_the_timestep_is_the_second_input(graph, inputs):
+    captured, args = graph
+    assert args[captured.timestep] is inputs[1]
+
+
+def test_sizes_that_dynamo_makes_symbolic_become_literals(denoiser, inputs):
+    sample, timestep, context = inputs
+    more = (torch.cat([sample] * 2), timestep, torch.cat([context] * 2))
+    captured, args = grab(denoiser, inputs, more)
+    assert any(isinstance(a, int) for a in args)
+    bound, _ = bind(captured, args)
+    with torch.no_grad():
+        torch.testing.assert_close(bound(*tensor_inputs(captured, args))[0], denoiser(*more))
+
+
+def test_dynamos_own_graph_is_left_alone(graph):
+    captured, args = graph
+    before = captured.graph.code
+    bind(captured, args)
+    assert captured.graph.code == before

@@ -1,0 +1,69 @@
+"""The architecture: no import runs upward, and importing the package stays light."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import sdtrt_backend
+
+ROOT = Path(sdtrt_backend.__file__).parent
+LAYERS = (
+    {"errors", "values"},
+    {"rules", "options", "recipe", "timesteps", "stats", "metrics", "ops", "report"},
+    {"fx", "measure"},
+    {"capture", "calibrate", "smooth", "quantize", "lower", "lower.inductor_cpu", "lower.reference"},
+    {"run"},
+    {"backend"},
+    {"pipeline"},
+    {"demo"},
+    {"cli", "__init__"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# neighbours of one level that may be imported: (importer, imported): reason
+SIDEWAYS = {
+    ("options", "rules"): "options are checked against the tables",
+    ("quantize", "smooth"): "smoothing is part of inserting Q/DQ",
+    ("lower", "lower.inductor_cpu"): "the table of lowerings",
+    ("lower", "lower.reference"): "the table of lowerings",
+    ("report", "metrics"): "the type of pictures",
+}
+HEAVY = ("diffusers", "transformers", "tensorrt", "torch_tensorrt", "modelopt", "torchao", "onnx")
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path):
+    """Our modules that a file imports at module level or inside functions."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            for alias in node.names:
+                dotted = ".".join((*base, *(node.module or alias.name).split(".")))
+                yield dotted
+
+
+def test_every_file_has_a_layer_and_imports_only_from_below():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        name = module_name(path)
+        assert name in LEVEL, f"{name} has no layer"
+        for other in imports(path):
+            if LEVEL[other] >= LEVEL[name] and (name, other) not in SIDEWAYS:
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    code = f"import sys, sdtrt_backend; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_backend_is_registered_without_importing_us():
+    (entry,) = entry_points(group="torch_dynamo_backends", name="sd_int8")
+    assert entry.load() is sdtrt_backend.sd_int8

@@ -1,0 +1,65 @@
+"""The 8-bit operators and the lowering to oneDNN, each against its plain-torch reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import TOLERANCES
+
+from sdtrt_backend import measure, ops
+from sdtrt_backend.capture import bind, tensor_inputs
+from sdtrt_backend.lower import LOWERINGS, choose
+from sdtrt_backend.quantize import insert, plan
+
+
+def operands(*shape, channels=64, kernel=()):
+    g = torch.Generator().manual_seed(sum(shape))
+    codes = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (channels, shape[1 if kernel else -1], *kernel), generator=g, dtype=torch.int8)
+    return codes, weight, torch.rand(channels, generator=g) / 50, torch.randn(channels, generator=g)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [((2, 32, 9, 7), 3, 1), ((1, 64, 8, 8), 3, 2), ((3, 32, 5, 5), 1, 1)])
+def test_convolution_equals_float64(size, kernel, stride):
+    x, w, scale, bias = operands(*size, kernel=(kernel, kernel))
+    pad = [kernel // 2] * 2
+    mine = ops.int8_conv2d(x, 0.02, 128, w, scale, bias, [stride] * 2, pad, [1, 1], torch.float32)
+    exact = F.conv2d((x.double() - 128) * 0.02, w.double() * scale.double().view(-1, 1, 1, 1), bias.double(), stride, pad)
+    assert mine.is_contiguous(memory_format=torch.channels_last)
+    assert measure.compare(mine, exact) < TOLERANCES["int8_operator"]
+
+
+def test_linear_equals_float64():
+    x, w, scale, bias = operands(3, 5, 64)
+    mine = ops.int8_linear(x, 0.02, 128, w, scale, bias, torch.float32)
+    exact = F.linear((x.double() - 128) * 0.02, w.double() * scale.double()[:, None], bias.double())
+    assert measure.compare(mine, exact) < TOLERANCES["int8_operator"]
+
+
+def test_fake_implementations_agree_with_the_real_ones():
+    x, w, scale, bias = operands(2, 32, 8, 8, kernel=(3, 3))
+    torch.library.opcheck(ops.int8_conv2d, (x, 0.02, 128, w, scale, bias, [2, 2], [1, 1], [1, 1], torch.bfloat16))
+    x, w, scale, bias = operands(2, 5, 64)
+    torch.library.opcheck(ops.int8_linear, (x, 0.02, 128, w, scale, None, torch.float32))
+    y = torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last)
+    torch.library.opcheck(ops.group_norm, (y, 8, torch.ones(32), torch.zeros(32), 1e-5))
+
+
+@pytest.mark.parametrize("rest", ["float32", "bfloat16"])
+def test_the_compiled_graph_equals_the_reference_lowering_and_runs_int8_kernels(graph, recipe, rest):
+    captured, args = graph
+    tensors = tensor_inputs(captured, args)
+    reference, compiled = (LOWERINGS[target](insert(*bind(captured, args), plan(captured.layers, recipe, ())), tensors, rest)
+                           for target in ("reference", "inductor"))
+    with torch.no_grad(), measure.CountInt8() as counted:
+        mine = compiled(*tensors)
+    with torch.no_grad():
+        assert measure.compare(mine, reference(*tensors)) < TOLERANCES["kernels_vs_reference_step"]
+    assert counted.flops > 0
+
+
+def test_devices_without_kernels_are_refused_with_the_reason():
+    assert choose("auto", torch.device("cpu")) == ("inductor", None)
+    assert choose("reference", torch.device("cuda")) == ("reference", None)
+    target, why = choose("auto", torch.device("cuda"))
+    assert target == ""
+    assert "cuda" in why

@@ -1,0 +1,37 @@
+"""Options: every wrong one raises and says what is valid."""
+
+from pathlib import Path
+
+import pytest
+
+from sdtrt_backend.errors import OptionError
+from sdtrt_backend.options import Options
+
+WRONG = {
+    "recipe": 5, "calibration_runs": 0, "rule": "median", "percentile": 0.0, "alpha": 1.5, "max_error": -1.0,
+    "rest": "float64", "engine": "tensorrt_classic", "exclude": [3],
+}
+
+
+def test_defaults_are_valid_and_every_option_has_a_wrong_value_here():
+    assert Options.parse(None) == Options.parse({}) == Options()
+    assert set(WRONG) == set(Options.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG.items())
+def test_a_wrong_value_names_the_option_and_what_came(name, value):
+    with pytest.raises(OptionError, match=f"{name}.*expects") as caught:
+        Options.parse({name: value})
+    assert repr(value) in str(caught.value) or repr(tuple(value)) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None])
+def test_a_percentile_is_a_number_and_not_a_truth_value(value):
+    with pytest.raises(OptionError, match="number in"):
+        Options.parse({"percentile": value})
+
+
+def test_paths_and_lists_become_hashable():
+    options = Options.parse({"recipe": Path("a"), "exclude": ["conv*"], "alpha": None})
+    assert (options.recipe, options.exclude, options.alpha) == ("a", ("conv*",), None)
+    assert hash(options) == hash(Options.parse({"recipe": "a", "exclude": ("conv*",), "alpha": None}))

@@ -1,0 +1,76 @@
+"""A recipe survives the disk to the bit, and every damage is refused with its sentence."""
+
+import json
+
+import pytest
+import torch
+
+from sdtrt_backend.errors import RecipeError
+from sdtrt_backend.recipe import JSON_NAME, SCHEMA, TENSORS_NAME, LayerRecipe, Recipe, fingerprint, model_hash
+
+
+@pytest.fixture
+def recipe():
+    layers = {"a.to_q": LayerRecipe("linear", "f1", "a.to_q", 1.5, 0.5), "a.to_k": LayerRecipe("linear", "f2", "a.to_q", 1.5, 0.5),
+              "b": LayerRecipe("conv2d", "f3", "b", 0.1 + 0.2)}
+    return Recipe("hash", layers, {"a.to_q": torch.rand(64)}, {"a.to_q": torch.rand(3, 4), "b": torch.rand(3, 4)},
+                  (999.0, 500.0, 1.0), {"seed": 0, "rule": "max"})
+
+
+def test_what_is_loaded_is_what_was_saved_to_the_bit(recipe, tmp_path):
+    again = Recipe.load(recipe.save(tmp_path))
+    assert (again.layers, again.timesteps, again.provenance) == (recipe.layers, recipe.timesteps, recipe.provenance)
+    assert all(torch.equal(again.smoothing[k], v) for k, v in recipe.smoothing.items())
+    assert all(torch.equal(again.amax_by_timestep[k], v) for k, v in recipe.amax_by_timestep.items())
+
+
+def test_saving_twice_gives_the_same_bytes_and_nothing_else(recipe, tmp_path):
+    recipe.save(tmp_path / "a")
+    Recipe.load(tmp_path / "a").save(tmp_path / "b")
+    for name in (JSON_NAME, TENSORS_NAME):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {JSON_NAME, TENSORS_NAME}
+
+
+def damage_json(edit):
+    def apply(folder):
+        body = json.loads((folder / JSON_NAME).read_text())
+        edit(body)
+        (folder / JSON_NAME).write_text(json.dumps(body))
+    return apply
+
+
+@pytest.mark.parametrize(("damage", "sentence"), [
+    (lambda f: (f / JSON_NAME).write_text((f / JSON_NAME).read_text()[:100]), "truncated or not JSON"),
+    (lambda f: (f / JSON_NAME).unlink(), "recipe.json is missing"),
+    (lambda f: (f / TENSORS_NAME).unlink(), "recipe.safetensors is missing"),
+    (lambda f: (f / TENSORS_NAME).write_bytes((f / TENSORS_NAME).read_bytes()[:-4]), "truncated, edited or of another recipe"),
+    (damage_json(lambda b: b["layers"]["b"].update(amax=3.0)), "was edited or damaged"),
+    (damage_json(lambda b: b.update(schema=SCHEMA + 1)), "upgrade sdtrt_backend"),
+    (damage_json(lambda b: b.pop("schema")), "no schema number"),
+])
+def test_damage_is_refused_with_its_sentence(recipe, tmp_path, damage, sentence):
+    recipe.save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(RecipeError, match=sentence):
+        Recipe.load(tmp_path)
+
+
+def test_another_model_is_refused_and_the_same_one_is_not(recipe):
+    recipe.check_model({"a.to_q": "f1", "a.to_k": "f2", "b": "f3", "new": "f9"})
+    with pytest.raises(RecipeError, match="weight of b differs"):
+        recipe.check_model({"a.to_q": "f1", "b": "other"})
+    with pytest.raises(RecipeError, match="none of its 3 layers"):
+        recipe.check_model({"c": "f1"})
+
+
+def test_a_fingerprint_survives_a_change_of_precision_but_not_of_weights():
+    weight = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)).half()
+    same = {fingerprint(weight), fingerprint(weight.float()), fingerprint(weight.bfloat16())}
+    assert len(same) == 1
+    assert fingerprint(weight.T.contiguous()) not in same
+    assert fingerprint(weight * 1.5) not in same
+
+
+def test_a_model_hash_does_not_depend_on_order():
+    assert model_hash([("a", "1"), ("b", "2")]) == model_hash([("b", "2"), ("a", "1")]) != model_hash([("a", "2"), ("b", "1")])

@@ -1,0 +1,50 @@
+"""The tables: range rules on a hand-made record, and which layers stay unquantised."""
+
+import pytest
+import torch
+
+from sdtrt_backend.rules import KEEP, RANGE_RULES, AmaxByTimestep, reason_to_keep
+from sdtrt_backend.values import Layer
+
+# three timesteps, noisiest first; two calls each
+RECORD = AmaxByTimestep(torch.tensor([8.0, 4.0, 2.0]), torch.tensor([6.0, 3.0, 1.0]), torch.tensor([14.0, 7.0, 3.0]),
+                        torch.tensor([2.0, 2.0, 2.0]))
+EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "min_max": 2.0, "min_mean": 1.5, "mean_mean": 4.0, "global_min": 1.0}
+
+
+def layer(name="mid.conv", shape=(64, 64, 3, 3), groups=1):
+    return Layer(name, "conv2d", "n", "s", torch.ones(shape), None, groups)
+
+
+@pytest.mark.parametrize("rule", RANGE_RULES)
+def test_a_rule_gives_its_formula_per_tensor_and_per_channel(rule):
+    assert float(RANGE_RULES[rule](RECORD)) == pytest.approx(EXPECTED[rule])
+    wide = AmaxByTimestep(*(torch.stack([t, 2 * t], 1) for t in (RECORD.maximum, RECORD.minimum, RECORD.total)), RECORD.count)
+    assert RANGE_RULES[rule](wide).tolist() == pytest.approx([EXPECTED[rule], 2 * EXPECTED[rule]])
+
+
+@pytest.mark.parametrize(("percentile", "kept"), [(1.0, 3), (0.67, 2), (0.34, 1), (0.01, 1)])
+def test_a_prefix_starts_at_the_noisy_end_and_never_is_empty(percentile, kept):
+    assert RECORD.prefix(percentile).maximum.tolist() == RECORD.maximum[:kept].tolist()
+
+
+def test_an_ordinary_layer_may_be_quantised():
+    assert reason_to_keep(layer(), ()) is None
+    assert reason_to_keep(layer("up_blocks.0.attentions.1.proj_out"), ()) is None  # not the model's last projection
+
+
+@pytest.mark.parametrize("name", ["conv_in", "conv_out", "time_embedding.linear_1", "down_blocks.0.resnets.1.time_emb_proj"])
+def test_layers_of_the_table_stay_with_its_reason(name):
+    assert reason_to_keep(layer(name), ()) in {why for _, why in KEEP}
+
+
+@pytest.mark.parametrize(("kept", "word"), [(layer(shape=(64, 4, 3, 3)), "fewer"), (layer(shape=(64, 40, 3, 3)), "multiples"),
+                                            (layer(groups=64), "grouped"), (layer("a.b"), "excluded")])
+def test_every_other_refusal_is_a_sentence(kept, word):
+    assert word in reason_to_keep(kept, ("a.*",))
+
+
+def test_weights_that_are_not_finite_stay():
+    broken = layer()
+    broken.weight[0, 0, 0, 0] = float("inf")
+    assert "not finite" in reason_to_keep(broken, ())

@@ -1,0 +1,73 @@
+"""Laws of the arithmetic."""
+
+import pytest
+import torch
+
+from sdtrt_backend import stats
+from sdtrt_backend.values import INT8_MAX
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(4, 64, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_quantisation_inside_the_range_is_off_by_half_a_step_at_most(noise):
+    amax = float(noise.abs().max())
+    error = (stats.fake_quantize(noise, amax) - noise).abs().max()
+    assert error <= amax / INT8_MAX / 2 * (1 + 1e-5)
+    assert error > 0
+
+
+def test_what_lies_outside_the_range_is_clipped(noise):
+    clipped = stats.fake_quantize(noise, 0.5)
+    assert clipped.max() == pytest.approx(0.5)
+    assert clipped.min() >= -0.5 * 128 / 127 - 1e-6
+
+
+def test_weight_codes_fill_the_range_of_every_channel_and_zero_channels_are_safe():
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    scale = stats.weight_scale(weight)
+    codes = stats.quantize_weight(weight, scale)
+    assert codes.dtype is torch.int8
+    assert codes.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127, 127]
+    assert torch.all((codes * scale[:, None] - weight).abs() <= scale[:, None] / 2 * (1 + 1e-5))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.35, 1.0])
+def test_smoothing_leaves_the_product_as_it_was(noise, alpha):
+    x, w = noise[0].T, torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    s = stats.smoothing_factor(x.abs().amax(0), w.abs().amax(0), alpha)
+    torch.testing.assert_close((x / s) @ (w * s).T, x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+def test_smoothing_at_one_gives_every_channel_of_the_input_the_same_range(noise):
+    x = noise[0].T * torch.logspace(-2, 2, 64)
+    s = stats.smoothing_factor(x.abs().amax(0), torch.ones(64), 1.0)
+    torch.testing.assert_close((x / s).abs().amax(0), torch.ones(64))
+
+
+def test_channels_that_are_zero_are_not_smoothed():
+    s = stats.smoothing_factor(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0]), 0.5)
+    assert s.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_channel_amax_is_the_largest_magnitude_of_each_channel(noise, axis):
+    dims = [d for d in range(3) if d != axis % 3]
+    assert torch.equal(stats.channel_amax(noise, axis), noise.abs().amax(dims))
+
+
+def test_a_histogram_counts_every_sampled_element_in_the_bin_of_its_octave():
+    counts = stats.log_histogram(torch.tensor([0.0, 1.0, 1.01, -2.0, 1e9]))
+    assert int(counts.sum()) == 5
+    assert counts[0] == 1
+    assert counts[-stats.OCTAVES[0] * stats.BINS_PER_OCTAVE] == 2
+    assert counts[(1 - stats.OCTAVES[0]) * stats.BINS_PER_OCTAVE] == 1
+    assert counts[-1] == 1
+
+
+def test_sqnr_is_the_relative_error_in_decibels(noise):
+    assert stats.relative_error(1.01 * noise, noise) == pytest.approx(0.01, rel=1e-3)
+    assert stats.sqnr_db(1.01 * noise, noise) == pytest.approx(40.0, abs=1e-2)
