@@ -7,7 +7,7 @@ from tolerances import TOLERANCES
 
 from sdtrt_backend import measure, ops
 from sdtrt_backend.capture import bind, tensor_inputs
-from sdtrt_backend.lower import LOWERINGS, choose
+from sdtrt_backend.lower import LOWERINGS, choose, inductor_cpu
 from sdtrt_backend.quantize import insert, plan
 
 
@@ -44,7 +44,7 @@ def test_fake_implementations_agree_with_the_real_ones():
     torch.library.opcheck(ops.group_norm, (y, 8, torch.ones(32), torch.zeros(32), 1e-5))
 
 
-@pytest.mark.parametrize("rest", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rest", ["float32", "bfloat16", "auto"])
 def test_the_compiled_graph_equals_the_reference_lowering_and_runs_int8_kernels(graph, recipe, rest):
     captured, args = graph
     tensors = tensor_inputs(captured, args)
@@ -55,6 +55,17 @@ def test_the_compiled_graph_equals_the_reference_lowering_and_runs_int8_kernels(
     with torch.no_grad():
         assert measure.compare(mine, reference(*tensors)) < TOLERANCES["kernels_vs_reference_step"]
     assert counted.flops > 0
+
+
+def test_the_precision_of_the_rest_is_decided_by_time(graph, monkeypatch):
+    captured, args = graph
+    bound, _ = bind(captured, args)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for times, expected in (([1.0, 2.0], True), ([2.0, 1.0], False), ([0.95, 1.0], False)):
+        monkeypatch.setattr(inductor_cpu, "step_ms", lambda *steps, repeats=1, times=times: times)
+        before = torch.random.get_rng_state()
+        assert inductor_cpu.bf16_pays(bound) is expected
+        assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_devices_without_kernels_are_refused_with_the_reason():

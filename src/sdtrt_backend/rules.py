@@ -99,6 +99,7 @@ class AmaxByTimestep:
 RANGE_RULES: dict[str, Callable[[AmaxByTimestep], torch.Tensor]] = {
     "max": lambda a: a.maximum.amax(0),
     "mean_max": lambda a: a.maximum.mean(0),
+    "quartile_max": lambda a: a.maximum.quantile(0.75, 0),  # the widest quarter of the timesteps is clipped
     "min_max": lambda a: a.maximum.amin(0),
     "min_mean": lambda a: a.mean().amin(0),
     "mean_mean": lambda a: a.mean().mean(0),

@@ -8,6 +8,7 @@ miss the pattern, and nothing global is registered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -17,19 +18,25 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import ops
 from ..fx import add_constant, call_arguments, finish, pair
+from ..measure import step_ms
 from ..rules import OPS
 from ..values import UINT8_ZERO
 
 QD = torch.ops.quantized_decomposed
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
+BF16_REPEATS = 20
+BF16_GAIN = 0.9  # bf16 must win by a tenth: it costs accuracy
+ATTENTION: Any = torch.nn.functional.scaled_dot_product_attention
 
 
 def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], rest: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Compile ``gm`` (changed in place) for the shapes of ``example``. rest: "float32", "bfloat16" or "auto"."""
+    """Compile ``gm`` (changed in place) for the shapes of ``example``.
+
+    rest: "float32" (the user's own precision), "bfloat16", or "auto": bfloat16 where it was measured to be faster.
+    """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    narrow = rest == "bfloat16" or (rest == "auto" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    narrow = rest == "bfloat16" or (rest == "auto" and bf16_pays(gm))
     to_int8_operators(gm, torch.bfloat16 if narrow else None)
     if narrow:
         attention_in_bf16(gm)
@@ -96,6 +103,29 @@ def _as_float(gm: fx.GraphModule, bias: fx.Node | None) -> fx.Node | None:
     if bias is None or getattr(gm, str(bias.target)).dtype is torch.float32:
         return bias
     return add_constant(gm, f"{bias.name}_fp32", getattr(gm, str(bias.target)).float())
+
+
+def bf16_pays(gm: fx.GraphModule) -> bool:
+    """Time the graph's largest attention in fp32 and in bf16 with its casts; what else is not 8-bit is too small to tell."""
+    largest = max((_qkv_shapes(n) for n in gm.graph.find_nodes(op="call_function", target=ATTENTION) if _is_float32(n)),
+                  key=lambda shapes: math.prod(shapes[0]) * shapes[1][-2], default=None)
+    if largest is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    noise = torch.Generator().manual_seed(0)  # the user's random state is not ours to advance
+    qkv = [torch.randn(shape, generator=noise) for shape in largest]
+
+    def narrow() -> Any:
+        return ATTENTION(*(t.bfloat16() for t in qkv)).float()
+
+    with torch.no_grad():
+        step_ms(narrow, lambda: ATTENTION(*qkv))  # warm-up
+        narrow_ms, wide_ms = step_ms(narrow, lambda: ATTENTION(*qkv), repeats=BF16_REPEATS)
+    return narrow_ms < BF16_GAIN * wide_ms
+
+
+def _qkv_shapes(node: fx.Node) -> list[list[int]]:
+    """Sizes of query, key and value; a symbolic size counts as the one it was first seen with."""
+    return [[s if isinstance(s, int) else s.node.hint for s in a.meta["example_value"].shape] for a in node.args[:3]]
 
 
 def attention_in_bf16(gm: fx.GraphModule) -> fx.GraphModule:
