@@ -1,6 +1,8 @@
 """Dynamo's graph in, layers and a fresh graph out."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from conftest import grab
 
 from sdtrt_backend.capture import bind, tensor_inputs
@@ -48,3 +50,41 @@ def test_dynamos_own_graph_is_left_alone(graph):
     before = captured.graph.code
     bind(captured, args)
     assert captured.graph.code == before
+
+
+class Functional(torch.nn.Module):
+    """One linear called as a function; the bias is computed or a buffer."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(torch.randn(64, 64)), bias
+        self.register_buffer("shift", torch.ones(64))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.shift if self.bias == "buffer" else 2 * self.shift)
+
+
+@pytest.mark.xfail(strict=True, reason="a bias is looked up among the parameters")
+@pytest.mark.parametrize("bias", ["buffer", "computed"])
+def test_a_layer_whose_bias_is_no_parameter_is_a_layer_or_has_a_reason(bias):
+    torch._dynamo.reset()
+    captured, _ = grab(Functional(bias), (torch.randn(2, 64),))
+    assert len(captured.layers) + len(captured.unquantizable) == 1
+
+
+class TwoCalls(torch.nn.Module):
+    """Two linears that are no submodules, so one module path holds both."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.a), self.b)
+
+
+@pytest.mark.xfail(strict=True, reason="a layer is named by its module alone")
+def test_two_weights_never_share_a_name():
+    torch._dynamo.reset()
+    captured, _ = grab(torch.nn.Sequential(TwoCalls()), (torch.randn(2, 64),))
+    assert len({layer.name for layer in captured.layers}) == len(captured.layers) == 2

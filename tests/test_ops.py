@@ -74,3 +74,10 @@ def test_devices_without_kernels_are_refused_with_the_reason():
     target, why = choose("auto", torch.device("cuda"))
     assert target == ""
     assert "cuda" in why
+
+
+def test_signed_codes_give_what_the_shifted_unsigned_ones_give():
+    x, w, scale, bias = operands(3, 5, 64)
+    signed = (x.int() - 128).to(torch.int8)
+    assert torch.equal(ops.int8_linear(x, 0.02, 128, w, scale, bias, torch.float32),
+                       ops.int8_linear(signed, 0.02, 0, w, scale, bias, torch.float32))

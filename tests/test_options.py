@@ -35,3 +35,20 @@ def test_paths_and_lists_become_hashable():
     options = Options.parse({"recipe": Path("a"), "exclude": ["conv*"], "alpha": None})
     assert (options.recipe, options.exclude, options.alpha) == ("a", ("conv*",), None)
     assert hash(options) == hash(Options.parse({"recipe": "a", "exclude": ("conv*",), "alpha": None}))
+
+
+@pytest.mark.parametrize("name", ["percentil", "Rule", "quantize"])
+def test_an_unknown_option_lists_every_valid_one(name):
+    with pytest.raises(OptionError, match=f"unknown option '{name}'") as caught:
+        Options.parse({name: 1})
+    assert all(valid in str(caught.value) for valid in Options.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("calibration_runs", 2.0), ("calibration_runs", True), ("exclude", "conv*"), ("alpha", "0.5"), ("alpha", True),
+    ("rule", None), ("engine", None), ("max_error", float("nan")), ("percentile", float("nan")),
+    pytest.param("rule", ["max"], marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="looked up in a dict")),
+])
+def test_a_value_of_nearly_the_right_type_is_refused_too(name, value):
+    with pytest.raises(OptionError, match=f"{name}.*expects"):
+        Options.parse({name: value})

@@ -58,6 +58,15 @@ def test_restore_gives_the_same_picture_and_module_to_the_bit(pipe):
         sdtrt_backend.explain(pipe)
 
 
+def test_accelerating_again_after_restore_starts_anew(pipe):
+    for _ in range(2):
+        with sdtrt_backend.accelerated(pipe, engine="reference", calibration_runs=1):
+            draw(pipe, [PROMPT], 2, 0)
+            assert sdtrt_backend.explain(pipe).state == "calibrating"
+            draw(pipe, [PROMPT], 1, 0)
+            assert sdtrt_backend.explain(pipe).state == "ready"
+
+
 def test_accelerate_refuses_bad_options_and_recipes_at_once(pipe, tmp_path):
     with pytest.raises(sdtrt_backend.OptionError, match="valid options"):
         sdtrt_backend.accelerate(pipe, percentil=1.0)

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import grab
 from tolerances import TOLERANCES
 
 from sdtrt_backend import measure, stats
 from sdtrt_backend.capture import bind, tensor_inputs
 from sdtrt_backend.quantize import QD, insert, plan
+from sdtrt_backend.recipe import LayerRecipe, Recipe
 
 KEPT = {"conv_in", "conv_out", "time_embedding"}
 
@@ -80,3 +82,27 @@ def test_one_layer_alone_equals_fake_quantisation_written_by_hand(denoiser, grap
         hook.remove()
         # a rounding tie may fall to the other side where the norm carries the factor
         assert measure.compare(gm(*tensors), expected) < 2e-3
+
+
+class Keyword(torch.nn.Module):
+    """A linear whose weight is passed by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, weight=self.weight)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="the weight is replaced by position only")
+def test_a_weight_passed_by_keyword_is_quantised_like_any_other():
+    torch._dynamo.reset()
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    module = Keyword()
+    captured, args = grab(module, (x,))
+    (layer,) = captured.layers
+    recipe = Recipe("", {layer.name: LayerRecipe("linear", "", layer.name, float(x.abs().max()))})
+    gm, tensors = quantised((captured, args), plan(captured.layers, recipe, ()))
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), module(x)) < TOLERANCES["int8_step"]

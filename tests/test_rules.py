@@ -9,7 +9,8 @@ from sdtrt_backend.values import Layer
 # three timesteps, noisiest first; two calls each
 RECORD = AmaxByTimestep(torch.tensor([8.0, 4.0, 2.0]), torch.tensor([6.0, 3.0, 1.0]), torch.tensor([14.0, 7.0, 3.0]),
                         torch.tensor([2.0, 2.0, 2.0]))
-EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "quartile_max": 6.0, "min_max": 2.0, "min_mean": 1.5, "mean_mean": 4.0, "global_min": 1.0}
+EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "quartile_max": 6.0, "min_max": 2.0, "min_mean": 1.5, "mean_mean": 4.0,
+            "global_min": 1.0}
 
 
 def layer(name="mid.conv", shape=(64, 64, 3, 3), groups=1):
@@ -48,3 +49,9 @@ def test_weights_that_are_not_finite_stay():
     broken = layer()
     broken.weight[0, 0, 0, 0] = float("inf")
     assert "not finite" in reason_to_keep(broken, ())
+
+
+@pytest.mark.parametrize("name", ["mid.conv_in", "conv_in.conv", "blocks.0.proj_out", "pos.x_embedder", "blocks.0.norm_out",
+                                  "time.conv1", "embedding.time"])
+def test_a_layer_deeper_in_the_model_does_not_match_the_name_of_an_outer_one(name):
+    assert reason_to_keep(layer(name), ()) is None

@@ -71,3 +71,13 @@ def test_a_histogram_counts_every_sampled_element_in_the_bin_of_its_octave():
 def test_sqnr_is_the_relative_error_in_decibels(noise):
     assert stats.relative_error(1.01 * noise, noise) == pytest.approx(0.01, rel=1e-3)
     assert stats.sqnr_db(1.01 * noise, noise) == pytest.approx(40.0, abs=1e-2)
+
+
+@pytest.mark.parametrize("elements", [
+    1, 4096, 4096 * 16,
+    pytest.param(2 * 4096 - 1, marks=pytest.mark.xfail(strict=True, reason="the stride is rounded down")),
+])
+def test_a_histogram_looks_at_its_sample_at_most(elements):
+    counts = stats.log_histogram(torch.ones(elements))
+    assert counts.shape == (stats.BINS,)
+    assert int(counts.sum()) == min(elements, stats.HISTOGRAM_SAMPLE)

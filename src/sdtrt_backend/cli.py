@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import SdtrtError
+from .options import Options
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="8-bit inference for diffusion models.",
                   pretty_exceptions_enable=False)
@@ -60,7 +61,7 @@ def calibrate(
     steps: Steps = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,
-    rule: Annotated[str, typer.Option(help="Range rule over timesteps.")] = "max",
+    rule: Annotated[str, typer.Option(help="Range rule over timesteps.")] = Options.rule,
 ) -> None:
     """Run the pipeline over your prompts and save the recipe for options={"recipe": ...}."""
     from .calibrate import calibrate as run

@@ -28,7 +28,7 @@ class Options:
 
     recipe: str | None = None
     calibration_runs: int = 2
-    rule: str = "max"
+    rule: str = "mean_max"
     percentile: float = 1.0
     alpha: float | None = 0.35
     max_error: float = 0.2

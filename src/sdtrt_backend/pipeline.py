@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backe
     if recipe is not None:
         options["recipe"] = os.fspath(recipe)
         Recipe.load(recipe)  # a bad recipe is refused here, not at the first step
+    from torch._dynamo.backends.registry import lookup_backend
+
     Options.parse(options)
     module = _denoiser(pipe)
     if any(p.is_meta for p in module.parameters()):
         raise ModelError.on_meta(type(module).__name__)
-    module.compile(backend=backend, options=options)
+    # a new callable each time: Dynamo takes equal backends for the same one and would go on with a restored step
+    compiler: Any = lookup_backend(backend)
+    module.compile(backend=partial(compiler, options=options))
     return pipe
 
 

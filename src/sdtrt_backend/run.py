@@ -122,11 +122,11 @@ class Step:
 
     def __call__(self, *args: Any) -> Any:
         key = shapes(self.captured, args)
-        if self.state.status == READY and key in self.variants:
+        if self.state.status != REFUSED and key in self.variants:
             if self._version() == self.weights_version:
                 return self.variants[key](*tensor_inputs(self.captured, args))
             self.state.refuse("the weights were changed after the 8-bit step was built (a LoRA fused, a checkpoint loaded?): "
-                              "restore and accelerate, or recompile after torch._dynamo.reset(), to quantise the new ones")
+                              "restore and accelerate again to quantise the new ones")
         if self.state.status == REFUSED:
             return self._refused(key, args)
         if not self.state.lock.acquire(blocking=False):

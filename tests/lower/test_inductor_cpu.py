@@ -1,0 +1,169 @@
+"""The graph handed to Inductor equals the Q/DQ graph; each rewrite has its match and its non-match."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import grab
+from tolerances import TOLERANCES
+from torch import nn
+
+from sdtrt_backend import measure, ops
+from sdtrt_backend.calibrate import Calibration, Observer
+from sdtrt_backend.capture import bind, tensor_inputs
+from sdtrt_backend.lower.inductor_cpu import ATTENTION, attention_in_bf16, group_norm_by_aten, to_int8_operators
+from sdtrt_backend.options import Options
+from sdtrt_backend.quantize import QD, insert, plan
+
+
+class Fragment(nn.Module):
+    """A module of the given children; ``body`` is its forward."""
+
+    def __init__(self, body, **children):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = body
+        for name, make in children.items():
+            setattr(self, name, make())
+
+    def forward(self, *inputs):
+        return self.body(self, *inputs)
+
+
+def pieces(module, *inputs, alpha=0.5):
+    """(function that makes a fresh Q/DQ graph, tensors) for a module calibrated on its own inputs."""
+    torch._dynamo.reset()
+    captured, args = grab(module.eval(), inputs)
+    calibration, weights = Calibration(), {layer.name: layer.weight for layer in captured.layers}
+    calibration.start_call(0.0)
+    with torch.no_grad():
+        Observer(captured.graph, captured.layer_names(),
+                 lambda name, op, axis, a: calibration.observe(name, op, a[0], weights[name], axis)).run(*args)
+    decisions = plan(captured.layers, calibration.recipe(Options(alpha=alpha), {}), ())
+    assert any(d.quantized for d in decisions)
+    return lambda: insert(*bind(captured, args), decisions), tensor_inputs(captured, args)
+
+
+def same(module, *inputs, alpha=0.5):
+    """The graph of 8-bit operators gives what the Q/DQ graph gives."""
+    make, tensors = pieces(module, *inputs, alpha=alpha)
+    with torch.no_grad():
+        mine, reference = to_int8_operators(make(), None)(*tensors), make()(*tensors)
+    assert [t.shape for t in mine] == [t.shape for t in reference]
+    assert measure.compare(mine, reference) < TOLERANCES["int8_operator"]
+
+
+def linear(features=64):
+    return nn.Linear(64, features)
+
+
+def conv(**geometry):
+    return nn.Conv2d(64, 64, 3, **geometry)
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def count(gm, target, op="call_function"):
+    return len(gm.graph.find_nodes(op=op, target=target))
+
+
+TOKENS, PIXELS = noise(2, 5, 64), noise(2, 64, 9, 8)
+
+
+def found(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@pytest.mark.parametrize(("module", "x"), [
+    (Fragment(lambda m, x: m.a(x), a=linear), TOKENS),
+    (Fragment(lambda m, x: m.a(x), a=linear), noise(2, 3, 5, 64)),
+    (Fragment(lambda m, x: m.a(x), a=lambda: nn.Linear(64, 128, bias=False)), TOKENS),
+    (Fragment(lambda m, x: m.a(x), a=lambda: conv(padding=1)), PIXELS),
+    (Fragment(lambda m, x: m.a(x), a=lambda: conv(stride=2, padding=(1, 0))), PIXELS),
+    (Fragment(lambda m, x: m.a(x), a=lambda: conv(dilation=2, padding_mode="circular", padding=1)), PIXELS),
+    (Fragment(lambda m, x: m.a(F.silu(m.n(x))), a=conv, n=lambda: nn.GroupNorm(8, 64)), PIXELS),
+    (Fragment(lambda m, x: m.b(F.silu(m.a(m.n(x)))), a=linear, b=linear, n=lambda: nn.LayerNorm(64)), TOKENS),
+    (Fragment(lambda m, x: m.a(torch.mul(x, x)), a=linear), TOKENS),
+    pytest.param(Fragment(lambda m, x: m.a(F.silu(x)), a=linear), noise(2, 64), marks=found("its scale has three dimensions")),
+    pytest.param(Fragment(lambda m, x: m.a(x), a=lambda: conv(padding="same")), PIXELS,
+                 marks=found("strings have no pair")),
+    pytest.param(Fragment(lambda m, x: m.a(torch.mul(x, 0.5)), a=conv), PIXELS, marks=found("taken for a smoothing factor")),
+    pytest.param(Fragment(lambda m, x: m.a(torch.mul(x, m.g)), a=conv, g=lambda: nn.Parameter(torch.rand(1, 64, 1, 1))), PIXELS,
+                 marks=found("taken for a smoothing factor")),
+], ids=["tokens", "4d", "no bias", "conv", "stride", "dilation", "group norm", "layer norm", "product", "2d", "same padding",
+        "scalar product", "channel product"])
+def test_8_bit_operators_equal_the_graph_they_replace(module, x):
+    same(module, x)
+
+
+def test_every_dequantise_is_gone_and_one_code_serves_all_readers_of_a_tensor():
+    make, _ = pieces(Fragment(lambda m, x: m.q(x) + m.k(x) + m.v(x), q=linear, k=linear, v=linear), TOKENS)
+    gm = to_int8_operators(make(), None)
+    assert count(gm, ops.int8_linear) == 3
+    assert count(gm, torch.round) == 1
+    assert count(gm, QD.quantize_per_tensor.default) == count(gm, QD.dequantize_per_tensor.default) == 0
+    assert count(gm, QD.dequantize_per_channel.default) == 0
+
+
+def test_an_unfolded_factor_and_the_scale_are_one_multiplication():
+    make, _ = pieces(Fragment(lambda m, x: m.a(x), a=linear), TOKENS)
+    assert count(make(), torch.mul) == 1
+    assert count(to_int8_operators(make(), None), torch.mul) == 1
+
+
+def test_a_layer_that_is_not_quantised_is_left_alone():
+    make, tensors = pieces(Fragment(lambda m, x: m.b(m.a(x)), a=linear, b=lambda: nn.Linear(64, 20)), TOKENS)
+    gm = to_int8_operators(make(), None)
+    assert count(gm, ops.int8_linear) == 1
+    assert gm(*tensors)[0].shape == (2, 5, 20)
+
+
+def test_narrow_kernels_give_the_dtype_of_the_graph():
+    make, tensors = pieces(Fragment(lambda m, x: m.a(x), a=linear), TOKENS)
+    wide, narrow = to_int8_operators(make(), None), to_int8_operators(make(), torch.bfloat16)
+    assert count(narrow, "to", "call_method") == count(wide, "to", "call_method") + 1
+    with torch.no_grad():
+        assert narrow(*tensors)[0].dtype is torch.float32
+        assert torch.equal(narrow(*tensors)[0], wide(*tensors)[0].bfloat16().float())
+
+
+def attention(q, k, v, mask=None):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize(("dtype", "mask", "casts"), [(torch.float32, False, 4), (torch.bfloat16, False, 0),
+                                                      (torch.float32, True, 0)])
+def test_attention_is_narrowed_only_in_fp32_and_without_a_mask(dtype, mask, casts):
+    torch._dynamo.reset()
+    inputs = [noise(2, 4, 6, 16).to(dtype)] * 3 + [torch.zeros(6, 6)] * mask
+    captured, args = grab(Fragment(lambda m, *inputs: attention(*inputs)), inputs)
+    before, _ = bind(captured, args)
+    gm = attention_in_bf16(bind(captured, args)[0])
+    tensors = tensor_inputs(captured, args)
+    assert count(gm, ATTENTION) == 1
+    assert count(gm, "to", "call_method") == casts
+    assert gm(*tensors)[0].dtype is dtype
+    assert measure.compare(gm(*tensors), before(*tensors)) < TOLERANCES["kernels_vs_reference_step"]
+
+
+@pytest.mark.parametrize("x", [PIXELS, PIXELS.to(memory_format=torch.channels_last), noise(2, 64, 7),
+                               pytest.param(noise(2, 7, 64).transpose(1, 2), marks=found("ATen wants a memory format"))],
+                         ids=["nchw", "channels last", "tokens", "transposed tokens"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_group_norm_call_gives_what_the_functional_one_gives(x, affine):
+    torch._dynamo.reset()
+    captured, args = grab(Fragment(lambda m, x: m.n(x), n=lambda: nn.GroupNorm(8, 64, affine=affine)), (x,))
+    gm = group_norm_by_aten(bind(captured, args)[0])
+    assert count(gm, ops.group_norm) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x)[0], captured.graph(*args)[0])
+
+
+def test_a_group_norm_called_with_its_defaults_keeps_them():
+    torch._dynamo.reset()
+    x = 1e-2 * PIXELS  # so small that eps shows
+    captured, args = grab(Fragment(lambda m, x: F.group_norm(x, 8)), (x,))
+    gm = group_norm_by_aten(bind(captured, args)[0])
+    assert count(gm, ops.group_norm) == 1
+    torch.testing.assert_close(gm(x)[0], F.group_norm(x, 8))
