@@ -64,7 +64,6 @@ class Functional(torch.nn.Module):
         return F.linear(x, self.weight, self.shift if self.bias == "buffer" else 2 * self.shift)
 
 
-@pytest.mark.xfail(strict=True, reason="a bias is looked up among the parameters")
 @pytest.mark.parametrize("bias", ["buffer", "computed"])
 def test_a_layer_whose_bias_is_no_parameter_is_a_layer_or_has_a_reason(bias):
     torch._dynamo.reset()
@@ -83,8 +82,14 @@ class TwoCalls(torch.nn.Module):
         return F.linear(F.linear(x, self.a), self.b)
 
 
-@pytest.mark.xfail(strict=True, reason="a layer is named by its module alone")
 def test_two_weights_never_share_a_name():
     torch._dynamo.reset()
     captured, _ = grab(torch.nn.Sequential(TwoCalls()), (torch.randn(2, 64),))
     assert len({layer.name for layer in captured.layers}) == len(captured.layers) == 2
+
+
+def test_padding_in_words_is_a_reason():
+    torch._dynamo.reset()
+    captured, _ = grab(torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding="same")), (torch.randn(1, 64, 8, 8),))
+    assert captured.layers == ()
+    assert "'same'" in captured.unquantizable["0"]

@@ -95,7 +95,6 @@ class Keyword(torch.nn.Module):
         return torch.nn.functional.linear(x, weight=self.weight)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="the weight is replaced by position only")
 def test_a_weight_passed_by_keyword_is_quantised_like_any_other():
     torch._dynamo.reset()
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))

@@ -14,7 +14,7 @@ EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "quartile_max": 6.0, "min_max": 2.0,
 
 
 def layer(name="mid.conv", shape=(64, 64, 3, 3), groups=1):
-    return Layer(name, "conv2d", "n", "s", torch.ones(shape), None, groups)
+    return Layer(name, "conv2d", "n", "s", torch.ones(shape), groups)
 
 
 @pytest.mark.parametrize("rule", RANGE_RULES)

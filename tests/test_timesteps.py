@@ -57,8 +57,8 @@ def test_an_interrupted_run_does_not_count():
 
 
 def test_a_model_of_one_step_completes_every_two_calls():
-    assert complete([999]) == 0
-    assert complete([999] * 4) == 2
+    assert complete([999]) == complete([999] * 2) == 0  # may be both halves of a guided first step
+    assert complete([999] * 6) == 2
 
 
 def test_buckets_are_the_values_until_there_are_too_many_then_the_nearest():
@@ -70,7 +70,6 @@ def test_buckets_are_the_values_until_there_are_too_many_then_the_nearest():
     assert len(buckets.values) == MAX_BUCKETS
 
 
-@pytest.mark.xfail(strict=True, reason="a buffer is a tensor input like any other")
 @pytest.mark.parametrize("buffer", ["l_self_buffers_frequencies_", "l_self_buffers_sigmas_"])
 def test_a_buffer_of_the_model_is_not_the_timestep(buffer):
     assert find_timestep([buffer, "l_args_0_", "l_args_1_"], [torch.ones(8), LATENT, SCALAR]) == 2

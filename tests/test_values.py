@@ -7,7 +7,7 @@ import torch
 
 from sdtrt_backend.values import INT8_MAX, UINT8_ZERO, Decision, Layer, LayerReport
 
-LAYER = Layer("a", "linear", "linear", "x", torch.ones(64, 64), None)
+LAYER = Layer("a", "linear", "linear", "x", torch.ones(64, 64))
 ROW = LayerReport("a", "linear", (64, 64), "int8", "reference", "")
 
 

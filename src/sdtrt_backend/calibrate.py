@@ -67,7 +67,7 @@ class Calibration:
     buckets: Buckets = field(default_factory=Buckets)
     trajectories: Trajectories = field(default_factory=Trajectories)
     _bucket: float = 0.0
-    _seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = field(default_factory=dict)
+    _seen: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], str]] = field(default_factory=dict)
 
     def start_call(self, timestep: float) -> None:
         """Before each forward of the denoiser."""
@@ -82,10 +82,11 @@ class Calibration:
             self.fingerprints[name] = fingerprint(weight)
             w = weight.detach().float().abs()
             self.weight_amax[name] = w.amax([d for d in range(w.dim()) if d != 1]).cpu()
-        seen = self._seen.get(id(x))
+        tensor = (id(x), 0 if x.is_inference() else x._version)  # written in place, it is another tensor
+        seen = self._seen.get(tensor)
         first = seen is None or seen[0]() is not x  # a dead tensor's id may have been given to this one
         if first:
-            seen = self._seen[id(x)] = (weakref.ref(x), self.group_of.get(name, name))
+            seen = self._seen[tensor] = (weakref.ref(x), self.group_of.get(name, name))
         assert seen is not None
         self.group_of.setdefault(name, seen[1])
         if not first:
@@ -102,9 +103,13 @@ class Calibration:
             amax = float(channels.max())
             at[self._bucket] = InputStats(channels, channels, channels, amax, amax, amax, histogram)
 
+    def timesteps(self) -> list[float]:
+        """Every timestep seen, in the direction the model was stepped through: noisiest first."""
+        return sorted(self.buckets.values, reverse=self.trajectories.direction <= 0)
+
     def amax(self, group: str) -> tuple[AmaxByTimestep, AmaxByTimestep]:
-        """(per tensor [T], per channel [T, channels]) of a group, timesteps in the order they were first visited."""
-        rows = [self.inputs[group][t] for t in self.buckets.values if t in self.inputs[group]]
+        """(per tensor [T], per channel [T, channels]) of a group, over the timesteps it ran at, noisiest first."""
+        rows = [self.inputs[group][t] for t in self.timesteps() if t in self.inputs[group]]
         count = torch.tensor([float(r.count) for r in rows])
         tensor = AmaxByTimestep(torch.tensor([r.tensor_max for r in rows]), torch.tensor([r.tensor_min for r in rows]),
                                 torch.tensor([r.tensor_sum for r in rows]), count)
@@ -125,7 +130,10 @@ class Calibration:
         for group in self.inputs:
             members = [name for name, g in self.group_of.items() if g == group]
             tensor, channel = self.amax(group)
-            amaxes[group] = torch.stack([tensor.maximum, tensor.minimum, tensor.total, tensor.count], 1)
+            table = torch.zeros(len(self.buckets.values), 4)
+            ran = torch.tensor([t in self.inputs[group] for t in self.timesteps()])
+            table[ran] = torch.stack([tensor.maximum, tensor.minimum, tensor.total, tensor.count], 1)
+            amaxes[group] = table
             amax = float(rule(tensor.prefix(options.percentile)))
             alpha = options.alpha if all(self.ops[m] == "linear" for m in members) else None
             if alpha is not None:
@@ -137,7 +145,7 @@ class Calibration:
                 layers[name] = LayerRecipe(self.ops[name], self.fingerprints[name], group, amax, alpha)
         facts = {"rule": options.rule, "percentile": options.percentile, "alpha": options.alpha, "versions": versions(),
                  "skipped_nonfinite": dict(sorted(self.nonfinite.items())), **provenance}
-        return Recipe(model_hash(self.fingerprints.items()), layers, smoothing, amaxes, tuple(self.buckets.values), facts)
+        return Recipe(model_hash(self.fingerprints.items()), layers, smoothing, amaxes, tuple(self.timesteps()), facts)
 
 
 class Observer(torch.fx.Interpreter):
@@ -171,22 +179,23 @@ def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[
     signature = inspect.signature(module.forward)
 
     def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments
+        given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}  # kwargs: a forward may collect them
         calibration.start_call(timestep_value(next((given[n] for n in TIMESTEP_NAMES if n in given), None)))
 
     def after(*_: Any) -> None:
         tick()
 
-    def layer_hook(name: str, child: torch.nn.Module) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+    def layer_hook(name: str, child: torch.nn.Module) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         rule = MODULES[type(child)]
         weight = child.get_parameter("weight")
-        return lambda _, args: calibration.observe(name, rule.name, args[0], weight, rule.channel_axis)
+        return lambda _, args, kwargs: calibration.observe(name, rule.name, args[0] if args else kwargs["input"], weight,
+                                                           rule.channel_axis)
 
     handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
         for name, child in module.named_modules():
             if type(child) in MODULES:
-                handles.append(child.register_forward_pre_hook(layer_hook(name, child)))
+                handles.append(child.register_forward_pre_hook(layer_hook(name, child), with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -52,9 +52,16 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         if arguments["weight"] not in value_of:
             unquantizable[name] = "its weight is computed in the graph, not a parameter"
             continue
-        weight, bias = value_of[arguments["weight"]].detach(), arguments["bias"]
-        layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight,
-                            None if bias is None else value_of[bias].detach(), arguments.get("groups", 1)))
+        if arguments["bias"] is not None and arguments["bias"] not in value_of:
+            unquantizable[name] = "its bias is computed in the graph, not a parameter"
+            continue
+        if isinstance(arguments.get("padding"), str):
+            unquantizable[name] = f"its padding is given as {arguments['padding']!r}, not in pixels"
+            continue
+        weight = value_of[arguments["weight"]].detach()
+        while any(known.name == name and known.weight.data_ptr() != weight.data_ptr() for known in layers):
+            name += "'"  # a second call in one submodule, with another weight
+        layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight, arguments.get("groups", 1)))
     timestep = find_timestep([n.name for n in placeholders], example_inputs)
     return Captured(graph, tuple(layers), constants, timestep, unquantizable)
 
@@ -77,7 +84,7 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
             else:
                 env[node] = value  # a size that Dynamo made symbolic: one graph per shape is faster and simpler
         elif node.op == "get_attr":
-            root.register_buffer(node.name, getattr(captured.graph, node.target))
+            setattr(root, node.name, getattr(captured.graph, node.target))
             env[node] = graph.get_attr(node.name)
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])

@@ -145,7 +145,7 @@ def _would_quantize(pipe: Any) -> dict[str, int]:
     counts = {"int8": 0}
     for name, child in getattr(pipe, denoiser_name(pipe)).named_modules():
         if type(child) in MODULES:
-            layer = Layer(name, MODULES[type(child)].name, "", "", child.weight, child.bias, getattr(child, "groups", 1))
+            layer = Layer(name, MODULES[type(child)].name, "", "", child.weight, getattr(child, "groups", 1))
             reason = reason_to_keep(layer, ()) or "int8"
             counts[reason] = counts.get(reason, 0) + 1
     return counts

@@ -20,7 +20,7 @@ def module_path(node: fx.Node) -> str:
     path = list(stack.values())[-1][0]
     path = re.sub(r"(?:\.__dict__)?\.?_modules\['([^']+)'\]|\.__dict__\['_modules'\]\['([^']+)'\]",
                   lambda m: "." + (m.group(1) or m.group(2)), path)
-    return re.sub(r"^(?:L\[')?self(?:'\])?\.?", "", path).strip(".") or node.name
+    return re.sub(r"^(?:self|[LG]\['[^']+'\])\.?", "", path).strip(".") or node.name
 
 
 def call_arguments(node: fx.Node) -> dict[str, Any]:

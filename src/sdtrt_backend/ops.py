@@ -61,10 +61,16 @@ def _linear_fake(x: torch.Tensor, x_scale: float, x_zero_point: int, weight: tor
 def _group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """ATen's own kernel, opaque to the compiler; x [n, channels, ...], any dense layout -> the same."""
     n, channels = x.shape[:2]
+    x = _dense(x)
     return torch.native_group_norm(x, weight, bias, n, channels, x.numel() // (n * channels), groups, eps)[0]
 
 
 @torch.library.register_fake("sdtrt_backend::group_norm", lib=LIBRARY)
 def _group_norm_fake(x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None,
                      eps: float) -> torch.Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(_dense(x))
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """ATen's kernel takes contiguous and channels-last tensors only."""
+    return x if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) else x.contiguous()

@@ -59,7 +59,7 @@ class Options:
         check("recipe", values.get("recipe") is None or isinstance(values["recipe"], str), "the path of a recipe folder")
         runs = values.get("calibration_runs")
         check("calibration_runs", isinstance(runs, int) and not isinstance(runs, bool) and runs >= 1, "an integer >= 1")
-        check("rule", values.get("rule") in RANGE_RULES, f"one of {', '.join(RANGE_RULES)}")
+        check("rule", isinstance(values.get("rule"), str) and values["rule"] in RANGE_RULES, f"one of {', '.join(RANGE_RULES)}")
         check("percentile", number("percentile") and 0 < values["percentile"] <= 1, "a number in (0, 1]")
         strength = values.get("alpha") is None or (number("alpha") and 0 <= values["alpha"] <= 1)
         check("alpha", strength, "a number in [0, 1] or None")

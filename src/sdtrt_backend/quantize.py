@@ -8,7 +8,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import fx
 
-from .fx import add_constant, finish, inserting_after
+from .fx import add_constant, call_arguments, finish, inserting_after
 from .recipe import Recipe
 from .rules import reason_to_keep
 from .smooth import smooth_source
@@ -54,9 +54,7 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
         for d, node in zip(members, readers, strict=True):
             with gm.graph.inserting_before(node):
                 weight = _quantize_constant(gm, d.layer, smoothing, dtype)
-            arguments = list(node.args)
-            arguments[:2] = [quantized, weight]
-            node.args = tuple(arguments)
+            node.args, node.kwargs = tuple({**call_arguments(node), "input": quantized, "weight": weight}.values()), {}
     return finish(gm)
 
 

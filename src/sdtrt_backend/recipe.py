@@ -39,7 +39,7 @@ class Recipe:
     """What calibration found. ``smoothing``: group -> divisor per input channel, fp32 [in].
 
     ``amax_by_timestep``: group -> fp32 [T, 4] (max, min, sum, count of the unsmoothed amax), rows in the order of
-    ``timesteps``, noisiest first.
+    ``timesteps``, noisiest first; a row of zeros where the layer did not run.
     """
 
     model_hash: str
@@ -93,6 +93,8 @@ class Recipe:
             blob = (folder / TENSORS_NAME).read_bytes()
         except FileNotFoundError as error:
             raise RecipeError.unreadable(folder, f"{Path(error.filename).name} is missing") from None
+        except NotADirectoryError:
+            raise RecipeError.unreadable(folder, "a recipe is a folder, this is a file") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise RecipeError.unreadable(folder, f"{JSON_NAME} is truncated or not JSON") from None
         if not isinstance(body, dict) or not isinstance(body.get("schema"), int):
@@ -118,10 +120,10 @@ class Recipe:
 
 
 def fingerprint(weight: torch.Tensor) -> str:
-    """Identity of a weight: SHA-256 over its shape and 1024 evenly spaced elements as bf16, so the same checkpoint
-    loaded in fp32, fp16 or bf16 has the same fingerprint. 16 hexadecimal digits."""
+    """Identity of a weight: SHA-256 over its shape and at most 1024 evenly spaced elements as bf16, so an fp16 or bf16
+    checkpoint has the same fingerprint in whichever precision it is loaded. 16 hexadecimal digits."""
     flat = weight.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].to("cpu", torch.bfloat16).view(torch.int16)
+    sample = flat[:: max(1, -(-flat.numel() // FINGERPRINT_SAMPLES))].to("cpu", torch.bfloat16).view(torch.int16)
     return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes()).hexdigest()[:16]
 
 

@@ -88,7 +88,7 @@ class AmaxByTimestep:
 
     def prefix(self, percentile: float) -> AmaxByTimestep:
         """The first ``percentile`` of the timesteps, at least one."""
-        n = max(1, int(len(self.count) * percentile))
+        n = max(1, int(len(self.count) * percentile + 1e-9))
         return AmaxByTimestep(self.maximum[:n], self.minimum[:n], self.total[:n], self.count[:n])
 
     def mean(self) -> torch.Tensor:

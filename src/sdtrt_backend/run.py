@@ -176,8 +176,12 @@ class Step:
         start = time.perf_counter()
         try:
             built = self.build(self.captured, args, state.recipe, state.options)
+        except Exception as error:
+            log.debug("building failed", exc_info=True)
+            state.refuse(f"building the 8-bit step failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return
         except BaseException:
-            state.status = CALIBRATING  # Ctrl-C or an unknown compiler failure: the next call tries again
+            state.status = CALIBRATING  # Ctrl-C: the next call tries again
             raise
         built.timings["cold_start_s"] = time.perf_counter() - start
         if built.step is None:

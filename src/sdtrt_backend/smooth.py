@@ -36,7 +36,9 @@ def multiply(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor) -> fx.No
     with inserting_after(source):
         inverse = add_constant(gm, f"{source.name}_inverse_smoothing", factor.reciprocal())
     with gm.graph.inserting_after(inverse):
-        return gm.graph.call_function(torch.mul, (source, inverse))
+        product = gm.graph.call_function(torch.mul, (source, inverse))
+    product.meta["smoothing"] = True  # a lowering may merge it with the scale of the quantisation behind it
+    return product
 
 
 def _divide(constant: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ TINY_AMAX = 2.0**-24  # below this a tensor is all zeros for int8
 def log_histogram(x: torch.Tensor) -> torch.Tensor:
     """Counts [BINS] int64 of |x| in log-spaced bins, from at most HISTOGRAM_SAMPLE evenly spaced elements of ``x``."""
     flat = x.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // HISTOGRAM_SAMPLE)].float().abs()
+    sample = flat[:: max(1, -(-flat.numel() // HISTOGRAM_SAMPLE))].float().abs()
     octave = sample.clamp(2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1]).log2()
     index = ((octave - OCTAVES[0]) * BINS_PER_OCTAVE).long().clamp(0, BINS - 1)
     return torch.bincount(index.cpu(), minlength=BINS)

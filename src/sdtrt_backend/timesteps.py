@@ -16,7 +16,8 @@ def find_timestep(names: Sequence[str], values: Sequence[object]) -> int | None:
 
     names: placeholder names such as ``l_kwargs_timestep_``; values: the inputs. None when there is none.
     """
-    tensors = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter)]
+    tensors = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter)
+               and "_buffers_" not in names[i]]
     for wanted in TIMESTEP_NAMES:
         for i in tensors:
             if names[i].lower().strip("_").split("_")[-1] == wanted or names[i].lower().strip("_").endswith("_" + wanted):
@@ -81,9 +82,10 @@ class Trajectories:
 
     @property
     def complete(self) -> int:
-        """Trajectories seen to their end. A model that only ever sees one timestep: one for every two calls."""
+        """Trajectories seen to their end. A model that only ever sees one timestep: one for every two calls, after two
+        calls that may as well be the two halves of a guided first step."""
         if self.calls and self.low == self.high:
-            return self.calls // 2
+            return max(0, self.calls // 2 - 1)
         if not self.ends:
             return 0
         last = max(self.ends) if self.direction > 0 else min(self.ends)

@@ -15,7 +15,7 @@ class Layer:
     """One quantisable call in a captured graph.
 
     name: module path; op: key of ``rules.OPS`` table; node: FX node name; source: FX node that produces the input.
-    weight: [out, in] (linear) or [out, in, kh, kw] (convolution); bias: [out] or None, both as the user holds them.
+    weight: [out, in] (linear) or [out, in, kh, kw] (convolution), as the user holds it.
     """
 
     name: str
@@ -23,7 +23,6 @@ class Layer:
     node: str
     source: str
     weight: torch.Tensor
-    bias: torch.Tensor | None
     groups: int = 1
 
 

@@ -23,6 +23,7 @@ from ..rules import OPS
 from ..values import UINT8_ZERO
 
 QD = torch.ops.quantized_decomposed
+KERNEL_OUTPUTS = (torch.float32, torch.bfloat16)  # what oneDNN's int8 kernels write
 BF16_REPEATS = 20
 BF16_GAIN = 0.9  # bf16 must win by a tenth: it costs accuracy
 ATTENTION: Any = torch.nn.functional.scaled_dot_product_attention
@@ -62,7 +63,7 @@ def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.Grap
         if weight.target is not QD.dequantize_per_channel.default:
             continue
         scale, dtype = x.args[1], x.kwargs["out_dtype"]
-        out = narrow or dtype
+        out = narrow or (dtype if dtype in KERNEL_OUTPUTS else torch.float32)
         unsigned = _unsigned(gm, x.args[0])
         with gm.graph.inserting_before(node):
             common = (unsigned, scale, UINT8_ZERO, weight.args[0], weight.args[1], _as_float(gm, bias))
@@ -86,14 +87,16 @@ def _unsigned(gm: fx.GraphModule, quantize: fx.Node) -> fx.Node:
     if "unsigned" in quantize.meta:
         return quantize.meta["unsigned"]  # type: ignore[no-any-return]
     source, scale, zero = quantize.args[0], torch.tensor(1 / quantize.args[1]), UINT8_ZERO
-    if source.target is torch.mul and len(source.users) == 1 and source.args[1].op == "get_attr":
+    if "smoothing" in source.meta and len(source.users) == 1:
         # an unfolded smoothing factor and the scale are one multiplication
         source, scale = source.args[0], getattr(gm, str(source.args[1].target)) * scale
     with gm.graph.inserting_before(quantize):
-        factor = add_constant(gm, f"{quantize.name}_inverse_scale", scale.view(1, 1, -1))  # Inductor inlines 0-d and 1-d
+        # two dimensions: Inductor would write a smaller constant into the kernel's source
+        factor = add_constant(gm, f"{quantize.name}_inverse_scale", scale.view(1, -1))
         scaled = gm.graph.call_function(torch.mul, (source, factor))
         code = gm.graph.call_function(torch.clamp, (gm.graph.call_function(torch.round, (scaled,)), -zero, 255 - zero))
         unsigned = gm.graph.call_function(torch.add, (code, zero))
+        unsigned = gm.graph.call_method("view_as", (unsigned, source))  # a linear of a vector has one dimension
         quantize.meta["unsigned"] = gm.graph.call_method("to", (unsigned, torch.uint8))
     return quantize.meta["unsigned"]  # type: ignore[no-any-return]
 
@@ -153,8 +156,8 @@ def group_norm_by_aten(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_float32(node: fx.Node) -> bool:
-    value = node.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and value.dtype is torch.float32 and node.kwargs.get("attn_mask") is None
+    value, mask = node.meta.get("example_value"), dict(enumerate(node.args)).get(3, node.kwargs.get("attn_mask"))
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32 and mask is None
 
 
 class PackForOneDNN(CustomGraphPass):
