@@ -195,6 +195,20 @@ def test_other_batches_and_sizes_reuse_the_statistics(denoiser):
     assert sdtrt_backend.explain(compiled).provenance["calls"] == 2 * len(STEPS)
 
 
+def test_a_shape_that_is_refused_leaves_the_others_in_8_bits(denoiser, monkeypatch):
+    compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE, dynamic=False)
+    for seed in (0, 1):
+        trajectory(compiled, seed)
+    quantised = call(compiled, 999)
+    monkeypatch.setattr(measure, "compare", lambda *_: 0.9)
+    torch.testing.assert_close(call(compiled, 999, size=12), call(denoiser, 999, size=12), rtol=1e-3, atol=1e-4)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "ready"
+    assert "differs by 0.900" in report.fallbacks[0]
+    assert "inputs of 2x4x12x12" in report.fallbacks[0]
+    assert torch.equal(call(compiled, 999), quantised)
+
+
 def test_threads_calling_during_the_swap_get_full_precision_or_8_bit_results(denoiser):
     compiled = calibrated(denoiser)
     expected, results, errors = call(denoiser, 999, seed=2), [], []

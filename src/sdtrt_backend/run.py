@@ -184,12 +184,17 @@ class Step:
             state.status = CALIBRATING  # Ctrl-C: the next call tries again
             raise
         built.timings["cold_start_s"] = time.perf_counter() - start
-        if built.step is None:
-            state.built = state.built or built
+        step = built.step
+        if step is None and state.built is None:
+            state.built = built
             state.refuse(built.refusal or "no reason given")
             return
+        if step is None:  # 8 bits are in use for other shapes
+            sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
+            state.say(state.fallbacks, f"{built.refusal}; inputs of {sizes} run in the module's own precision")
+            step = self.unquantized(self.captured, args)
         state.built = state.built or built
-        self.variants[key] = built.step
+        self.variants[key] = step
         self.weights_version = self._version()
         state.status = READY
 
