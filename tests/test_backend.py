@@ -51,8 +51,8 @@ def test_the_call_after_the_last_trajectory_is_8_bit_and_close(denoiser):
     assert not torch.equal(mine, theirs)
     assert measure.compare(mine, theirs) < TOLERANCES["int8_step"]
     assert report.error == pytest.approx(measure.compare(mine, theirs), rel=1e-3)
-    assert {layer.precision for layer in report.layers} == {"int8", "16-bit"}
-    assert all(layer.reason for layer in report.layers if layer.precision == "16-bit")
+    assert {layer.precision for layer in report.layers} == {"int8", "float32"}
+    assert all(layer.reason for layer in report.layers if layer.precision == "float32")
     assert "state: ready" in str(report)
 
 

@@ -123,7 +123,8 @@ def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[
     def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
         d = by_node[observer.current.name]
         sqnr, flops = measure.layer_noise(d, arguments, observer.current.target)  # type: ignore[arg-type]
-        rows.append(LayerReport(name, op, tuple(d.layer.weight.shape), d.precision, target if d.quantized else "inductor",
+        precision = d.precision if d.quantized else str(d.layer.weight.dtype).removeprefix("torch.")
+        rows.append(LayerReport(name, op, tuple(d.layer.weight.shape), precision, target if d.quantized else "inductor",
                                 d.reason, d.amax if d.quantized else None, sqnr, flops))
 
     observer = Measure(captured.graph, captured.layer_names(), see)

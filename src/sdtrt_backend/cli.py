@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -115,15 +117,17 @@ def doctor(model: Model = None) -> None:
                   "int8 dot products" if vnni else "no VNNI: int8 runs, but may not be faster; the measured choice decides")
     table.add_row("oneDNN", str(torch.backends.mkldnn.is_available()), "runs the int8 kernels on the CPU")
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
-    table.add_row("bf16", str(bf16), "attention runs in bf16" if bf16 else "attention stays in fp32")
+    table.add_row("bf16", str(bf16), "attention runs in it where a timing says it pays" if bf16 else "attention stays in fp32")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     table.add_row("GPU", gpu, "8-bit kernels of this version run on the CPU")
     import shutil
 
     compiler = shutil.which("g++") or shutil.which("clang++")
     table.add_row("C++ compiler", compiler or "none", "Inductor needs it" if compiler else "install g++: apt-get install g++")
-    for name, version in versions().items():
-        table.add_row(name, version, "")
+    for requirement in _requirements():
+        found = versions([requirement.name]).get(requirement.name)
+        fits = found is not None and found in requirement.specifier
+        table.add_row(requirement.name, found or "not installed", "fits" if fits else escape(f"does not fit: pip install '{requirement}'"))
     for module, extra in (("torchao", "torchao"), ("modelopt", "modelopt"), ("tensorrt", "tensorrt"),
                           ("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx")):
         if importlib.util.find_spec(module) is None:
@@ -134,6 +138,12 @@ def doctor(model: Model = None) -> None:
         f"{n} x {reason}" for reason, n in counts.items() if reason != "int8"), highlight=False)
     if not counts["int8"] or compiler is None:
         raise typer.Exit(NOT_QUANTIZED)
+
+
+def _requirements() -> list[Requirement]:
+    """What this package was installed with, less the extras."""
+    found = [Requirement(text) for text in requires("sdtrt_backend") or ()]
+    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def _would_quantize(pipe: Any) -> dict[str, int]:

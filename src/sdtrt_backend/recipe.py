@@ -132,12 +132,12 @@ def model_hash(fingerprints: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(repr(sorted(fingerprints)).encode()).hexdigest()[:32]
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages whose behaviour shapes a recipe or a measurement; only installed ones."""
+def versions(names: Iterable[str] = ("sdtrt_backend", "torch", "torchao", "diffusers", "transformers")) -> dict[str, str]:
+    """Versions of packages, by default those whose behaviour shapes a recipe or a measurement; only installed ones."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("sdtrt_backend", "torch", "torchao", "diffusers", "transformers"):
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
