@@ -127,7 +127,8 @@ def doctor(model: Model = None) -> None:
     for requirement in _requirements():
         found = versions([requirement.name]).get(requirement.name)
         fits = found is not None and found in requirement.specifier
-        table.add_row(requirement.name, found or "not installed", "fits" if fits else escape(f"does not fit: pip install '{requirement}'"))
+        advice = escape(f"does not fit: pip install '{requirement}'")
+        table.add_row(requirement.name, found or "not installed", "fits" if fits else advice)
     for module, extra in (("torchao", "torchao"), ("modelopt", "modelopt"), ("tensorrt", "tensorrt"),
                           ("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx")):
         if importlib.util.find_spec(module) is None:
