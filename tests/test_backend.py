@@ -154,6 +154,16 @@ def test_a_module_whose_layers_all_stay_is_refused_with_the_first_reason(denoise
     assert "excluded by the option exclude" in report.fallbacks[0]
 
 
+def test_a_call_that_is_no_candidate_is_named_with_its_reason(denoiser):
+    denoiser.conv1.padding = "same"
+    compiled = calibrated(denoiser)
+    call(compiled, 999)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "ready"
+    assert "conv1" not in {layer.name for layer in report.layers}
+    assert any("conv1 stays in its own precision: its padding is given as 'same'" in note for note in report.notes)
+
+
 def test_gradients_run_unquantised_and_say_why(denoiser):
     compiled = torch.compile(denoiser.train(), backend="sd_int8")
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 64)

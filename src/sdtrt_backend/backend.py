@@ -38,6 +38,8 @@ def sd_int8(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     if not captured.layers:
         return _inductor(gm, example_inputs)
     state = state_of(captured, parsed)
+    for name, why in captured.unquantizable.items():
+        state.say(state.notes, f"{name} stays in its own precision: {why}")
     if torch.is_grad_enabled() and any(p.requires_grad for p in captured.constants.values()):
         state.say(state.fallbacks, "gradients are enabled and the weights require them, and 8-bit kernels have none: this call "
                                    "runs unquantised; for inference call the module under torch.no_grad()")
