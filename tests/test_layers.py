@@ -11,9 +11,13 @@ import sdtrt_backend
 ROOT = Path(sdtrt_backend.__file__).parent
 LAYERS = (
     {"errors", "values"},
-    {"rules", "options", "recipe", "timesteps", "stats", "metrics", "ops", "report"},
-    {"fx", "measure"},
-    {"capture", "calibrate", "smooth", "quantize", "lower", "lower.inductor_cpu", "lower.reference"},
+    {"rules", "options", "recipe", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs",
+     "weights"},
+    {"fx", "measure", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv", "kernels.triton_norm",
+     "kernels.triton_attention"},
+    {"kernels"},
+    {"capture", "calibrate", "smooth", "quantize", "assign"},
+    {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.reference"},
     {"run"},
     {"backend"},
     {"pipeline"},
@@ -26,6 +30,7 @@ SIDEWAYS = {
     ("options", "rules"): "options are checked against the tables",
     ("quantize", "smooth"): "smoothing is part of inserting Q/DQ",
     ("lower", "lower.inductor_cpu"): "the table of lowerings",
+    ("lower", "lower.inductor_cuda"): "the table of lowerings",
     ("lower", "lower.reference"): "the table of lowerings",
     ("report", "metrics"): "the type of pictures",
 }

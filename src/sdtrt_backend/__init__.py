@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .backend import sd_int8
+from .backend import sd_fp8, sd_int8
 from .calibrate import calibrate
 from .errors import CalibrationError, ModelError, OptionError, RecipeError, SdtrtError
 from .options import Options
@@ -29,5 +29,6 @@ __all__ = [
     "demo_pipeline",
     "explain",
     "restore",
+    "sd_fp8",
     "sd_int8",
 ]

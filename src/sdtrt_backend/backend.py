@@ -1,19 +1,24 @@
-"""``sd_int8``: the stages, one line each. This file alone connects them."""
+"""``sd_int8`` and ``sd_fp8``: the stages, one line each. This file alone connects them."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import fx
 
 from . import measure
+from .assign import assign, kernels_ms
 from .calibrate import Observer
 from .capture import Captured, bind, capture, tensor_inputs
 from .errors import ModelError
+from .fx import propagate
+from .graphs import Graphed, Memory
+from .kernels import chooser
 from .lower import LOWERINGS, choose
 from .options import Options
 from .quantize import insert, plan
@@ -30,8 +35,17 @@ CLEARLY_FASTER = 2.0
 
 def sd_int8(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
             **_: Any) -> Callable[..., Any]:
-    """The ``torch.compile`` backend. ``options``: see ``values.Options``."""
-    parsed = Options.parse(options)
+    """The ``torch.compile`` backend with int8 kernels. ``options``: see ``Options``."""
+    return _backend(gm, example_inputs, Options.parse(options, "int8"))
+
+
+def sd_fp8(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+           **_: Any) -> Callable[..., Any]:
+    """The same with float8_e4m3fn, and int8 where that was measured to be faster. NVIDIA GPUs of capability 8.9 or newer."""
+    return _backend(gm, example_inputs, Options.parse(options, "fp8"))
+
+
+def _backend(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> Callable[..., Any]:
     captured = capture(gm, example_inputs)
     if any(p.is_meta for p in captured.constants.values()):
         raise ModelError.on_meta("the module")
@@ -64,24 +78,36 @@ def unquantized(captured: Captured, args: Sequence[Any]) -> Callable[..., Any]:
         return _inductor(graph, tensor_inputs(captured, args))
 
 
-def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Options) -> Built:
+def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Options, memory: Memory) -> Built:
     """Recipe and graph -> an 8-bit step for the shapes of ``args``, measured on ``args``, or the reason why not."""
     tensors = tensor_inputs(captured, args)
     start = time.perf_counter()
     decisions = plan(captured.layers, recipe, options.exclude)
     if not any(d.quantized for d in decisions):
         return Built(None, f"no layer can be quantised ({decisions[0].layer.name}: {decisions[0].reason})")
-    target, refusal = choose(options.engine, tensors[0].device)
+    target, refusal = choose(options, tensors[0].device)
     if refusal is not None:
         return Built(None, refusal)
+    timings: dict[str, float] = {}
     graph, nodes = bind(captured, args)
+    if target == "inductor-cuda":
+        propagate(graph, tensors)
+        measured = chooser(tensors[0].device)
+        decisions = assign(decisions, nodes, measured, options.precision)
+        timings["16-bit_kernels_ms"] = kernels_ms(graph, measured)
+        timings["choice_s"] = time.perf_counter() - start
+        if not any(d.quantized for d in decisions):
+            return Built(None, f"no 8-bit kernel is faster than the 16-bit one on these shapes ({decisions[-1].reason})")
+    elif options.precision == "fp8":
+        decisions = tuple(replace(d, precision="fp8") if d.quantized else d for d in decisions)
     quantized = insert(graph, nodes, decisions)
-    step = LOWERINGS[target](quantized, tensors, options.rest)
-    return _judge(captured, args, decisions, step, target, options, {"build_s": time.perf_counter() - start})
+    step = LOWERINGS[target](quantized, tensors, options)
+    timings["build_s"] = time.perf_counter() - start
+    return _judge(captured, args, decisions, step, target, options, timings, memory)
 
 
 def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision], step: Callable[..., Any], target: str,
-           options: Options, timings: dict[str, float]) -> Built:
+           options: Options, timings: dict[str, float], memory: Memory) -> Built:
     """Use the step only if its first output is finite and inside ``max_error``, and its time beats the 16-bit step."""
     tensors = tensor_inputs(captured, args)
     with torch.no_grad():
@@ -97,18 +123,34 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
         return Built(None, f"the first 8-bit output {what} from the full-precision output on the same input, "
                            f"max_error is {options.max_error}", layers, error)
     share = counted.flops / max(1, sum(layer.flops for layer in layers))
+    if target == "inductor-cuda":
+        step = Graphed(step, tensors, memory)
     built = Built(step, None, layers, error, share if target != "reference" else 0.0, timings)
     if target == "reference":
         return built
-    timings["eager_ms"], timings["sd_int8_ms"] = measure.step_ms(lambda: captured.graph(*args), lambda: step(*tensors))
-    if timings["eager_ms"] < CLEARLY_FASTER * timings["sd_int8_ms"]:
+    mine = f"sd_{options.precision}_ms"
+    timings["eager_ms"], timings[mine] = measure.step_ms(lambda: captured.graph(*args), lambda: step(*tensors))
+    if _may_be_slower(timings, mine, target):
         compiled = unquantized(captured, args)
         compiled(*tensors)
-        timings["compile_ms"], timings["sd_int8_ms"] = measure.step_ms(lambda: compiled(*tensors), lambda: step(*tensors))
-        if timings["compile_ms"] < timings["sd_int8_ms"]:
-            return Built(None, f"the 8-bit step takes {timings['sd_int8_ms']:.2f} ms and the unquantised compiled step "
+        if target == "inductor-cuda":
+            compiled = Graphed(compiled, tensors, memory)
+        timings["compile_ms"], timings[mine] = measure.step_ms(lambda: compiled(*tensors), lambda: step(*tensors))
+        if timings["compile_ms"] < timings[mine]:
+            return Built(None, f"the 8-bit step takes {timings[mine]:.2f} ms and the unquantised compiled step "
                                f"{timings['compile_ms']:.2f} ms on these shapes", layers, error, None, timings)
     return built
+
+
+def _may_be_slower(timings: Mapping[str, float], mine: str, target: str) -> bool:
+    """Whether the 8-bit step must be compared with the compiled 16-bit step, which costs a whole compilation more.
+
+    On a GPU not when it is faster than the 16-bit matrix products, convolutions and attention alone, which torch.compile
+    calls as they are; on the CPU not when it is CLEARLY_FASTER than eager.
+    """
+    if target == "inductor-cuda":
+        return timings[mine] >= timings["16-bit_kernels_ms"]
+    return timings["eager_ms"] < CLEARLY_FASTER * timings[mine]
 
 
 def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .rules import OPS
 
@@ -35,6 +38,12 @@ def call_arguments(node: fx.Node) -> dict[str, Any]:
 def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
     """Stride, padding or dilation as the two-element list that kernels take."""
     return [value, value] if isinstance(value, int) else (list(value) * 2)[:2]
+
+
+def propagate(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> None:
+    """Write every node's shape, dtype and strides for these inputs into ``meta["val"]``."""
+    with torch.no_grad():
+        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example)
 
 
 def add_constant(gm: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import stats
-from .values import Decision, Layer
+from .values import FP8_MAX, INT8_MAX, Decision, Layer
 
 REPEATS = 3
 
@@ -36,10 +36,18 @@ def step_ms(*steps: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(repeats):
         for step, taken in zip(steps, times, strict=True):
+            finish_device()
             start = time.perf_counter()
             step()
+            finish_device()
             taken.append(1e3 * (time.perf_counter() - start))
     return [statistics.median(taken) for taken in times]
+
+
+def finish_device() -> None:
+    """Wait for the GPU where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def layer_flops(layer: Layer, output: torch.Tensor) -> int:
@@ -61,6 +69,8 @@ class CountInt8(TorchDispatchMode):
             x, weight = args[0], args[3]
             kernel = math.prod(weight.shape[2:]) if name.startswith("qconv") else 1
             self.flops += 2 * result.numel() * x.shape[1 if name.startswith("qconv") else -1] * kernel
+        elif namespace == "sdtrt_backend" and name in ("linear8", "conv8"):
+            self.flops += 2 * result.numel() * math.prod(args[1].shape[1:])
         return result
 
 
@@ -74,10 +84,14 @@ def layer_noise(decision: Decision, arguments: tuple[Any, ...], call: Callable[.
     flops = layer_flops(decision.layer, y)
     if not decision.quantized:
         return None, flops
-    s = decision.smoothing
+    s = None if decision.smoothing is None else decision.smoothing.to(x.device)
     w = weight.detach().float() if s is None else weight.detach().float() * s
     scale = stats.weight_scale(w)
-    w8 = stats.quantize_weight(w, scale).float() * scale.view(-1, *[1] * (w.dim() - 1))
-    x8 = stats.fake_quantize(x if s is None else x / s, decision.amax)
+    if decision.precision == "fp8":
+        w8 = stats.fake_quantize_fp8(w, scale.view(-1, *[1] * (w.dim() - 1)) * (INT8_MAX / FP8_MAX))
+        x8 = stats.fake_quantize_fp8(x if s is None else x / s, decision.amax / FP8_MAX)
+    else:
+        w8 = stats.quantize_weight(w, scale).float() * scale.view(-1, *[1] * (w.dim() - 1))
+        x8 = stats.fake_quantize(x if s is None else x / s, decision.amax)
     bias, *geometry = rest
     return stats.sqnr_db(call(x8, w8, None if bias is None else bias.float(), *geometry), y), flops

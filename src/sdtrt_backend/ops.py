@@ -6,7 +6,11 @@ Where no pass does, the reference below runs: slow, obvious, and the oracle of e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from .values import FP8_MAX
 
 LIBRARY = torch.library.Library("sdtrt_backend", "DEF")
 LIBRARY.define("int8_conv2d(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias, "
@@ -74,3 +78,98 @@ def _group_norm_fake(x: torch.Tensor, groups: int, weight: torch.Tensor | None, 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """ATen's kernel takes contiguous and channels-last tensors only."""
     return x if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) else x.contiguous()
+
+
+# --- operators whose kernel is chosen by measurement: ``kernel`` names a row of KERNELS ---------------------------------
+LIBRARY.define("linear8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype, str kernel) -> Tensor")
+LIBRARY.define("conv8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+               "ScalarType dtype, str kernel) -> Tensor")
+LIBRARY.define("quantize_fp8(Tensor x, float scale) -> Tensor")
+LIBRARY.define("dequantize_fp8(Tensor q, Tensor scale, ScalarType dtype) -> Tensor")
+linear8 = torch.ops.sdtrt_backend.linear8.default
+conv8 = torch.ops.sdtrt_backend.conv8.default
+quantize_fp8 = torch.ops.sdtrt_backend.quantize_fp8.default
+dequantize_fp8 = torch.ops.sdtrt_backend.dequantize_fp8.default
+
+# (operator, provider) -> function(*arguments of the operator, variant); providers add theirs when they are imported
+KERNELS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}
+
+
+def _kernel(op: str, kernel: str) -> tuple[Callable[..., torch.Tensor], str]:
+    provider, _, variant = kernel.partition(":")
+    return KERNELS[op, provider], variant
+
+
+@torch.library.impl(LIBRARY, "linear8", "CompositeExplicitAutograd")
+def _linear8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
+             kernel: str) -> torch.Tensor:
+    """x int8 or float8_e4m3fn [..., in], weight likewise [out, in], scale fp32 [out] or [1] (input scale * weight scale),
+    bias [out] -> dtype [..., out] = (x W^T) * scale + bias."""
+    run, variant = _kernel("linear8", kernel)
+    return run(x, weight, scale, bias, dtype, variant)
+
+
+@torch.library.impl(LIBRARY, "conv8", "CompositeExplicitAutograd")
+def _conv8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+           stride: list[int], padding: list[int], dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    """x int8 or float8_e4m3fn [n, in, h, w], weight likewise [out, in, kh, kw], scale fp32 [out], bias fp32 [out] or
+    [n, out], residual like the result -> dtype [n, out, h', w'], channels last = conv(x, W) * scale + bias + residual."""
+    run, variant = _kernel("conv8", kernel)
+    return run(x, weight, scale, bias, residual, stride, padding, dtype, variant)
+
+
+@torch.library.register_fake("sdtrt_backend::linear8", lib=LIBRARY)
+def _linear8_fake(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
+                  kernel: str) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("sdtrt_backend::conv8", lib=LIBRARY)
+def _conv8_fake(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+                residual: torch.Tensor | None, stride: list[int], padding: list[int], dtype: torch.dtype,
+                kernel: str) -> torch.Tensor:
+    size = [(x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
+    return torch.empty((x.shape[0], weight.shape[0], *size), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def reference_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
+                     variant: str = "") -> torch.Tensor:
+    """Plain torch in fp32: the oracle of every linear8 kernel."""
+    y = torch.nn.functional.linear(x.float(), weight.float()) * scale
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def reference_conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+                   residual: torch.Tensor | None, stride: list[int], padding: list[int], dtype: torch.dtype,
+                   variant: str = "") -> torch.Tensor:
+    """Plain torch in fp32: the oracle of every conv8 kernel."""
+    y = torch.nn.functional.conv2d(x.float(), weight.float(), None, stride, padding) * scale.view(1, -1, 1, 1)
+    if bias is not None:
+        y = y + bias.float().view(-1, weight.shape[0], 1, 1)
+    return (y if residual is None else y + residual.float()).to(dtype, memory_format=torch.channels_last)
+
+
+KERNELS["linear8", "reference"] = reference_linear
+KERNELS["conv8", "reference"] = reference_conv
+
+
+@torch.library.impl(LIBRARY, "quantize_fp8", "CompositeExplicitAutograd")
+def _quantize_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """round(x / scale) to float8_e4m3fn, saturated at +-448; any shape."""
+    return (x.float() * (1 / scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+@torch.library.impl(LIBRARY, "dequantize_fp8", "CompositeExplicitAutograd")
+def _dequantize_fp8(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """q * scale in ``dtype``; scale fp32 [1] or per output channel [out]."""
+    return (q.float() * scale.view(-1, *[1] * (q.dim() - 1))).to(dtype)
+
+
+@torch.library.register_fake("sdtrt_backend::quantize_fp8", lib=LIBRARY)
+def _quantize_fp8_fake(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn)
+
+
+@torch.library.register_fake("sdtrt_backend::dequantize_fp8", lib=LIBRARY)
+def _dequantize_fp8_fake(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(q, dtype=dtype)

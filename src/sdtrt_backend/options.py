@@ -24,6 +24,7 @@ class Options:
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
     engine: "auto", "inductor" or "reference".
     exclude: glob patterns of module paths that stay unquantised.
+    precision: "int8" or "fp8"; not an option but the backend's name, ``sd_int8`` or ``sd_fp8``.
     """
 
     recipe: str | None = None
@@ -35,12 +36,13 @@ class Options:
     rest: str = "auto"
     engine: str = "auto"
     exclude: tuple[str, ...] = ()
+    precision: str = "int8"
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+    def parse(cls, given: Mapping[str, Any] | None, precision: str = "int8") -> Options:
         """``given`` as the user wrote it -> Options. Raises OptionError naming what is valid."""
         values = dict(given or {})
-        valid = [f.name for f in fields(cls)]
+        valid = [f.name for f in fields(cls) if f.name != "precision"]
         for name in values:
             if name not in valid:
                 raise OptionError.unknown(name, valid)
@@ -68,4 +70,4 @@ class Options:
         check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")
         patterns = values.get("exclude")
         check("exclude", isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns), "a list of glob patterns")
-        return cls(**values)
+        return cls(**values, precision=precision)

@@ -8,14 +8,17 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import fx
 
+from . import ops
 from .fx import add_constant, call_arguments, finish, inserting_after
 from .recipe import Recipe
 from .rules import reason_to_keep
 from .smooth import smooth_source
 from .stats import TINY_AMAX, quantize_weight, weight_scale
-from .values import INT8_MAX, Decision, Layer
+from .values import FP8_MAX, INT8_MAX, Decision, Layer
 
 QD = torch.ops.quantized_decomposed
+# a clipped range pays in int8, where it makes the steps finer; a floating-point code is as fine at half its range
+FP8_HEADROOM = 2.0
 
 
 def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...]) -> tuple[Decision, ...]:
@@ -36,7 +39,7 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...]) -> Decision:
 
 
 def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[Decision]) -> fx.GraphModule:
-    """Write Q/DQ for every int8 decision into the bound graph ``gm``; ``nodes`` maps captured names to its nodes.
+    """Write Q/DQ for every 8-bit decision into the bound graph ``gm``; ``nodes`` maps captured names to its nodes.
 
     Layers that read one tensor with one scale share one Q/DQ pair. Smoothing touches quantised layers only.
     """
@@ -48,31 +51,55 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
         source = nodes[source_name]
         readers = [nodes[d.layer.node] for d in members]
         smoothing = members[0].smoothing
+        if smoothing is not None:
+            smoothing = smoothing.to(members[0].layer.weight.device)
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
-        dtype = members[0].layer.weight.dtype
-        quantized = _quantize_activation(gm, smoothed, members[0].amax, dtype)
-        for d, node in zip(members, readers, strict=True):
+        quantized = _quantize_activation(gm, smoothed, members[0])
+        for d, node, weight in zip(members, readers, _quantized_weights(members, smoothing), strict=True):
             with gm.graph.inserting_before(node):
-                weight = _quantize_constant(gm, d.layer, smoothing, dtype)
-            node.args, node.kwargs = tuple({**call_arguments(node), "input": quantized, "weight": weight}.values()), {}
+                dequantized = _weight_constant(gm, d, *weight)
+            node.args, node.kwargs = tuple({**call_arguments(node), "input": quantized, "weight": dequantized}.values()), {}
     return finish(gm)
 
 
-def _quantize_activation(gm: fx.GraphModule, source: fx.Node, amax: float, dtype: torch.dtype) -> fx.Node:
-    scale = (amax / INT8_MAX, 0, -INT8_MAX - 1, INT8_MAX, torch.int8)
+def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision) -> fx.Node:
+    dtype = decision.layer.weight.dtype
+    if decision.precision == "fp8":
+        scale = decision.amax * FP8_HEADROOM / FP8_MAX
+        with inserting_after(source):
+            q = gm.graph.call_function(ops.quantize_fp8, (source, scale))
+        with gm.graph.inserting_after(q):
+            constant = add_constant(gm, f"{q.name}_scale", torch.tensor([scale], device=decision.layer.weight.device))
+        with gm.graph.inserting_after(constant):
+            return gm.graph.call_function(ops.dequantize_fp8, (q, constant, dtype))
+    arguments = (decision.amax / INT8_MAX, 0, -INT8_MAX - 1, INT8_MAX, torch.int8)
     with inserting_after(source):
-        q = gm.graph.call_function(QD.quantize_per_tensor.default, (source, *scale))
+        q = gm.graph.call_function(QD.quantize_per_tensor.default, (source, *arguments))
     with gm.graph.inserting_after(q):
-        return gm.graph.call_function(QD.dequantize_per_tensor.default, (q, *scale), {"out_dtype": dtype})
+        return gm.graph.call_function(QD.dequantize_per_tensor.default, (q, *arguments), {"out_dtype": dtype})
 
 
-def _quantize_constant(gm: fx.GraphModule, layer: Layer, smoothing: torch.Tensor | None, dtype: torch.dtype) -> fx.Node:
-    weight = layer.weight.float()
-    if smoothing is not None:
-        weight = weight * smoothing.to(weight.device)  # [out, in] * [in]: only linears are smoothed
-    scale = weight_scale(weight)
-    q = add_constant(gm, f"{layer.node}_weight_int8", quantize_weight(weight, scale))
-    s = add_constant(gm, f"{layer.node}_weight_scale", scale)
-    z = add_constant(gm, f"{layer.node}_weight_zero_point", torch.zeros_like(scale, dtype=torch.int64))
+def _quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(codes, scale) of each weight: int8 and convolutions per output channel; fp8 linears that read one tensor share one
+    scale, so that they can be one matrix product: a floating-point code loses nothing by it."""
+    # [out, in] * [in]: only linears are smoothed
+    weights = [d.layer.weight.float() if smoothing is None else d.layer.weight.float() * smoothing for d in members]
+    if members[0].precision == "int8":
+        scales = [weight_scale(w) for w in weights]
+        return [(quantize_weight(w, s), s) for w, s in zip(weights, scales, strict=True)]
+    shared = torch.stack([w.abs().max() for w in weights]).max().clamp_min(TINY_AMAX).view(1) / FP8_MAX
+    scales = [shared if d.layer.op == "linear" else weight_scale(w) * (INT8_MAX / FP8_MAX)
+              for d, w in zip(members, weights, strict=True)]
+    return [((w / s.view(-1, *[1] * (w.dim() - 1))).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), s)
+            for w, s in zip(weights, scales, strict=True)]
+
+
+def _weight_constant(gm: fx.GraphModule, decision: Decision, codes: torch.Tensor, scale: torch.Tensor) -> fx.Node:
+    dtype, name = decision.layer.weight.dtype, decision.layer.node
+    q = add_constant(gm, f"{name}_weight_{decision.precision}", codes)
+    s = add_constant(gm, f"{name}_weight_scale", scale)
+    if decision.precision == "fp8":
+        return gm.graph.call_function(ops.dequantize_fp8, (q, s, dtype))
+    z = add_constant(gm, f"{name}_weight_zero_point", torch.zeros_like(scale, dtype=torch.int64))
     return gm.graph.call_function(QD.dequantize_per_channel.default, (q, s, z, 0, -INT8_MAX, INT8_MAX, torch.int8),
                                   {"out_dtype": dtype})

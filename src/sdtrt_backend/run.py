@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .calibrate import Calibration, Observer
 from .capture import Captured, tensor_inputs
 from .errors import CalibrationError
+from .graphs import Memory
 from .options import Options
 from .recipe import Recipe
 from .report import Report
@@ -53,6 +54,7 @@ class ModuleState:
         self.built: Built | None = None
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
+        self.memory = Memory()
 
     def refuse(self, reason: str) -> None:
         """From now on the module runs in the user's precision; said once."""
@@ -62,7 +64,7 @@ class ModuleState:
     def say(self, where: list[str], sentence: str) -> None:
         if sentence not in where:
             where.append(sentence)
-            log.warning("sd_int8: %s", sentence)
+            log.warning("sd_%s: %s", self.options.precision, sentence)
 
     def report(self) -> Report:
         built = self.built or Built(None, None)
@@ -107,11 +109,11 @@ def forget(module: torch.nn.Module) -> None:
 class Step:
     """What Dynamo calls: one graph, any number of shapes.
 
-    build: (captured, args, recipe, options) -> Built; unquantized: (captured, args) -> callable on tensor inputs.
+    build: (captured, args, recipe, options, graph memory) -> Built; unquantized: (captured, args) -> callable on tensor inputs.
     """
 
     def __init__(self, captured: Captured, state: ModuleState,
-                 build: Callable[[Captured, Sequence[Any], Recipe, Options], Built],
+                 build: Callable[[Captured, Sequence[Any], Recipe, Options, Memory], Built],
                  unquantized: Callable[[Captured, Sequence[Any]], Callable[..., Any]]) -> None:
         self.captured, self.state = captured, state
         self.build, self.unquantized = build, unquantized
@@ -172,10 +174,10 @@ class Step:
         state = self.state
         assert state.recipe is not None
         state.status = BUILDING
-        log.info("sd_int8: building the 8-bit step")
+        log.info("sd_%s: building the 8-bit step", state.options.precision)
         start = time.perf_counter()
         try:
-            built = self.build(self.captured, args, state.recipe, state.options)
+            built = self.build(self.captured, args, state.recipe, state.options, state.memory)
         except Exception as error:
             log.debug("building failed", exc_info=True)
             state.refuse(f"building the 8-bit step failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}")

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .values import INT8_MAX
+from .values import FP8_MAX, INT8_MAX
 
 # Histogram of |x|: 8 bins per octave from 2^-16 to 2^12; the first and last bin take what lies outside.
 OCTAVES = (-16, 12)
@@ -49,6 +49,11 @@ def fake_quantize(x: torch.Tensor, amax: float) -> torch.Tensor:
     """Symmetric per-tensor int8 and back, fp32: s = amax / 127, x_hat = s * clamp(round(x / s), -128, 127)."""
     s = max(amax, TINY_AMAX) / INT8_MAX
     return (x.float() / s).round().clamp(-INT8_MAX - 1, INT8_MAX) * s
+
+
+def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """To float8_e4m3fn and back, fp32: s * fp8(clamp(x / s, -448, 448))."""
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
 
 
 def smoothing_factor(act_amax: torch.Tensor, weight_amax: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 INT8_MAX = 127  # symmetric int8: amax maps to 127; -128 is not produced by amax itself
+FP8_MAX = 448  # float8_e4m3fn: the largest finite value
 UINT8_ZERO = 128  # oneDNN takes unsigned activations: int8 value + 128
 
 
@@ -28,7 +29,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one layer: int8 with these scales, or the user's precision for a written reason.
+    """What happens to one layer: "int8" or "fp8" with these scales, or "16-bit", the user's precision, for a written reason.
 
     amax: clipping value of the (smoothed) input; smoothing: divisor of the input per channel [in] or None.
     """
@@ -42,7 +43,7 @@ class Decision:
 
     @property
     def quantized(self) -> bool:
-        return self.precision == "int8"
+        return self.precision != "16-bit"
 
 
 @dataclass(frozen=True)

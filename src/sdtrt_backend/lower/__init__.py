@@ -7,21 +7,29 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from . import inductor_cpu, reference
+from ..kernels import missing
+from ..options import Options
+from . import inductor_cpu, inductor_cuda, reference
 
-# target -> function(graph with Q/DQ, example tensors, rest precision) -> callable on the same tensors
-LOWERINGS: dict[str, Callable[[fx.GraphModule, Sequence[torch.Tensor], str], Callable[..., tuple[torch.Tensor, ...]]]] = {
+# target -> function(graph with Q/DQ, example tensors, options) -> callable on the same tensors
+LOWERINGS: dict[str, Callable[[fx.GraphModule, Sequence[torch.Tensor], Options], Callable[..., tuple[torch.Tensor, ...]]]] = {
     "inductor": inductor_cpu.lower,
+    "inductor-cuda": inductor_cuda.lower,
     "reference": reference.lower,
 }
 
 
-def choose(engine: str, device: torch.device) -> tuple[str, str | None]:
+def choose(options: Options, device: torch.device) -> tuple[str, str | None]:
     """(target, None) for the engine the user named, or ("", the reason why no lowering takes this device)."""
-    if engine == "reference":
+    if options.engine == "reference":
         return "reference", None
+    if device.type == "cuda":
+        reason = missing(options.precision, torch.cuda.get_device_capability(device))
+        return ("", reason) if reason else ("inductor-cuda", None)
     if device.type != "cpu":
-        return "", f"this version has 8-bit kernels for the CPU, not for {device.type}"
+        return "", f"this version has 8-bit kernels for the CPU and NVIDIA GPUs, not for {device.type}"
+    if options.precision != "int8":
+        return "", f"{options.precision} kernels need an NVIDIA GPU: use sd_int8 on the CPU"
     if not torch.backends.mkldnn.is_available():
         return "", "this PyTorch has no oneDNN, which runs the 8-bit kernels on the CPU"
     return "inductor", None

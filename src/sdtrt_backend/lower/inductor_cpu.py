@@ -19,6 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from .. import ops
 from ..fx import add_constant, call_arguments, finish, pair
 from ..measure import step_ms
+from ..options import Options
 from ..rules import OPS
 from ..values import UINT8_ZERO
 
@@ -29,15 +30,15 @@ BF16_GAIN = 0.9  # bf16 must win by a tenth: it costs accuracy
 ATTENTION: Any = torch.nn.functional.scaled_dot_product_attention
 
 
-def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], rest: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Callable[..., tuple[torch.Tensor, ...]]:
     """Compile ``gm`` (changed in place) for the shapes of ``example``.
 
-    rest: "float32" (the user's own precision), "bfloat16", or "auto": bfloat16 where it was measured to be faster.
+    ``options.rest``: "float32" (the user's own precision), "bfloat16", or "auto": bfloat16 where it was measured faster.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    narrow = rest == "bfloat16" or (rest == "auto" and bf16_pays(gm))
+    narrow = options.rest == "bfloat16" or (options.rest == "auto" and bf16_pays(gm))
     to_int8_operators(gm, torch.bfloat16 if narrow else None)
     if narrow:
         attention_in_bf16(gm)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from ..options import Options
 
-def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], rest: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """``rest`` is ignored: what is not quantised keeps the user's precision."""
+
+def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """``options`` is not read: what is not quantised keeps the user's precision."""
     return gm.forward

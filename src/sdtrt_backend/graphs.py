@@ -1,0 +1,56 @@
+"""A whole step as one CUDA graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+WARM_UPS = 2
+
+
+class Memory:
+    """What all graphs of one module share: a memory pool, and the promise that one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pool: Any = None
+        self.last: torch.cuda.Event | None = None
+
+
+class Graphed:
+    """``step`` captured for inputs like ``example``; a call copies the inputs in, replays, and returns copies of the outputs.
+
+    Graphs of one ``Memory`` may be called in turn and from several streams and threads: each waits for the one before.
+    """
+
+    def __init__(self, step: Callable[..., Sequence[Any]], example: Sequence[torch.Tensor], memory: Memory) -> None:
+        self.memory = memory
+        self.inputs = [t.detach().clone() for t in example]
+        device = next(t.device for t in example if t.is_cuda)
+        with memory.lock, torch.cuda.device(device):
+            torch.cuda.synchronize()
+            memory.pool = memory.pool or torch.cuda.graph_pool_handle()
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side), torch.no_grad():
+                for _ in range(WARM_UPS):
+                    step(*self.inputs)
+            side.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.no_grad(), torch.cuda.graph(self.graph, pool=memory.pool):
+                self.outputs = step(*self.inputs)
+        self.step = step  # its weights must live as long as the graph
+
+    def __call__(self, *inputs: torch.Tensor) -> list[Any]:
+        memory = self.memory
+        with memory.lock:
+            if memory.last is not None:
+                torch.cuda.current_stream().wait_event(memory.last)
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given)
+            self.graph.replay()
+            outputs = [o.clone() if isinstance(o, torch.Tensor) else o for o in self.outputs]
+            memory.last = torch.cuda.current_stream().record_event()
+        return outputs

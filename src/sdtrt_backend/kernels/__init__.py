@@ -1,0 +1,238 @@
+"""8-bit kernels of NVIDIA GPUs: one table of providers, and the measured choice between them and the 16-bit kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from .. import ops, stats
+from ..store import Store, device_key
+
+log = logging.getLogger("sdtrt_backend")
+ERROR_BOUND = 5e-3  # a kernel's relative error to the fp32 reference on the same codes: 16-bit rounding is 2e-4 (fp16), 2e-3 (bf16)
+COLD_BYTES = 120e6  # weights are rotated through this much memory: a step reads each of them once, from beyond the L2 cache
+CALLS, REPLAYS = 12, 3
+# compute capability from which a GPU has the matrix instructions of a precision
+CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+NARROW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One distinct (operation, shape, layout): x [rows, in] or [n, in, h, w], weight [out, in] or [out, in, kh, kw].
+
+    dtype: of the result and of the 16-bit kernel it competes with.
+    """
+
+    op: str
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        sizes = ["x".join(map(str, part)) for part in (self.x, self.weight, self.stride, self.padding)]
+        return f"{self.op} {sizes[0]} by {sizes[1]} stride {sizes[2]} padding {sizes[3]} {str(self.dtype)[6:]}"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One row of the table. variants: names of what may be timed for a problem, most promising first.
+
+    one_scale: takes a scale of one element only; narrow_bias: takes the bias in the result's dtype, not in fp32.
+    """
+
+    name: str
+    op: str
+    precision: str
+    module: str
+    variants: Callable[[Problem], Sequence[str]]
+    one_scale: bool = False
+    narrow_bias: bool = False
+
+
+def _cudnn_plans(problem: Problem) -> Sequence[str]:
+    from . import cudnn
+
+    return [str(i) for i in range(cudnn.PLANS)]
+
+
+def _unless_wide(problem: Problem) -> Sequence[str]:
+    return ("",) if problem.dtype in NARROW else ()
+
+
+PROVIDERS = (
+    Provider("cudnn", "linear8", "int8", "cudnn", _cudnn_plans),
+    Provider("cudnn", "conv8", "int8", "cudnn", _cudnn_plans),
+    Provider("cudnn", "conv8", "fp8", "cudnn", _cudnn_plans),
+    Provider("cublaslt", "linear8", "fp8", "", _unless_wide, one_scale=True, narrow_bias=True),
+)
+
+
+def provider(op: str, kernel: str, precision: str) -> Provider:
+    """The row that a kernel's name comes from; "reference", the plain-torch oracle, has none of its own."""
+    name = kernel.partition(":")[0]
+    rows = (p for p in PROVIDERS if (p.name, p.op, p.precision) == (name, op, precision))
+    return next(rows, Provider(name, op, precision, "", lambda problem: ()))
+
+
+@cache
+def register() -> None:
+    """Make the installed providers' functions known to the operators."""
+    from . import cublaslt, cudnn
+
+    ops.KERNELS["linear8", "cublaslt"] = cublaslt.linear
+    ops.KERNELS["linear8", "cudnn"] = cudnn.linear
+    ops.KERNELS["conv8", "cudnn"] = cudnn.conv
+
+
+def missing(precision: str, capability: tuple[int, int]) -> str | None:
+    """Why no kernel of ``precision`` can run on a GPU of this compute capability, or None."""
+    if capability < CAPABILITY[precision]:
+        need, have = (".".join(map(str, c)) for c in (CAPABILITY[precision], capability))
+        other = "sd_int8" if precision == "fp8" and capability >= CAPABILITY["int8"] else "a 16-bit torch.compile"
+        return f"{precision} needs a GPU of compute capability {need} or newer, this one has {have}: use {other}"
+    if not any(p.precision == precision and installed(p.module) for p in PROVIDERS):
+        return f"no package with {precision} kernels is installed: pip install nvidia-cudnn-frontend"
+    return None
+
+
+@cache
+def installed(module: str) -> bool:
+    """Whether a provider's package can be imported; "" is PyTorch itself."""
+    return not module or importlib.util.find_spec(module) is not None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest kernel of one precision for a problem, and its milliseconds."""
+
+    kernel: str
+    ms: float
+
+
+class Chooser:
+    """Times every candidate once per problem and device; remembers on disk."""
+
+    def __init__(self, device: torch.device) -> None:
+        register()
+        self.device = device
+        self.store = Store(device_key(device))
+
+    def best(self, problem: Problem, precision: str) -> Choice | None:
+        """The fastest kernel of ``precision`` inside the error bound; None when there is none."""
+        known = self.store.get(f"{precision} {problem}", lambda: self._time(problem, precision))
+        return min((Choice(k, ms) for k, ms in known.items() if ms is not None), key=lambda c: c.ms, default=None)
+
+    def wide_ms(self, problem: Problem) -> float:
+        """Milliseconds of the 16-bit kernel that torch itself uses."""
+        return float(self.store.get(f"16-bit {problem}", lambda: {"torch": self._time_wide(problem)})["torch"])
+
+    def attention_ms(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype) -> float:
+        """Milliseconds of torch's own attention: query [..., queries, width] over ``tokens`` keys."""
+        def measure() -> dict[str, float]:
+            q, k, v = (torch.randn(shape, device=self.device, dtype=dtype)
+                       for shape in (query, *[(*query[:-2], tokens, query[-1])] * 2))
+            return {"torch": graph_ms([lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)])}
+
+        return float(self.store.get(f"attention {'x'.join(map(str, query))} over {tokens} {dtype}", measure)["torch"])
+
+    def quantize_ms(self, numel: int, dtype: torch.dtype) -> float:
+        """Milliseconds of a separate pass that reads ``numel`` values of ``dtype`` and writes them in 8 bits."""
+        def measure() -> dict[str, float]:
+            wide, narrow = (torch.zeros(numel, dtype=d, device=self.device) for d in (dtype, torch.int8))
+            return {"torch": graph_ms([lambda: narrow.copy_(wide)])}
+
+        return float(self.store.get(f"quantize {numel} {dtype}", measure)["torch"])
+
+    def _time(self, problem: Problem, precision: str) -> dict[str, float | None]:
+        op = {"linear": "linear8", "conv2d": "conv8"}[problem.op]
+        noise = torch.Generator(self.device).manual_seed(0)
+        dtype = DTYPES[precision]
+        x, *weights = (_codes(shape, dtype, noise) for shape in (problem.x, *[problem.weight] * _copies(problem.weight, 1)))
+        out = problem.weight[0]
+        times: dict[str, float | None] = {}
+        for p in PROVIDERS:
+            if (p.op, p.precision) != (op, precision) or not installed(p.module):
+                continue
+            scale = torch.full((1 if p.one_scale else out,), 1 / math.sqrt(math.prod(problem.weight[1:])), device=self.device)
+            bias = torch.randn(out, generator=noise, device=self.device, dtype=problem.dtype if p.narrow_bias else torch.float32)
+            tail: tuple[Any, ...] = (scale, bias, problem.dtype)
+            if op == "conv8":
+                tail = (scale, bias, None, list(problem.stride), list(problem.padding), problem.dtype)
+            run, reference = ops.KERNELS[op, p.name], ops.KERNELS[op, "reference"]
+            expected = reference(x, weights[0], *tail)
+            for variant in p.variants(problem):
+                kernel = f"{p.name}:{variant}"
+                try:
+                    error = stats.relative_error(run(x, weights[0], *tail, variant), expected)
+                    calls = [partial(run, x, w, *tail, variant) for w in weights]
+                    times[kernel] = graph_ms(calls) if error < ERROR_BOUND else None
+                except Exception as refusal:  # a kernel that refuses the shape is no candidate
+                    log.debug("%s cannot run %s: %s", kernel, problem, refusal)
+                    times[kernel] = None
+        return times
+
+    def _time_wide(self, problem: Problem) -> float:
+        noise = torch.Generator(self.device).manual_seed(0)
+
+        def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+            t = torch.randn(shape, generator=noise, device=self.device, dtype=problem.dtype)
+            return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+        x, bias = tensor(problem.x), tensor(problem.weight[:1])
+        weights = [tensor(problem.weight) for _ in range(_copies(problem.weight, problem.dtype.itemsize))]
+        if problem.op == "linear":
+            return graph_ms([partial(torch.nn.functional.linear, x, w, bias) for w in weights])
+        return graph_ms([partial(torch.nn.functional.conv2d, x, w, bias, problem.stride, problem.padding) for w in weights])
+
+
+def _copies(weight: tuple[int, ...], itemsize: int) -> int:
+    return max(1, min(CALLS, math.ceil(COLD_BYTES / (math.prod(weight) * itemsize))))
+
+
+def _codes(shape: tuple[int, ...], dtype: torch.dtype, noise: torch.Generator) -> torch.Tensor:
+    """Random 8-bit codes, normally distributed as activations and weights are; channels last."""
+    x = torch.randn(shape, generator=noise, device=noise.device)
+    x = (x * 32).clamp(-127, 127).round().to(torch.int8) if dtype is torch.int8 else x.to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
+    """Median milliseconds of one call, from replays of a CUDA graph of CALLS of them in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(CALLS):
+            calls[i % len(calls)]()
+    times = []
+    for _ in range(REPLAYS + 1):  # the first replay warms up
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / CALLS)
+    return float(statistics.median(times[1:]))
+
+
+@cache
+def chooser(device: torch.device) -> Chooser:
+    """The device's chooser, one per process."""
+    return Chooser(device)

@@ -1,0 +1,130 @@
+"""cuDNN's graph API: 8-bit convolution and linear with scale, bias, activation, gate and residual in one fusion.
+
+A linear layer is a 1x1 convolution. ``nvidia-cudnn-frontend`` builds a plan for one shape; plans are kept per process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+PLANS = 5  # of one fusion are timed: on an H200 the fastest was always among the first five, and the first rarely was
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a plan is built for: y = conv(x, w) * scale [+ bias] [+ residual].
+
+    x: [n, c, h, w], weight: [out, c, kh, kw], all tensors channels last; operand: int8 or float8_e4m3fn; scale fp32 [out];
+    bias: "" (none), "channel" (fp32 [out]) or "image" (fp32 [n, out]); residual: of the shape and dtype ``out`` of y.
+    """
+
+    x: tuple[int, int, int, int]
+    weight: tuple[int, int, int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    operand: torch.dtype
+    out: torch.dtype
+    bias: str = "channel"
+    residual: bool = False
+
+    @property
+    def y(self) -> tuple[int, int, int, int]:
+        n, _, h, w = self.x
+        kh, kw = self.weight[2:]
+        return (n, self.weight[0], (h + 2 * self.padding[0] - kh) // self.stride[0] + 1,
+                (w + 2 * self.padding[1] - kw) // self.stride[1] + 1)
+
+
+class Plan:
+    """A fusion compiled for one device; ``index`` picks one of the plans that cuDNN offers, in its heuristic's order."""
+
+    def __init__(self, fusion: Fusion, index: int, device: int) -> None:
+        import cudnn
+
+        self.index, self.handle = index, handle(device)
+        kinds = {torch.int8: cudnn.data_type.INT8, torch.float8_e4m3fn: cudnn.data_type.FP8_E4M3, torch.float16: cudnn.data_type.HALF,
+                 torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float32: cudnn.data_type.FLOAT}
+        integer = fusion.operand is torch.int8
+        FLOAT, INT32 = cudnn.data_type.FLOAT, cudnn.data_type.INT32
+        g: Any = cudnn.pygraph(intermediate_data_type=FLOAT, compute_data_type=FLOAT, handle=self.handle)
+
+        def tensor(name: str, dim: tuple[int, ...], dtype: torch.dtype) -> Any:
+            n, c, h, w = dim
+            return g.tensor(name=name, dim=list(dim), stride=[c * h * w, 1, c * w, c], data_type=kinds[dtype])
+
+        channels = (1, fusion.weight[0], 1, 1)
+        self.inputs = [tensor("x", fusion.x, fusion.operand), tensor("w", fusion.weight, fusion.operand),
+                       tensor("scale", channels, torch.float32)]
+        y = g.conv_fprop(image=self.inputs[0], weight=self.inputs[1], padding=list(fusion.padding), stride=list(fusion.stride),
+                         dilation=[1, 1], compute_data_type=INT32 if integer else cudnn.data_type.FAST_FLOAT_FOR_FP8)
+        y.set_data_type(INT32 if integer else FLOAT)
+        y = g.mul(a=y, b=self.inputs[2], compute_data_type=FLOAT)
+        if fusion.bias:
+            rows = fusion.x[0] if fusion.bias == "image" else 1
+            self.inputs.append(tensor("bias", (rows, *channels[1:]), torch.float32))
+            y = g.add(a=y, b=self.inputs[-1], compute_data_type=FLOAT)
+        if fusion.residual:
+            self.inputs.append(tensor("residual", fusion.y, fusion.out))
+            y = g.add(a=y, b=self.inputs[-1], compute_data_type=FLOAT)
+        n, c, h, w = fusion.y
+        y.set_output(True).set_data_type(kinds[fusion.out]).set_dim([n, c, h, w]).set_stride([c * h * w, 1, c * w, c])
+        self.output, self.graph = y, g
+        g.validate()
+        g.build_operation_graph()
+        g.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        g.check_support()
+        g.build_plan_at_index(index)
+        size = max(1, g.get_workspace_size_plan_at_index(index))
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+
+    def __call__(self, y: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """Write ``y``; inputs in order: x, weight, scale, then bias and residual where the fusion has them."""
+        import cudnn
+
+        cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
+        pack = {self.output: y, **dict(zip(self.inputs, inputs, strict=True))}
+        self.graph.execute_plan_at_index(pack, self.workspace, self.index, handle=self.handle)
+        return y
+
+
+@cache
+def handle(device: int) -> Any:
+    """cuDNN's handle of a CUDA device, one per process."""
+    import cudnn
+
+    with torch.cuda.device(device):
+        return cudnn.create_handle()
+
+
+@cache
+def plan(fusion: Fusion, index: int, device: int) -> Plan:
+    """The plan of a fusion, built once per process. Raises what cuDNN raises where it has no engine for it."""
+    return Plan(fusion, index, device)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
+           variant: str) -> torch.Tensor:
+    """A 1x1 convolution over [1, in, rows, 1]; see ``ops.linear8``."""
+    k, n = x.shape[-1], weight.shape[0]
+    x = x.contiguous()
+    fusion = Fusion((1, k, x.numel() // k, 1), (n, k, 1, 1), (1, 1), (0, 0), x.dtype, dtype, "" if bias is None else "channel")
+    y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
+    return plan(fusion, int(variant), x.device.index)(y, x, weight, scale, *(() if bias is None else (bias,)))
+
+
+def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+         stride: list[int], padding: list[int], dtype: torch.dtype, variant: str) -> torch.Tensor:
+    """See ``ops.conv8``."""
+    kind = "" if bias is None else ("channel" if bias.dim() == 1 else "image")
+    fusion = Fusion(tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), x.dtype, dtype, kind,  # type: ignore[arg-type]
+                    residual is not None)
+    y = torch.empty(fusion.y, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    extra = [] if bias is None else [bias]
+    if residual is not None:
+        extra.append(residual.contiguous(memory_format=torch.channels_last))
+    return plan(fusion, int(variant), x.device.index)(y, x, weight, scale, *extra)
