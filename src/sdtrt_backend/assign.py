@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .fx import call_arguments, pair
-from .kernels import Chooser, Problem
+from .kernels import DTYPES, Chooser, Problem
 from .rules import OPS
 from .values import Decision
 
@@ -47,7 +47,7 @@ def kernels_ms(gm: fx.GraphModule, chooser: Chooser) -> float:
             total += chooser.wide_ms(problem([node]))
         elif node.target is ATTENTION and len(node.args) == 3:
             query, key = (a.meta["val"] for a in node.args[:2])
-            total += chooser.attention_ms(tuple(query.shape), key.shape[-2], query.dtype)
+            total += chooser.attention_times(tuple(query.shape), key.shape[-2], query.dtype, query.dtype)["torch"]
     return total
 
 
@@ -60,13 +60,11 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
     linears = [c for c in calls if OPS[c.target].name == "linear"]
     problems = [problem([c]) for c in calls if c not in linears] + ([problem(linears)] if linears else [])
     wide = sum(chooser.wide_ms(problem([c])) for c in calls)
-    value = source.meta["val"]
-    extra = chooser.quantize_ms(value.numel(), value.dtype) if _written_by_a_kernel(source) else 0.0
     times: dict[str, float] = {}
     for precision in precisions:
         best = [chooser.best(p, precision) for p in problems]
         if all(best):
-            times[precision] = extra + sum(b.ms for b in best if b)
+            times[precision] = quantization_ms(source, chooser, DTYPES[precision]) + sum(b.ms for b in best if b)
     if not times:
         return "16-bit", f"no {' or '.join(precisions)} kernel takes {problems[0]}"
     fastest = min(times, key=times.__getitem__)
@@ -88,9 +86,18 @@ def problem(calls: Sequence[fx.Node]) -> Problem:
     return Problem("conv2d", tuple(x.shape), tuple(weights[0].shape), (sy, sx), (py, px), dtype)
 
 
-def _written_by_a_kernel(node: fx.Node) -> bool:
+def quantization_ms(source: fx.Node, chooser: Chooser, dtype: torch.dtype) -> float:
+    """What it costs that ``source`` is written in 8 bits instead of 16: nothing behind a norm or pointwise call, a pass over
+    the tensor behind a matrix product, the difference between two kernels behind an attention."""
+    value, node = source.meta["val"], source
     while (node.op == "call_method" and node.target in VIEWS) or node.target in (torch.chunk, torch.flatten):
         parent = node.args[0]
         assert isinstance(parent, fx.Node)
         node = parent
-    return node.op == "placeholder" or node.target in OPAQUE
+    if node.target is ATTENTION and len(node.args) == 3:
+        query, key = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
+        wide, narrow = (chooser.attention_ms(tuple(query.shape), key.shape[-2], query.dtype, d) for d in (query.dtype, dtype))
+        return narrow - wide
+    if node.op == "placeholder" or node.target in OPAQUE:
+        return chooser.quantize_ms(value.numel(), value.dtype)
+    return 0.0

@@ -7,10 +7,11 @@ Where no pass does, the reference below runs: slow, obvious, and the oracle of e
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from .values import FP8_MAX
+from .values import FP8_MAX, INT8_MAX
 
 LIBRARY = torch.library.Library("sdtrt_backend", "DEF")
 LIBRARY.define("int8_conv2d(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias, "
@@ -92,10 +93,10 @@ quantize_fp8 = torch.ops.sdtrt_backend.quantize_fp8.default
 dequantize_fp8 = torch.ops.sdtrt_backend.dequantize_fp8.default
 
 # (operator, provider) -> function(*arguments of the operator, variant); providers add theirs when they are imported
-KERNELS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}
+KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def _kernel(op: str, kernel: str) -> tuple[Callable[..., torch.Tensor], str]:
+def _kernel(op: str, kernel: str) -> tuple[Callable[..., Any], str]:
     provider, _, variant = kernel.partition(":")
     return KERNELS[op, provider], variant
 
@@ -173,3 +174,146 @@ def _quantize_fp8_fake(x: torch.Tensor, scale: float) -> torch.Tensor:
 @torch.library.register_fake("sdtrt_backend::dequantize_fp8", lib=LIBRARY)
 def _dequantize_fp8_fake(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(q, dtype=dtype)
+
+
+# --- producers that write 8 bits: out_scale is 1 / scale of the result, fp32 [1] or per last-dimension channel -----------
+LIBRARY.define("group_norm8(Tensor x, Tensor? x2, Tensor? shift, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, "
+               "Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
+LIBRARY.define("layer_norm8(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? out_scale, ScalarType dtype, "
+               "str kernel) -> Tensor")
+LIBRARY.define("add_layer_norm8(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor? out_scale, "
+               "ScalarType dtype, str kernel) -> (Tensor, Tensor)")
+LIBRARY.define("geglu8(Tensor x, Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
+LIBRARY.define("attention8(Tensor q, Tensor k, Tensor v, float scale, Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
+group_norm8 = torch.ops.sdtrt_backend.group_norm8.default
+layer_norm8 = torch.ops.sdtrt_backend.layer_norm8.default
+add_layer_norm8 = torch.ops.sdtrt_backend.add_layer_norm8.default
+geglu8 = torch.ops.sdtrt_backend.geglu8.default
+attention8 = torch.ops.sdtrt_backend.attention8.default
+
+
+def encode(y: torch.Tensor, out_scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 result * out_scale -> ``dtype``: int8 rounds to nearest even, both 8-bit types saturate."""
+    if out_scale is not None:
+        y = y * out_scale
+    if dtype is torch.int8:
+        y = y.round().clamp(-INT8_MAX - 1, INT8_MAX)
+    elif dtype is torch.float8_e4m3fn:
+        y = y.clamp(-FP8_MAX, FP8_MAX)
+    return y.to(dtype)
+
+
+@torch.library.impl(LIBRARY, "group_norm8", "CompositeExplicitAutograd")
+def _group_norm8(x: torch.Tensor, x2: torch.Tensor | None, shift: torch.Tensor | None, groups: int, weight: torch.Tensor | None,
+                 bias: torch.Tensor | None, eps: float, silu: bool, out_scale: torch.Tensor | None, dtype: torch.dtype,
+                 kernel: str) -> torch.Tensor:
+    """Group norm of x [n, c, h, w] (+ shift [n, c]), or of x and x2 side by side along the channels, then SiLU -> ``dtype``,
+    channels last."""
+    run, _ = _kernel("group_norm8", kernel)
+    return run(x, x2, shift, groups, weight, bias, eps, silu, out_scale, dtype)
+
+
+@torch.library.impl(LIBRARY, "layer_norm8", "CompositeExplicitAutograd")
+def _layer_norm8(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float,
+                 out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    """Layer norm over the last dimension of x [..., c] -> ``dtype``."""
+    run, _ = _kernel("layer_norm8", kernel)
+    return run(x, None, weight, bias, eps, out_scale, dtype)[1]
+
+
+@torch.library.impl(LIBRARY, "add_layer_norm8", "CompositeExplicitAutograd")
+def _add_layer_norm8(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float,
+                     out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """s = x + residual in the dtype of x, and the layer norm of s in ``dtype``."""
+    run, _ = _kernel("layer_norm8", kernel)
+    return run(x, residual, weight, bias, eps, out_scale, dtype)
+
+
+@torch.library.impl(LIBRARY, "geglu8", "CompositeExplicitAutograd")
+def _geglu8(x: torch.Tensor, out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    """x [..., 2c] -> first half * gelu(second half), ``dtype`` [..., c]."""
+    run, _ = _kernel("geglu8", kernel)
+    return run(x, out_scale, dtype)
+
+
+@torch.library.impl(LIBRARY, "attention8", "CompositeExplicitAutograd")
+def _attention8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_scale: torch.Tensor | None,
+                dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    """softmax(q k^T * scale) v, no mask; q [b, h, queries, d], k and v [b, h, tokens, d] -> ``dtype`` [b, queries, h * d]."""
+    run, variant = _kernel("attention8", kernel)
+    return run(q, k, v, scale, out_scale, dtype, variant)
+
+
+@torch.library.register_fake("sdtrt_backend::group_norm8", lib=LIBRARY)
+def _group_norm8_fake(x: torch.Tensor, x2: torch.Tensor | None, shift: torch.Tensor | None, groups: int,
+                      weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, silu: bool,
+                      out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("sdtrt_backend::layer_norm8", lib=LIBRARY)
+def _layer_norm8_fake(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float,
+                      out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.register_fake("sdtrt_backend::add_layer_norm8", lib=LIBRARY)
+def _add_layer_norm8_fake(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+                          eps: float, out_scale: torch.Tensor | None, dtype: torch.dtype,
+                          kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.register_fake("sdtrt_backend::geglu8", lib=LIBRARY)
+def _geglu8_fake(x: torch.Tensor, out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=dtype)
+
+
+@torch.library.register_fake("sdtrt_backend::attention8", lib=LIBRARY)
+def _attention8_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_scale: torch.Tensor | None,
+                     dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    b, h, queries, d = q.shape
+    return q.new_empty((b, queries, h * d), dtype=dtype)
+
+
+def _float(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.float()
+
+
+def reference_group_norm(x: torch.Tensor, x2: torch.Tensor | None, shift: torch.Tensor | None, groups: int,
+                         weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, silu: bool,
+                         out_scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Plain torch in fp32."""
+    x = x.float() if shift is None else x.float() + shift.float()[:, :, None, None]
+    x = x if x2 is None else torch.cat([x, x2.float()], 1)
+    y = torch.nn.functional.group_norm(x, groups, _float(weight), _float(bias), eps)
+    y = torch.nn.functional.silu(y) if silu else y
+    return encode(y, out_scale, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def reference_layer_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+                         eps: float, out_scale: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch in fp32; (x + residual, its norm)."""
+    s = (x if residual is None else x + residual).contiguous()
+    y = torch.nn.functional.layer_norm(s.float(), s.shape[-1:], _float(weight), _float(bias), eps)
+    return s, encode(y, out_scale, dtype)
+
+
+def reference_geglu(x: torch.Tensor, out_scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Plain torch in fp32."""
+    hidden, gate = x.float().chunk(2, -1)
+    return encode(hidden * torch.nn.functional.gelu(gate), out_scale, dtype)
+
+
+def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_scale: torch.Tensor | None,
+                        dtype: torch.dtype, variant: str = "") -> torch.Tensor:
+    """Plain torch in fp32."""
+    y = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale)
+    return encode(y.transpose(1, 2).flatten(2), out_scale, dtype)
+
+
+KERNELS["group_norm8", "reference"] = reference_group_norm
+KERNELS["layer_norm8", "reference"] = reference_layer_norm
+KERNELS["geglu8", "reference"] = reference_geglu
+KERNELS["attention8", "reference"] = reference_attention

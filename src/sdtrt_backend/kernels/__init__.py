@@ -17,8 +17,10 @@ from .. import ops, stats
 from ..store import Store, device_key
 
 log = logging.getLogger("sdtrt_backend")
-ERROR_BOUND = 5e-3  # a kernel's relative error to the fp32 reference on the same codes: 16-bit rounding is 2e-4 (fp16), 2e-3 (bf16)
+# a kernel's relative error to the fp32 reference on the same codes: 16-bit rounding is 2e-4 (fp16) or 2e-3 (bf16)
+ERROR_BOUND = 5e-3
 COLD_BYTES = 120e6  # weights are rotated through this much memory: a step reads each of them once, from beyond the L2 cache
+ATTENTION_BOUND = 2e-2  # likewise where the result is written in 8 bits: a rounding tie is one step of 1/32 of a standard deviation
 CALLS, REPLAYS = 12, 3
 # compute capability from which a GPU has the matrix instructions of a precision
 CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
@@ -91,6 +93,13 @@ def register() -> None:
     """Make the installed providers' functions known to the operators."""
     from . import cublaslt, cudnn
 
+    if installed("triton"):
+        from . import triton_producers
+
+        ops.KERNELS["group_norm8", "triton"] = triton_producers.group_norm
+        ops.KERNELS["layer_norm8", "triton"] = triton_producers.layer_norm
+        ops.KERNELS["geglu8", "triton"] = triton_producers.geglu
+        ops.KERNELS["attention8", "triton"] = triton_producers.short_attention
     ops.KERNELS["linear8", "cublaslt"] = cublaslt.linear
     ops.KERNELS["linear8", "cudnn"] = cudnn.linear
     ops.KERNELS["conv8", "cudnn"] = cudnn.conv
@@ -138,14 +147,46 @@ class Chooser:
         """Milliseconds of the 16-bit kernel that torch itself uses."""
         return float(self.store.get(f"16-bit {problem}", lambda: {"torch": self._time_wide(problem)})["torch"])
 
-    def attention_ms(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype) -> float:
-        """Milliseconds of torch's own attention: query [..., queries, width] over ``tokens`` keys."""
-        def measure() -> dict[str, float]:
-            q, k, v = (torch.randn(shape, device=self.device, dtype=dtype)
-                       for shape in (query, *[(*query[:-2], tokens, query[-1])] * 2))
-            return {"torch": graph_ms([lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)])}
+    def producer(self, op: str) -> str | None:
+        """The kernel that writes ``op``'s result in 8 bits, None where its package is missing."""
+        return "triton" if installed("triton") else None
 
-        return float(self.store.get(f"attention {'x'.join(map(str, query))} over {tokens} {dtype}", measure)["torch"])
+    def attention_kernel(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> str | None:
+        """The kernel that computes attention fastest, writing ``out``; None for torch's own and a quantisation behind it."""
+        times = self.attention_times(query, tokens, dtype, out)
+        fastest = min(times, key=times.__getitem__)
+        return None if fastest == "torch" else fastest
+
+    def attention_ms(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> float:
+        """Milliseconds of the fastest way to attention written in ``out``."""
+        return min(self.attention_times(query, tokens, dtype, out).values())
+
+    def attention_times(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> dict[str, float]:
+        """kernel -> milliseconds: query [batch, heads, queries, width] over ``tokens`` keys; "torch" quantises in a pass of its
+        own."""
+        def measure() -> dict[str, float]:
+            noise = torch.Generator(self.device).manual_seed(0)
+            shapes = (query, *[(*query[:-2], tokens, query[-1])] * 2)
+            # as projections write them: heads side by side
+            q, k, v = (torch.randn((s[0], s[2], s[1], s[3]), generator=noise, device=self.device, dtype=dtype).transpose(1, 2)
+                       for s in shapes)
+            times = {"torch": graph_ms([lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)])}
+            if out.itemsize == 1:
+                times["torch"] += self.quantize_ms(q.numel(), dtype)
+            scale = torch.full((1,), 32.0, device=self.device) if out.itemsize == 1 else None
+            arguments = (q, k, v, query[-1] ** -0.5, scale, out)
+            expected = ops.KERNELS["attention8", "reference"](*arguments)
+            for variant in _attention_variants(tokens) if installed("triton") and dtype in NARROW else ():
+                run = partial(ops.KERNELS["attention8", "triton"], *arguments, variant)
+                try:
+                    if stats.relative_error(run(), expected) < ATTENTION_BOUND:
+                        times[f"triton:{variant}"] = graph_ms([run])
+                except Exception as refusal:  # a kernel that refuses the shape is no candidate
+                    log.debug("triton:%s cannot run attention %s: %s", variant, query, refusal)
+            return times
+
+        name = f"attention {'x'.join(map(str, query))} over {tokens} {str(dtype)[6:]} to {str(out)[6:]}"
+        return dict(self.store.get(name, measure))
 
     def quantize_ms(self, numel: int, dtype: torch.dtype) -> float:
         """Milliseconds of a separate pass that reads ``numel`` values of ``dtype`` and writes them in 8 bits."""
@@ -236,3 +277,9 @@ def graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
 def chooser(device: torch.device) -> Chooser:
     """The device's chooser, one per process."""
     return Chooser(device)
+
+
+def _attention_variants(tokens: int) -> Sequence[str]:
+    from . import triton_producers
+
+    return ("64", "128") if tokens <= triton_producers.MAX_TOKENS else ()

@@ -39,21 +39,23 @@ class Fusion:
                 (w + 2 * self.padding[1] - kw) // self.stride[1] + 1)
 
 
-class Plan:
-    """A fusion compiled for one device; ``index`` picks one of the plans that cuDNN offers, in its heuristic's order."""
+class Plans:
+    """The plans that cuDNN offers for a fusion on one device, in its heuristic's order; each is built when first run."""
 
-    def __init__(self, fusion: Fusion, index: int, device: int) -> None:
+    def __init__(self, fusion: Fusion, device: int) -> None:
         import cudnn
 
-        self.index, self.handle = index, handle(device)
-        kinds = {torch.int8: cudnn.data_type.INT8, torch.float8_e4m3fn: cudnn.data_type.FP8_E4M3, torch.float16: cudnn.data_type.HALF,
-                 torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float32: cudnn.data_type.FLOAT}
+        self.device, self.handle = device, handle(device)
+        self.workspaces: dict[int, torch.Tensor] = {}
+        kind = cudnn.data_type
+        kinds = {torch.int8: kind.INT8, torch.float8_e4m3fn: kind.FP8_E4M3, torch.float16: kind.HALF,
+                 torch.bfloat16: kind.BFLOAT16, torch.float32: kind.FLOAT}
         integer = fusion.operand is torch.int8
         FLOAT, INT32 = cudnn.data_type.FLOAT, cudnn.data_type.INT32
         g: Any = cudnn.pygraph(intermediate_data_type=FLOAT, compute_data_type=FLOAT, handle=self.handle)
 
         def tensor(name: str, dim: tuple[int, ...], dtype: torch.dtype) -> Any:
-            n, c, h, w = dim
+            _, c, h, w = dim
             return g.tensor(name=name, dim=list(dim), stride=[c * h * w, 1, c * w, c], data_type=kinds[dtype])
 
         channels = (1, fusion.weight[0], 1, 1)
@@ -77,17 +79,18 @@ class Plan:
         g.build_operation_graph()
         g.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         g.check_support()
-        g.build_plan_at_index(index)
-        size = max(1, g.get_workspace_size_plan_at_index(index))
-        self.workspace = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
 
-    def __call__(self, y: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """Write ``y``; inputs in order: x, weight, scale, then bias and residual where the fusion has them."""
+    def __call__(self, index: int, y: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """Write ``y`` by plan ``index``; inputs in order: x, weight, scale, then bias and residual where the fusion has them."""
         import cudnn
 
+        if index not in self.workspaces:
+            self.graph.build_plan_at_index(index)
+            size = max(1, self.graph.get_workspace_size_plan_at_index(index))
+            self.workspaces[index] = torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.device}")
         cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
         pack = {self.output: y, **dict(zip(self.inputs, inputs, strict=True))}
-        self.graph.execute_plan_at_index(pack, self.workspace, self.index, handle=self.handle)
+        self.graph.execute_plan_at_index(pack, self.workspaces[index], index, handle=self.handle)
         return y
 
 
@@ -101,9 +104,9 @@ def handle(device: int) -> Any:
 
 
 @cache
-def plan(fusion: Fusion, index: int, device: int) -> Plan:
-    """The plan of a fusion, built once per process. Raises what cuDNN raises where it has no engine for it."""
-    return Plan(fusion, index, device)
+def plans(fusion: Fusion, device: int) -> Plans:
+    """The plans of a fusion, made once per process. Raises what cuDNN raises where it has no engine for it."""
+    return Plans(fusion, device)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
@@ -113,7 +116,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
     x = x.contiguous()
     fusion = Fusion((1, k, x.numel() // k, 1), (n, k, 1, 1), (1, 1), (0, 0), x.dtype, dtype, "" if bias is None else "channel")
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
-    return plan(fusion, int(variant), x.device.index)(y, x, weight, scale, *(() if bias is None else (bias,)))
+    return plans(fusion, x.device.index)(int(variant), y, x, weight, scale, *(() if bias is None else (bias,)))
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
@@ -127,4 +130,4 @@ def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch
     extra = [] if bias is None else [bias]
     if residual is not None:
         extra.append(residual.contiguous(memory_format=torch.channels_last))
-    return plan(fusion, int(variant), x.device.index)(y, x, weight, scale, *extra)
+    return plans(fusion, x.device.index)(int(variant), y, x, weight, scale, *extra)

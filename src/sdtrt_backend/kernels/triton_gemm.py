@@ -88,15 +88,14 @@ def cast(y: tl.tensor, y_ptr: tl.tensor, out_scale_ptr: tl.tensor) -> tl.tensor:
 def _gemm(x_desc: tl.tensor_descriptor, w_desc: tl.tensor_descriptor, y_ptr: tl.tensor, scale_ptr: tl.tensor,
           bias_ptr: tl.tensor, residual_ptr: tl.tensor, out_scale_ptr: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor,
           y_stride: tl.tensor, residual_stride: tl.tensor, ACT: tl.constexpr, INT8: tl.constexpr, PER_COLUMN: tl.constexpr,
-          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-          FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr) -> None:
+          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+          SPECIALIZE: tl.constexpr) -> None:
     """N, BLOCK_N: of the result; a geglu's weight has 2 N rows. A pointer that is None is not there."""
     ACC: tl.constexpr = tl.int32 if INT8 else tl.float32
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     in_group = GROUP * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN,
-                         warp_specialize=SPECIALIZE):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE):
         # GROUP rows of tiles at a time, column by column: neighbours in time share weights and rows in the L2 cache
         first_m = tile // in_group * GROUP
         rows_in_group = tl.minimum(tiles_m - first_m, GROUP)
@@ -149,13 +148,15 @@ def gemm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch
     """
     (m, k), n = x.shape, weight.shape[0] // (2 if act == "geglu" else 1)
     y = x.new_empty((m, n), dtype=dtype) if out is None else out
-    _check(act in ACTS, f"act is one of {ACTS}, not {act!r}")
-    _check(x.dtype in EIGHT_BIT and weight.dtype == x.dtype, f"x and weight are int8 or fp8, not {x.dtype} and {weight.dtype}")
-    _check(weight.shape[1] == k and k % 16 == 0, f"x [M, K], weight [N, K], K a multiple of 16; not {x.shape} and {weight.shape}")
-    _check(x.stride(1) == 1 and x.stride(0) % 16 == 0 and weight.is_contiguous(), "rows of x, and weight, are contiguous")
-    _check((dtype in EIGHT_BIT) == (out_scale is not None), "out_scale comes with 8-bit results and only with them")
-    _check(y.shape == (m, n) and y.dtype == dtype and y.stride(1) == 1, f"out is {dtype} [{m}, {n}], not {y.dtype} {y.shape}")
-    _check(residual is None or (residual.shape == y.shape and residual.stride(1) == 1), f"residual is [{m}, {n}], in rows")
+    check(act in ACTS, f"act is one of {ACTS}, not {act!r}")
+    check(x.dtype in EIGHT_BIT and weight.dtype == x.dtype, f"x and weight are int8 or fp8, not {x.dtype} and {weight.dtype}")
+    check(weight.shape[1] == k and k % 16 == 0, f"x [M, K], weight [N, K], K a multiple of 16; not {x.shape} and {weight.shape}")
+    check(x.stride(1) == 1 and x.stride(0) % 16 == 0 and weight.is_contiguous(), "rows of x, and weight, are contiguous")
+    check((dtype in EIGHT_BIT) == (out_scale is not None), "out_scale comes with 8-bit results and only with them")
+    check(y.shape == (m, n) and y.dtype == dtype and y.stride(1) == 1, f"out is {dtype} [{m}, {n}], not {y.dtype} {y.shape}")
+    check(residual is None or (residual.shape == y.shape and residual.stride(1) == 1), f"residual is [{m}, {n}], in rows")
+    rows = weight.shape[0]
+    check(scale.numel() in (1, rows) and (bias is None or bias.numel() == rows), f"scale has 1 or {rows}, bias {rows} elements")
     block_n = config.block_n // (2 if act == "geglu" else 1)
     grid = min(triton.cdiv(m, config.block_m) * triton.cdiv(n, block_n), programs(x.device) * config.per_sm)
     _gemm[(grid,)](
@@ -163,12 +164,13 @@ def gemm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch
         TensorDescriptor(weight, list(weight.shape), [k, 1], [block_n, config.block_k]),
         y, scale, bias, residual, out_scale, m, n, k, y.stride(0), 0 if residual is None else residual.stride(0),
         ACT=act, INT8=x.dtype == torch.int8, PER_COLUMN=scale.numel() > 1, BLOCK_M=config.block_m, BLOCK_N=block_n,
-        BLOCK_K=config.block_k, GROUP=8, PROGRAMS=grid, FLATTEN=config.flatten, SPECIALIZE=config.specialize,
+        BLOCK_K=config.block_k, GROUP=8, FLATTEN=config.flatten, SPECIALIZE=config.specialize,
         num_stages=config.stages, num_warps=config.warps,
     )
     return y
 
 
-def _check(ok: bool, expected: str) -> None:
+def check(ok: bool, expected: str) -> None:
+    """ValueError with what was expected."""
     if not ok:
         raise ValueError(expected)

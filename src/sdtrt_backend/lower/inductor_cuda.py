@@ -16,15 +16,16 @@ from torch import fx
 from .. import ops
 from ..assign import problem
 from ..fx import add_constant, call_arguments, finish, propagate
-from ..kernels import Chooser, Problem, chooser, provider
+from ..kernels import DTYPES, Chooser, Problem, chooser, provider
 from ..options import Options
 from ..quantize import QD
 from ..rules import OPS
 from ..values import FP8_MAX, INT8_MAX
+from . import producers
+from .producers import ADDITIONS, simplify
 
 QUANTIZE = {QD.quantize_per_tensor.default: "int8", ops.quantize_fp8: "fp8"}
 DEQUANTIZE = (QD.dequantize_per_tensor.default, ops.dequantize_fp8)
-ADDITIONS = (operator.add, operator.iadd, torch.add)
 CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 
 
@@ -34,6 +35,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     from torch._inductor.compile_fx import compile_fx
 
     propagate(gm, example)
+    simplify(gm)
     to_8_bit_operators(gm, chooser(example[0].device))
     with torch.no_grad():
         return cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
@@ -45,17 +47,40 @@ def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
         readers = [call for dq in quantize.users for call in dq.users]
         precision = QUANTIZE[quantize.target]
         linears = [c for c in readers if OPS[c.target].name == "linear"]
-        code, scale = _code(gm, quantize, precision)
+        code, scale = _code(gm, quantize, precision, choose)
         for call in readers:
             if call not in linears:
                 _conv(gm, call, code, scale, precision, choose)
         if linears:
             _linears(gm, linears, code, scale, precision, choose)
+    gm.graph.eliminate_dead_code()
+    for norm in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.group_norm):
+        _wide_group_norm(gm, norm, choose)
+    for merged in gm.graph.find_nodes(op="call_method", target="reshape"):
+        with gm.graph.inserting_before(merged):
+            y = producers.attention(gm, merged, None, merged.meta["val"].dtype, choose.attention_kernel) if "val" in merged.meta else None
+        if y is not None:
+            merged.replace_all_uses_with(y)
     return finish(gm)
 
 
-def _code(gm: fx.GraphModule, quantize: fx.Node, precision: str) -> tuple[fx.Node, float]:
-    """The 8-bit tensor in plain torch, and its scale. The scale is a buffer: equal layers then have equal kernel source."""
+def _wide_group_norm(gm: fx.GraphModule, norm: fx.Node, choose: Chooser) -> None:
+    """A group norm whose result stays in 16 bits: one pass in channels last, with the silu behind it."""
+    kernel, value = choose.producer("group_norm8"), norm.meta.get("val")
+    if kernel is None or value is None or value.dim() != 4:
+        return
+    users = list(norm.users)
+    silu = len(users) == 1 and users[0].target is torch.nn.functional.silu
+    last = users[0] if silu else norm
+    with gm.graph.inserting_before(last):
+        y = producers.group_norm_call(gm, norm, silu, None, value.dtype, kernel)
+    last.replace_all_uses_with(y)
+    gm.graph.eliminate_dead_code()
+
+
+def _code(gm: fx.GraphModule, quantize: fx.Node, precision: str, choose: Chooser) -> tuple[fx.Node, float]:
+    """The 8-bit tensor and its scale: written by the kernel that computes the value, where there is one for it, else in plain
+    torch, for Inductor to fuse."""
     source, scale = quantize.args[0], quantize.args[1]
     assert isinstance(source, fx.Node)
     assert isinstance(scale, float)
@@ -65,22 +90,39 @@ def _code(gm: fx.GraphModule, quantize: fx.Node, precision: str) -> tuple[fx.Nod
         inverse = _constant(gm, source.args[1]) * inverse
         source = source.args[0]
         assert isinstance(source, fx.Node)
+    dtype = DTYPES[precision]
     with gm.graph.inserting_before(quantize):
-        call = gm.graph.call_function
-        # two dimensions: Inductor would write a smaller constant into the kernel's source
-        factor = add_constant(gm, f"{quantize.name}_inverse_scale", inverse.view(1, -1))
-        x = call(torch.mul, (source, factor))
-        if precision == "int8":
-            x = call(torch.clamp, (call(torch.round, (x,)), -INT8_MAX - 1, INT8_MAX))
-            x = gm.graph.call_method("to", (x, torch.int8))
-        else:
-            x = gm.graph.call_method("to", (call(torch.clamp, (x, -FP8_MAX, FP8_MAX)), torch.float8_e4m3fn))
+        x = _produced(gm, source, inverse, dtype, choose) or _plain(gm, quantize, source, inverse, dtype)
         value = quantize.meta["val"]
-        if value.dim() == 1:
-            x = gm.graph.call_method("view", (x, *value.shape))
         if value.dim() == 4 and any(OPS[call.target].name == "conv2d" for dq in quantize.users for call in dq.users):
             x = gm.graph.call_method("contiguous", (x,), CHANNELS_LAST)
     return x, scale
+
+
+def _produced(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype, choose: Chooser) -> fx.Node | None:
+    """The 8-bit tensor from the kernel that computes ``source``, which nobody else reads."""
+    if len(source.users) != 1:
+        return None
+    for name, produce in (("group_norm8", producers.group_norm), ("layer_norm8", producers.layer_norm), ("geglu8", producers.geglu)):
+        kernel = choose.producer(name)
+        made = None if kernel is None else produce(gm, source, factor, dtype, kernel)
+        if made is not None:
+            return made
+    return producers.attention(gm, source, factor, dtype, choose.attention_kernel)
+
+
+def _plain(gm: fx.GraphModule, quantize: fx.Node, source: fx.Node, inverse: torch.Tensor, dtype: torch.dtype) -> fx.Node:
+    """source * inverse, rounded and saturated. The factor is a buffer: equal layers then have equal kernel source."""
+    call = gm.graph.call_function
+    # two dimensions: Inductor would write a smaller constant into the kernel's source
+    x = call(torch.mul, (source, add_constant(gm, f"{quantize.name}_inverse_scale", inverse.view(1, -1))))
+    if dtype is torch.int8:
+        x = call(torch.clamp, (call(torch.round, (x,)), -INT8_MAX - 1, INT8_MAX))
+    else:
+        x = call(torch.clamp, (x, -FP8_MAX, FP8_MAX))
+    x = gm.graph.call_method("to", (x, dtype))
+    value = quantize.meta["val"]
+    return gm.graph.call_method("view", (x, *value.shape)) if value.dim() == 1 else x
 
 
 def _constant(gm: fx.GraphModule, node: Any) -> torch.Tensor:
@@ -132,7 +174,7 @@ def _linears(gm: fx.GraphModule, calls: Sequence[fx.Node], code: fx.Node, x_scal
 
 
 def _conv(gm: fx.GraphModule, call: fx.Node, code: fx.Node, x_scale: float, precision: str, choose: Chooser) -> None:
-    """conv8 with what is added to the convolution right behind it: a bias per image (the time embedding), a residual."""
+    """conv8, with the residual where one is added right behind the convolution."""
     arguments, p = call_arguments(call), problem([call])
     codes, scale = _weight(gm, arguments["weight"])
     bias = None if arguments["bias"] is None else _constant(gm, arguments["bias"]).detach().float()
@@ -141,12 +183,6 @@ def _conv(gm: fx.GraphModule, call: fx.Node, code: fx.Node, x_scale: float, prec
         factor = add_constant(gm, f"{call.name}_scale", (scale.expand(codes.shape[0]) * x_scale).contiguous())
         bias_node = None if bias is None else add_constant(gm, f"{call.name}_bias", bias)
     last, residual = call, None
-    per_image = _added(last, lambda v: tuple(v.shape) == (p.x[0], codes.shape[0], 1, 1))
-    if per_image is not None:
-        last, other = per_image
-        with gm.graph.inserting_before(last):
-            flat = gm.graph.call_method("to", (gm.graph.call_method("flatten", (other, 1)), torch.float32))
-            bias_node = flat if bias_node is None else gm.graph.call_function(torch.add, (flat, bias_node))
     image = _added(last, lambda v: v.shape == call.meta["val"].shape and v.dtype is p.dtype)
     if image is not None:
         last, other = image

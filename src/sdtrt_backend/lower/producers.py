@@ -1,0 +1,187 @@
+"""Norms, GEGLU and attention that write the 8-bit tensor themselves, where only the quantisation reads their result.
+
+Each function takes the node that is quantised and the factor it is multiplied by (1 / scale, times an unfolded smoothing
+factor), and returns the node of the 8-bit tensor, or None where its pattern does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import ops
+from ..fx import add_constant
+
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+PRODUCTS = (operator.mul, operator.imul, torch.mul)
+VIEWS = ("reshape", "view", "permute", "transpose", "flatten", "contiguous")
+MAX_ROW = 8192  # channels that one program of the layer norm kernel holds
+ONE_BLOCK = 128  # keys up to which the attention kernel needs no loop
+
+
+def simplify(gm: fx.GraphModule) -> None:
+    """Drop what changes nothing: dropout outside training, division by one, conversion to the dtype it has."""
+    for node in list(gm.graph.nodes):
+        value, source = node.meta.get("val"), node.args[0] if node.args else None
+        if not isinstance(value, torch.Tensor) or not isinstance(source, fx.Node):
+            continue
+        idle = ((node.target is torch.nn.functional.dropout and _dropout_is_idle(node))
+                or (node.target in (operator.truediv, operator.itruediv) and node.args[1] == 1.0)
+                or (node.op == "call_method" and node.target == "to" and not node.kwargs and len(node.args) == 2
+                    and node.args[1] is source.meta["val"].dtype))
+        if idle and source.meta["val"].dtype is value.dtype:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+
+
+def _dropout_is_idle(node: fx.Node) -> bool:
+    given = {**dict(zip(("input", "p", "training"), node.args, strict=False)), **node.kwargs}
+    return given.get("p", 0.5) == 0.0 or given.get("training", True) is False
+
+
+def _chain(node: fx.Node, ends: Callable[[fx.Node], bool]) -> tuple[fx.Node, list[fx.Node]] | None:
+    """(the node that ``ends`` accepts, the views from it down to ``node``) where each is read by the next alone."""
+    views: list[fx.Node] = []
+    while not ends(node):
+        if node.op != "call_method" or node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
+            return None
+        views.append(node)
+        node = node.args[0]
+        if len(node.users) != 1:
+            return None
+    return node, views[::-1]
+
+
+def _viewed(gm: fx.GraphModule, node: fx.Node, views: list[fx.Node]) -> fx.Node:
+    """``views`` applied to another node, in front of the insertion point."""
+    for view in views:
+        node = gm.graph.call_method(str(view.target), (node, *view.args[1:]), view.kwargs)
+    return node
+
+
+def group_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype, kernel: str) -> fx.Node | None:
+    """group_norm [-> silu] [-> views]. A factor per channel goes into the norm's weights, where no silu is between."""
+    found = _chain(source, lambda n: n.target in (torch.nn.functional.silu, torch.nn.functional.group_norm))
+    if found is None:
+        return None
+    (node, views), silu = found, False
+    if node.target is torch.nn.functional.silu:
+        silu = True
+        inner = _chain(node.args[0], lambda n: n.target is torch.nn.functional.group_norm)  # type: ignore[arg-type]
+        if inner is None or inner[1] or len(inner[0].users) != 1:
+            return None
+        node = inner[0]
+    if node.meta["val"].dim() != 4 or (factor.numel() > 1 and silu):
+        return None
+    y = group_norm_call(gm, node, silu, factor, dtype, kernel)
+    return _viewed(gm, y, views) if y is not None else None
+
+
+def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch.Tensor | None, dtype: torch.dtype,
+                    kernel: str) -> fx.Node:
+    """group_norm8 for the norm ``node``; a concatenation of two, or a shift per image, in front of it is taken in."""
+    given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), node.args, strict=False)) | node.kwargs
+    x, x2, shift = given["input"], None, None
+    weight, bias = (_value(gm, given.get(p)) for p in ("weight", "bias"))
+    out_scale = None
+    if factor is not None and factor.numel() > 1:
+        weight = factor.view(-1) * (1.0 if weight is None else weight.float())
+        bias = None if bias is None else bias.float() * factor.view(-1)
+    elif factor is not None:
+        out_scale = add_constant(gm, f"{node.name}_out_scale", factor.float().view(1))
+    parts = x.args[0] if x.target is torch.cat else ()
+    if len(parts) == 2 and (x.args[1] if len(x.args) > 1 else x.kwargs.get("dim", 0)) == 1:
+        x, x2 = parts
+    elif x.target in ADDITIONS and len(x.users) == 1 and not x.kwargs:
+        shifts = [a for a in x.args if isinstance(a, fx.Node) and tuple(a.meta["val"].shape[2:]) == (1, 1)]
+        if len(shifts) == 1:
+            x = next(a for a in x.args if a is not shifts[0])
+            shift = gm.graph.call_method("flatten", (shifts[0], 1))
+    x, x2 = (None if t is None else gm.graph.call_method("contiguous", (t,), {"memory_format": torch.channels_last})
+             for t in (x, x2))
+    affine = [None if v is None else add_constant(gm, f"{node.name}_{name}", v) for name, v in (("weight", weight), ("bias", bias))]
+    return gm.graph.call_function(ops.group_norm8, (x, x2, shift, given["num_groups"], *affine, given.get("eps", 1e-5), silu,
+                                                    out_scale, dtype, kernel))
+
+
+def layer_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype, kernel: str) -> fx.Node | None:
+    """layer_norm over the last dimension, with the addition in front of it, whose sum is written too."""
+    if source.target is not torch.nn.functional.layer_norm or source.meta["val"].shape[-1] > MAX_ROW:
+        return None
+    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), source.args, strict=False)) | source.kwargs
+    if len(given["normalized_shape"]) != 1:
+        return None
+    x, eps = given["input"], given.get("eps", 1e-5)
+    added = x.target in ADDITIONS and not x.kwargs and all(
+        isinstance(a, fx.Node) and a.meta["val"].shape == x.meta["val"].shape and a.meta["val"].dtype is x.meta["val"].dtype
+        for a in x.args)
+    with gm.graph.inserting_before(x if added else source):
+        constants = [None if v is None else add_constant(gm, f"{source.name}_{name}", v) for name, v in (
+            ("weight", _value(gm, given.get("weight"))), ("bias", _value(gm, given.get("bias"))))]
+        out_scale = add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
+        tail = (*constants, eps, out_scale, dtype, kernel)
+        if not added:
+            return gm.graph.call_function(ops.layer_norm8, (x, *tail))
+        both = gm.graph.call_function(ops.add_layer_norm8, (*x.args, *tail))
+        total, y = (gm.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
+    total.meta.update(x.meta)
+    x.replace_all_uses_with(total)
+    return y
+
+
+def geglu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype, kernel: str) -> fx.Node | None:
+    """hidden * gelu(gate), the halves of one tensor."""
+    if source.target not in PRODUCTS or len(source.args) != 2:
+        return None
+    hidden, gate = source.args
+    if not isinstance(gate, fx.Node) or not isinstance(hidden, fx.Node) or gate.target is not torch.nn.functional.gelu:
+        return None
+    if gate.kwargs.get("approximate", "none") != "none" or len(gate.args) > 1:
+        return None
+    second = gate.args[0]
+    if not all(isinstance(h, fx.Node) and h.target is operator.getitem and h.args[1] == i for i, h in enumerate((hidden, second))):
+        return None
+    halves = hidden.args[0]
+    assert isinstance(halves, fx.Node)
+    assert isinstance(second, fx.Node)
+    if second.args[0] is not halves or halves.target not in ("chunk", torch.chunk) or halves.args[1] != 2:
+        return None
+    x = halves.args[0]
+    dim = halves.kwargs.get("dim", halves.args[2] if len(halves.args) > 2 else 0)
+    if not isinstance(x, fx.Node) or dim not in (-1, x.meta["val"].dim() - 1):
+        return None
+    out_scale = add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
+    return gm.graph.call_function(ops.geglu8, (x, out_scale, dtype, kernel))
+
+
+def attention(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor | None, dtype: torch.dtype,
+              choose: Callable[[tuple[int, ...], int, torch.dtype, torch.dtype], str | None]) -> fx.Node | None:
+    """attention -> transpose -> reshape to [batch, queries, heads * width]; ``choose`` names the kernel or declines."""
+    found = _chain(source, lambda n: n.target is ATTENTION)
+    if found is None:
+        return None
+    node, views = found
+    if [v.target for v in views] != ["transpose", "reshape"] or set(views[0].args[1:]) != {1, 2}:
+        return None
+    q, k, v, *rest = node.args
+    options: dict[str, Any] = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | node.kwargs
+    query, shape = q.meta["val"], source.meta["val"].shape  # type: ignore[union-attr]
+    if (options.get("attn_mask") is not None or options.get("dropout_p") or options.get("is_causal") or options.get("enable_gqa")
+            or query.dim() != 4 or tuple(shape) != (query.shape[0], query.shape[2], query.shape[1] * query.shape[3])):
+        return None
+    kernel = choose(tuple(query.shape), k.meta["val"].shape[2], query.dtype, dtype)  # type: ignore[union-attr]
+    if kernel is None:
+        return None
+    scale = options.get("scale") or 1 / math.sqrt(query.shape[-1])
+    out_scale = None if factor is None else add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
+    return gm.graph.call_function(ops.attention8, (q, k, v, scale, out_scale, dtype, kernel))
+
+
+def _value(gm: fx.GraphModule, node: Any) -> torch.Tensor | None:
+    return None if node is None else getattr(gm, str(node.target)).detach()
