@@ -10,14 +10,14 @@ import sdtrt_backend
 
 ROOT = Path(sdtrt_backend.__file__).parent
 LAYERS = (
-    {"errors", "values"},
-    {"rules", "options", "recipe", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs",
-     "weights"},
-    {"fx", "measure", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv", "kernels.triton_norm",
-     "kernels.triton_attention"},
+    {"errors", "values", "weights"},
+    {"rules", "options", "recipe", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs"},
+    {"fx", "measure", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
+     "kernels.triton_producers"},
     {"kernels"},
     {"capture", "calibrate", "smooth", "quantize", "assign"},
-    {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.reference"},
+    {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
+     "lower.reference"},
     {"run"},
     {"backend"},
     {"pipeline"},
@@ -32,6 +32,9 @@ SIDEWAYS = {
     ("lower", "lower.inductor_cpu"): "the table of lowerings",
     ("lower", "lower.inductor_cuda"): "the table of lowerings",
     ("lower", "lower.reference"): "the table of lowerings",
+    ("lower.inductor_cuda", "lower.producers"): "its rewrites of norms, GEGLU and attention",
+    ("kernels.triton_conv", "kernels.triton_gemm"): "the epilogue that both kernels have",
+    ("kernels.triton_producers", "kernels.triton_gemm"): "gelu",
     ("report", "metrics"): "the type of pictures",
 }
 HEAVY = ("diffusers", "transformers", "tensorrt", "torch_tensorrt", "modelopt", "torchao", "onnx")

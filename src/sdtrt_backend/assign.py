@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from .fx import call_arguments, pair
-from .kernels import DTYPES, Chooser, Problem
+from .kernels import Chooser, Problem
 from .rules import OPS
-from .values import Decision
+from .values import DTYPES, Decision
 
 # calls that write their result from a kernel of their own: quantising it is a pass of its own. What is none of these is
 # a norm or pointwise, and writes 8 bits itself
@@ -20,9 +20,10 @@ OPAQUE = {*OPS, ATTENTION}
 VIEWS = {"reshape", "view", "permute", "transpose", "contiguous", "flatten", "unflatten", "chunk", "to"}
 
 
-def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser: Chooser, precision: str) -> tuple[Decision, ...]:
+def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser: Chooser, precision: str,
+           always: bool = False) -> tuple[Decision, ...]:
     """Every quantised decision with its precision: "fp8" or "int8" (``precision`` "fp8" may use both), or back to "16-bit"
-    where the 8-bit kernels, with the quantisation of their input, were measured to be slower.
+    where the 8-bit kernels, with the quantisation of their input, were measured to be slower, unless ``always``.
 
     nodes: captured name -> node of the bound graph, with shapes in ``meta["val"]``.
     """
@@ -32,7 +33,8 @@ def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser:
             groups.setdefault((d.layer.source, d.group), []).append(d)
     chosen: dict[str, tuple[str, str]] = {}
     for (source, _), members in groups.items():
-        verdict = _cheapest(members, nodes, nodes[source], chooser, ("int8",) if precision == "int8" else ("fp8", "int8"))
+        candidates = ("int8",) if precision == "int8" else ("fp8",) if always else ("fp8", "int8")
+        verdict = _cheapest(members, nodes, nodes[source], chooser, candidates, always)
         chosen.update({d.layer.node: verdict for d in members})
     return tuple(replace(d, precision=chosen[d.layer.node][0], reason=chosen[d.layer.node][1]) if d.quantized else d
                  for d in decisions)
@@ -52,7 +54,7 @@ def kernels_ms(gm: fx.GraphModule, chooser: Chooser) -> float:
 
 
 def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source: fx.Node, chooser: Chooser,
-              precisions: tuple[str, ...]) -> tuple[str, str]:
+              precisions: tuple[str, ...], always: bool) -> tuple[str, str]:
     """(precision, reason) of one group: linears count as the one matrix product they become."""
     calls = [nodes[d.layer.node] for d in members]
     if any(pair(call_arguments(c).get("dilation", 1)) != [1, 1] for c in calls):
@@ -68,7 +70,7 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
     if not times:
         return "16-bit", f"no {' or '.join(precisions)} kernel takes {problems[0]}"
     fastest = min(times, key=times.__getitem__)
-    if times[fastest] >= wide:
+    if times[fastest] >= wide and not always:
         return "16-bit", (f"measured on this GPU: {times[fastest]:.4f} ms in {fastest} with quantising the input, "
                           f"{wide:.4f} ms in {str(problems[0].dtype)[6:]}")
     return fastest, ""

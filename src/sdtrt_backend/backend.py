@@ -93,14 +93,14 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     if target == "inductor-cuda":
         propagate(graph, tensors)
         measured = chooser(tensors[0].device)
-        decisions = assign(decisions, nodes, measured, options.precision)
+        decisions = assign(decisions, nodes, measured, options.precision, options.engine == "inductor")
         timings["16-bit_kernels_ms"] = kernels_ms(graph, measured)
         timings["choice_s"] = time.perf_counter() - start
         if not any(d.quantized for d in decisions):
             return Built(None, f"no 8-bit kernel is faster than the 16-bit one on these shapes ({decisions[-1].reason})")
     elif options.precision == "fp8":
         decisions = tuple(replace(d, precision="fp8") if d.quantized else d for d in decisions)
-    quantized = insert(graph, nodes, decisions)
+    quantized = insert(graph, nodes, decisions, memory.codes)
     step = LOWERINGS[target](quantized, tensors, options)
     timings["build_s"] = time.perf_counter() - start
     return _judge(captured, args, decisions, step, target, options, timings, memory)
@@ -125,12 +125,13 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
     share = counted.flops / max(1, sum(layer.flops for layer in layers))
     if target == "inductor-cuda":
         step = Graphed(step, tensors, memory)
-    built = Built(step, None, layers, error, share if target != "reference" else 0.0, timings)
+    replaced = tuple(d.layer.weight for d in decisions if d.quantized)
+    built = Built(step, None, layers, error, share if target != "reference" else 0.0, timings, replaced)
     if target == "reference":
         return built
     mine = f"sd_{options.precision}_ms"
     timings["eager_ms"], timings[mine] = measure.step_ms(lambda: captured.graph(*args), lambda: step(*tensors))
-    if _may_be_slower(timings, mine, target):
+    if options.engine == "auto" and _may_be_slower(timings, mine, target):
         compiled = unquantized(captured, args)
         compiled(*tensors)
         if target == "inductor-cuda":

@@ -8,13 +8,21 @@ from typing import Any
 
 import torch
 
+from .weights import Weights
+
 WARM_UPS = 2
 
 
 class Memory:
-    """What all graphs of one module share: a memory pool, and the promise that one of them runs at a time."""
+    """What all steps of one module share: the 8-bit weights, the 16-bit ones that left the GPU, one pool for the graphs'
+    tensors, and the promise that one graph runs at a time.
+
+    codes: (names of layers that read one tensor, precision) -> (codes, scale) of each.
+    """
 
     def __init__(self) -> None:
+        self.codes: dict[tuple[tuple[str, ...], str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.weights = Weights()
         self.lock = threading.Lock()
         self.pool: Any = None
         self.last: torch.cuda.Event | None = None

@@ -22,8 +22,11 @@ class Options:
     alpha: SmoothQuant migration strength, 0..1; None switches smoothing off.
     max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step.
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
-    engine: "auto", "inductor" or "reference".
+    engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a
+        comparison of pictures say; "reference" the Q/DQ graph in plain torch, slow.
     exclude: glob patterns of module paths that stay unquantised.
+    weights: "keep", or "release": the 16-bit weights of quantised layers leave the GPU once the 8-bit step is in use; until
+        ``restore`` the module can then be called in its compiled form only.
     precision: "int8" or "fp8"; not an option but the backend's name, ``sd_int8`` or ``sd_fp8``.
     """
 
@@ -36,6 +39,7 @@ class Options:
     rest: str = "auto"
     engine: str = "auto"
     exclude: tuple[str, ...] = ()
+    weights: str = "keep"
     precision: str = "int8"
 
     @classmethod
@@ -68,6 +72,7 @@ class Options:
         check("max_error", number("max_error") and values["max_error"] > 0, "a number > 0")
         check("rest", values.get("rest") in RESTS, f"one of {', '.join(RESTS)}")
         check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")
+        check("weights", values.get("weights") in ("keep", "release"), "'keep' or 'release'")
         patterns = values.get("exclude")
         check("exclude", isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns), "a list of glob patterns")
         return cls(**values, precision=precision)

@@ -26,15 +26,17 @@ def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backe
     """Compile the pipeline's denoiser in place with ``backend`` and return the pipeline.
 
     recipe: folder of a saved recipe; without one the pipeline calibrates itself during its next pictures.
-    options: any of ``Options`` (``calibration_runs``, ``rule``, ``alpha``, ``max_error``, ``exclude``, ...).
+    options: any of ``Options`` (``calibration_runs``, ``rule``, ``alpha``, ``max_error``, ``exclude``, ...). On a GPU
+    ``weights`` is "release" unless given: the 16-bit weights of quantised layers wait on the CPU.
     Only this instance changes: the module object stays the same, and ``restore(pipe)`` undoes it to the bit.
     """
+    options.setdefault("weights", "release")
     if recipe is not None:
         options["recipe"] = os.fspath(recipe)
         Recipe.load(recipe)  # a bad recipe is refused here, not at the first step
     from torch._dynamo.backends.registry import lookup_backend
 
-    Options.parse(options)
+    Options.parse(options)  # refused here, not at the first step
     module = _denoiser(pipe)
     if any(p.is_meta for p in module.parameters()):
         raise ModelError.on_meta(type(module).__name__)
@@ -45,9 +47,11 @@ def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backe
 
 
 def restore(pipe: Any) -> Any:
-    """Undo ``accelerate``: the denoiser runs its own forward again; its weights were never touched. Returns the pipeline."""
+    """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit. Returns the pipeline."""
     module = _denoiser(pipe)
     module._compiled_call_impl = None
+    for state in states(module):
+        state.memory.weights.restore()
     forget(module)
     return pipe
 

@@ -14,7 +14,7 @@ from .recipe import Recipe
 from .rules import reason_to_keep
 from .smooth import smooth_source
 from .stats import TINY_AMAX, quantize_weight, weight_scale
-from .values import FP8_MAX, INT8_MAX, Decision, Layer
+from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
 
 QD = torch.ops.quantized_decomposed
 # a clipped range pays in int8, where it makes the steps finer; a floating-point code is as fine at half its range
@@ -38,11 +38,17 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...]) -> Decision:
     return Decision(layer, "int8", "", calibrated.amax, recipe.smoothing.get(calibrated.group), calibrated.group)
 
 
-def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[Decision]) -> fx.GraphModule:
+Codes = dict[tuple[tuple[str, ...], str], list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[Decision],
+           known: Codes | None = None) -> fx.GraphModule:
     """Write Q/DQ for every 8-bit decision into the bound graph ``gm``; ``nodes`` maps captured names to its nodes.
 
     Layers that read one tensor with one scale share one Q/DQ pair. Smoothing touches quantised layers only.
+    known: 8-bit weights that graphs for other shapes of the module already hold; what is missing is added.
     """
+    known = {} if known is None else known
     by_source: dict[tuple[str, str], list[Decision]] = {}
     for d in decisions:
         if d.quantized:
@@ -55,7 +61,10 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
             smoothing = smoothing.to(members[0].layer.weight.device)
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
         quantized = _quantize_activation(gm, smoothed, members[0])
-        for d, node, weight in zip(members, readers, _quantized_weights(members, smoothing), strict=True):
+        key = (tuple(d.layer.name for d in members), members[0].precision)
+        if key not in known:
+            known[key] = _quantized_weights(members, smoothing)
+        for d, node, weight in zip(members, readers, known[key], strict=True):
             with gm.graph.inserting_before(node):
                 dequantized = _weight_constant(gm, d, *weight)
             node.args, node.kwargs = tuple({**call_arguments(node), "input": quantized, "weight": dequantized}.values()), {}
@@ -81,17 +90,29 @@ def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision
 
 def _quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(codes, scale) of each weight: int8 and convolutions per output channel; fp8 linears that read one tensor share one
-    scale, so that they can be one matrix product: a floating-point code loses nothing by it."""
+    scale, so that they can be one matrix product: a floating-point code loses nothing by it. The codes of such linears lie
+    one behind the other in one tensor, those of convolutions are channels last."""
+    linears = [d for d in members if d.layer.op == "linear"]
     # [out, in] * [in]: only linears are smoothed
-    weights = [d.layer.weight.float() if smoothing is None else d.layer.weight.float() * smoothing for d in members]
-    if members[0].precision == "int8":
-        scales = [weight_scale(w) for w in weights]
-        return [(quantize_weight(w, s), s) for w, s in zip(weights, scales, strict=True)]
-    shared = torch.stack([w.abs().max() for w in weights]).max().clamp_min(TINY_AMAX).view(1) / FP8_MAX
-    scales = [shared if d.layer.op == "linear" else weight_scale(w) * (INT8_MAX / FP8_MAX)
-              for d, w in zip(members, weights, strict=True)]
-    return [((w / s.view(-1, *[1] * (w.dim() - 1))).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), s)
-            for w, s in zip(weights, scales, strict=True)]
+    weights = [d.layer.weight if smoothing is None else d.layer.weight.float() * smoothing for d in members]
+    shared = torch.stack([w.abs().max() for w in weights]).max().float().clamp_min(TINY_AMAX).view(1) / FP8_MAX
+    joined = torch.empty((sum(d.layer.weight.shape[0] for d in linears), *(linears or members)[0].layer.weight.shape[1:]),
+                         dtype=DTYPES[members[0].precision], device=weights[0].device)
+    result, row = [], 0
+    for d, w in zip(members, weights, strict=True):
+        if d.precision == "int8":
+            scale = weight_scale(w)
+            codes = quantize_weight(w, scale)
+        else:
+            scale = shared if d in linears else weight_scale(w) * (INT8_MAX / FP8_MAX)
+            codes = (w.float() / scale.view(-1, *[1] * (w.dim() - 1))).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        if d in linears:
+            joined[row : row + len(codes)] = codes
+            codes, row = joined[row : row + len(codes)], row + len(codes)
+        elif codes.is_cuda:
+            codes = codes.contiguous(memory_format=torch.channels_last)
+        result.append((codes, scale))
+    return result
 
 
 def _weight_constant(gm: fx.GraphModule, decision: Decision, codes: torch.Tensor, scale: torch.Tensor) -> fx.Node:

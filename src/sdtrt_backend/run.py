@@ -25,6 +25,7 @@ from .recipe import Recipe
 from .report import Report
 from .timesteps import timestep_value
 from .values import LayerReport
+from .weights import key
 
 log = logging.getLogger("sdtrt_backend")
 CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"
@@ -32,7 +33,10 @@ CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "ref
 
 @dataclass(frozen=True)
 class Built:
-    """A step for one set of shapes: the callable on tensor inputs, or None with the reason why it is not used."""
+    """A step for one set of shapes: the callable on tensor inputs, or None with the reason why it is not used.
+
+    replaced: the module's weights that the step holds in 8 bits and does not read.
+    """
 
     step: Callable[..., Any] | None
     refusal: str | None
@@ -40,6 +44,7 @@ class Built:
     error: float | None = None
     quantized_flops_share: float | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    replaced: tuple[torch.Tensor, ...] = ()
 
 
 class ModuleState:
@@ -55,11 +60,20 @@ class ModuleState:
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
         self.memory = Memory()
+        self.unread: dict[int, torch.Tensor] | None = None  # weights that no step in use reads
 
     def refuse(self, reason: str) -> None:
         """From now on the module runs in the user's precision; said once."""
         self.status = REFUSED
+        self.memory.weights.restore()
         self.say(self.fallbacks, f"{reason}; the module runs in its own precision")
+
+    def release(self, replaced: Iterable[torch.Tensor]) -> None:
+        """The weights that every step in use holds in 8 bits may leave the GPU."""
+        now = {key(w): w for w in replaced}
+        self.unread = now if self.unread is None else {k: w for k, w in self.unread.items() if k in now}
+        if self.options.weights == "release":
+            self.memory.weights.release(self.unread.values())
 
     def say(self, where: list[str], sentence: str) -> None:
         if sentence not in where:
@@ -123,22 +137,24 @@ class Step:
         self.weights_version = self._version()
 
     def __call__(self, *args: Any) -> Any:
-        key = shapes(self.captured, args)
-        if self.state.status != REFUSED and key in self.variants:
+        sizes = shapes(self.captured, args)
+        if self.state.status != REFUSED and sizes in self.variants:
             if self._version() == self.weights_version:
-                return self.variants[key](*tensor_inputs(self.captured, args))
+                return self.variants[sizes](*tensor_inputs(self.captured, args))
             self.state.refuse("the weights were changed after the 8-bit step was built (a LoRA fused, a checkpoint loaded?): "
                               "restore and accelerate again to quantise the new ones")
         if self.state.status == REFUSED:
-            return self._refused(key, args)
+            return self._refused(sizes, args)
         if not self.state.lock.acquire(blocking=False):
-            return self.captured.graph(*args)
+            with self.state.memory.weights.borrowed():
+                return self.captured.graph(*args)
         try:
             if self.state.recipe is None:
                 result = self._calibrate(args)
                 if self.state.recipe is None:
                     return result
-            self._build(key, args)
+            with self.state.memory.weights.borrowed():
+                self._build(sizes, args)
         finally:
             self.state.lock.release()
         return self(*args)
@@ -170,7 +186,7 @@ class Step:
 
         return Observer(self.captured.graph, self.captured.layer_names(), see).run(*args)
 
-    def _build(self, key: Any, args: Sequence[Any]) -> None:
+    def _build(self, shape: Any, args: Sequence[Any]) -> None:
         state = self.state
         assert state.recipe is not None
         state.status = BUILDING
@@ -195,15 +211,16 @@ class Step:
             sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
             state.say(state.fallbacks, f"{built.refusal}; inputs of {sizes} run in the module's own precision")
             step = self.unquantized(self.captured, args)
+        state.release(built.replaced)
         state.built = state.built or built
-        self.variants[key] = step
+        self.variants[shape] = step
         self.weights_version = self._version()
         state.status = READY
 
-    def _refused(self, key: Any, args: Sequence[Any]) -> Any:
-        if key not in self.fallback:
-            self.fallback[key] = self.unquantized(self.captured, args)
-        return self.fallback[key](*tensor_inputs(self.captured, args))
+    def _refused(self, shape: Any, args: Sequence[Any]) -> Any:
+        if shape not in self.fallback:
+            self.fallback[shape] = self.unquantized(self.captured, args)
+        return self.fallback[shape](*tensor_inputs(self.captured, args))
 
     def _version(self) -> int:
         """Changes when a weight is written in place. Inference tensors cannot be written and have no counter."""

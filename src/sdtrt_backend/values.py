@@ -8,6 +8,7 @@ import torch
 
 INT8_MAX = 127  # symmetric int8: amax maps to 127; -128 is not produced by amax itself
 FP8_MAX = 448  # float8_e4m3fn: the largest finite value
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 UINT8_ZERO = 128  # oneDNN takes unsigned activations: int8 value + 128
 
 

@@ -15,21 +15,22 @@ class Weights:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.away: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> (parameter, copy on the CPU)
+        self.away: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # key -> (parameter, copy on the CPU)
         self.released: list[torch.Tensor] = []
         self.borrowers = 0
 
     def release(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Send them to the CPU. A parameter that shares its memory with another tensor stays."""
+        """From now on these are away, and no others. A parameter that shares its memory with another tensor stays."""
         with self.lock:
+            self._fetch()
             self.released = [p for p in parameters if p.is_cuda and p.untyped_storage().nbytes() == p.numel() * p.element_size()]
             if not self.borrowers:
                 self._send()
 
     def _send(self) -> None:
         for p in self.released:
-            if id(p) not in self.away:
-                self.away[id(p)] = (p, p.detach().cpu())
+            if key(p) not in self.away:
+                self.away[key(p)] = (p, p.detach().cpu())
                 p.untyped_storage().resize_(0)
 
     def _fetch(self) -> None:
@@ -57,3 +58,8 @@ class Weights:
         with self.lock:
             self.released = []
             self._fetch()
+
+
+def key(weight: torch.Tensor) -> int:
+    """What stays the same for every tensor over one memory, also while the memory is given back."""
+    return weight.untyped_storage()._cdata

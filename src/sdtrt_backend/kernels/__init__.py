@@ -15,6 +15,7 @@ import torch
 
 from .. import ops, stats
 from ..store import Store, device_key
+from ..values import DTYPES
 
 log = logging.getLogger("sdtrt_backend")
 # a kernel's relative error to the fp32 reference on the same codes: 16-bit rounding is 2e-4 (fp16) or 2e-3 (bf16)
@@ -24,7 +25,6 @@ ATTENTION_BOUND = 2e-2  # likewise where the result is written in 8 bits: a roun
 CALLS, REPLAYS = 12, 3
 # compute capability from which a GPU has the matrix instructions of a precision
 CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 NARROW = (torch.float16, torch.bfloat16)
 
 

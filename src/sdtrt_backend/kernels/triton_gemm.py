@@ -63,8 +63,13 @@ def affine(acc: tl.tensor, scale_ptr: tl.tensor, bias_ptr: tl.tensor, columns: t
 
 @triton.jit
 def gelu(x: tl.tensor) -> tl.tensor:
-    """x * Phi(x), fp32."""
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    """x * Phi(x), fp32. Phi by Abramowitz and Stegun 7.1.26, absolute error below 1e-7: the exact erf takes so many
+    instructions that a GEGLU is bound by them and not by memory."""
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    tail = 0.5 * poly * tl.exp2(-1.4426950408889634 * z * z)  # 1 - Phi(|x|)
+    return x * tl.where(x < 0.0, tail, 1.0 - tail)
 
 
 @triton.jit

@@ -101,22 +101,23 @@ def _channel_sums(x_ptr: tl.tensor, pivot_ptr: tl.tensor, sums_ptr: tl.tensor, p
     image = tl.program_id(0)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = c < channels
-    at = image.to(tl.int64) * pixels * channels
-    pivot = tl.load(x_ptr + at + c, mask=inside, other=0.0).to(tl.float32)
-    one = tl.zeros((CHANNELS,), tl.float32)
-    two = tl.zeros((CHANNELS,), tl.float32)
+    x_ptr += image.to(tl.int64) * pixels * channels
+    pivot = tl.load(x_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    # summed over the rows only at the end: a reduction between warps in the loop would cost more than its loads
+    one = tl.zeros((ROWS, CHANNELS), tl.float32)
+    two = tl.zeros((ROWS, CHANNELS), tl.float32)
     start = tl.program_id(1) * chunk
     end = tl.minimum(start + chunk, pixels)
-    for row in range(start, end, ROWS):
+    for row in tl.range(start, end, ROWS, loop_unroll_factor=4):
         rows = row + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + at + rows.to(tl.int64)[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + (rows[:, None] * channels + c[None, :]), mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x - pivot[None, :], 0.0)
-        one += tl.sum(x, 0)
-        two += tl.sum(x * x, 0)
+        one += x
+        two += x * x
     out = sums_ptr + ((image * tl.num_programs(1) + tl.program_id(1)) * 2) * all_channels + first + c
-    tl.store(out, one, mask=inside)
-    tl.store(out + all_channels, two, mask=inside)
+    tl.store(out, tl.sum(one, 0), mask=inside)
+    tl.store(out + all_channels, tl.sum(two, 0), mask=inside)
     if tl.program_id(1) == 0:
         tl.store(pivot_ptr + image * all_channels + first + c, pivot, mask=inside)
 
@@ -167,15 +168,16 @@ def _normalise(x_ptr: tl.tensor, factor_ptr: tl.tensor, offset_ptr: tl.tensor, o
     scale = 1.0 if out_scale_ptr is None else tl.load(out_scale_ptr)
     start = tl.program_id(1) * chunk
     end = tl.minimum(start + chunk, pixels)
-    for row in range(start, end, ROWS):
+    x_ptr += image.to(tl.int64) * pixels * channels
+    y_ptr += image.to(tl.int64) * pixels * all_channels + first
+    for row in tl.range(start, end, ROWS, loop_unroll_factor=4):
         rows = row + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & inside[None, :]
-        at = image.to(tl.int64) * pixels + rows.to(tl.int64)
-        x = tl.load(x_ptr + at[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + (rows[:, None] * channels + c[None, :]), mask=mask, other=0.0).to(tl.float32)
         y = x * factor[None, :] + offset[None, :]
         if SILU:
             y *= tl.sigmoid(y)
-        tl.store(y_ptr + at[:, None] * all_channels + first + c[None, :], encode(y * scale, y_ptr), mask=mask)
+        tl.store(y_ptr + (rows[:, None] * all_channels + c[None, :]), encode(y * scale, y_ptr), mask=mask)
 
 
 def group_norm(x: torch.Tensor, x2: torch.Tensor | None, shift: torch.Tensor | None, groups: int, weight: torch.Tensor | None,

@@ -16,11 +16,11 @@ from torch import fx
 from .. import ops
 from ..assign import problem
 from ..fx import add_constant, call_arguments, finish, propagate
-from ..kernels import DTYPES, Chooser, Problem, chooser, provider
+from ..kernels import Chooser, Problem, chooser, provider
 from ..options import Options
 from ..quantize import QD
 from ..rules import OPS
-from ..values import FP8_MAX, INT8_MAX
+from ..values import DTYPES, FP8_MAX, INT8_MAX
 from . import producers
 from .producers import ADDITIONS, simplify
 
@@ -137,6 +137,16 @@ def _weight(gm: fx.GraphModule, dequantize: fx.Node) -> tuple[torch.Tensor, torc
     return _constant(gm, codes), _constant(gm, scale)
 
 
+def _joined(codes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all of them: without a copy where they lie one behind the other, as ``quantize`` leaves them."""
+    first, rows, start = codes[0], sum(len(c) for c in codes), codes[0].data_ptr()
+    for c in codes:
+        if not c.is_contiguous() or c.data_ptr() != start or c.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(list(codes))
+        start += c.numel() * c.element_size()
+    return first.as_strided((rows, first.shape[1]), first.stride())
+
+
 def _kernel(choose: Chooser, p: Problem, precision: str) -> str:
     best = choose.best(p, precision)
     assert best is not None, f"no {precision} kernel for {p}"
@@ -160,7 +170,7 @@ def _linears(gm: fx.GraphModule, calls: Sequence[fx.Node], code: fx.Node, x_scal
         bias = torch.cat(filled).to(p.dtype if row.narrow_bias else torch.float32)
     name = calls[0].name
     with gm.graph.inserting_before(code.next):
-        weight = add_constant(gm, f"{name}_weight", codes[0] if len(codes) == 1 else torch.cat(codes))
+        weight = add_constant(gm, f"{name}_weight", _joined(codes))
         factor = add_constant(gm, f"{name}_scale", (scale * x_scale).contiguous())
         added = None if bias is None else add_constant(gm, f"{name}_bias", bias)
         outputs = [gm.graph.call_function(ops.linear8, (code, weight, factor, added, p.dtype, kernel))]

@@ -1,0 +1,128 @@
+"""The whole path on a GPU: the bundled model in fp16, every shape and pipeline in turn, weights away and back."""
+
+import copy
+
+import pytest
+import torch
+
+import sdtrt_backend
+from sdtrt_backend import measure
+from sdtrt_backend.demo import CALIBRATION_PROMPTS, LastCall, draw
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+BACKENDS = ["sd_int8", "sd_fp8"]
+
+
+def calls(unet, args, text, repeat):
+    """The inputs of a real step, ``repeat`` times along the batch."""
+    sample, timestep = args
+    return unet(sample.repeat(repeat, 1, 1, 1), timestep, text.repeat(repeat, 1, 1), return_dict=False)[0]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """(pipeline in fp16 on the GPU, recipe folder, positional arguments and text of a real step)."""
+    torch._dynamo.reset()
+    pipe = sdtrt_backend.demo_pipeline(torch.float16).to("cuda")
+    recipe = sdtrt_backend.calibrate(pipe, CALIBRATION_PROMPTS[:2], guidance_scale=5.0, progress=False)
+    last = LastCall(pipe.unet)
+    draw(pipe, ["rocket, fluent style"], 5, 0)
+    last.close()
+    args = last.args[:2]
+    return pipe, recipe.save(tmp_path_factory.mktemp("recipe")), args, last.kwargs["encoder_hidden_states"]
+
+
+@pytest.fixture(params=BACKENDS)
+def compiled(request, prepared):
+    """(compiled copy of the UNet, the unquantised UNet, arguments, text); every layer that can runs in 8 bits."""
+    torch._dynamo.reset()
+    pipe, recipe, args, text = prepared
+    unet = torch.compile(copy.deepcopy(pipe.unet), backend=request.param, dynamic=False,
+                         options={"recipe": str(recipe), "engine": "inductor"})
+    return unet, pipe.unet, args, text
+
+
+@torch.no_grad()
+def test_the_step_is_8_bit_and_close_to_fp16(compiled):
+    unet, plain, args, text = compiled
+    for repeat in (1, 8):
+        error = measure.compare(calls(unet, args, text, repeat), calls(plain, args, text, repeat))
+        assert 0 < error < 0.2
+    report = sdtrt_backend.explain(unet)
+    assert report.state == "ready"
+    assert report.quantized_flops_share > 0.9
+
+
+@torch.no_grad()
+def test_two_hundred_steps_of_alternating_shapes_equal_the_first_and_take_no_memory(compiled):
+    unet, _, args, text = compiled
+    first = {repeat: calls(unet, args, text, repeat) for repeat in (1, 2, 3)}
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for step in range(200):
+        repeat = 1 + step % 3
+        assert torch.equal(calls(unet, args, text, repeat), first[repeat])
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+
+
+@torch.no_grad()
+def test_streams_and_inference_mode_give_the_same(compiled):
+    unet, _, args, text = compiled
+    first = calls(unet, args, text, 2)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for stream in streams * 3:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results.append(calls(unet, args, text, 2))
+    torch.cuda.synchronize()
+    assert all(torch.equal(r, first) for r in results)
+    with torch.inference_mode():
+        assert torch.equal(calls(unet, args, text, 2), first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_leave_the_gpu_and_come_back_to_the_bit(prepared, backend):
+    torch._dynamo.reset()
+    pipe, recipe, args, text = prepared
+    mine = copy.copy(pipe)
+    mine.unet = copy.deepcopy(pipe.unet)
+    before = {k: v.cpu() for k, v in mine.unet.state_dict().items()}
+    torch.cuda.synchronize()
+    full = torch.cuda.memory_allocated()
+    weights = sum(p.numel() * p.element_size() for p in mine.unet.parameters())
+    with torch.no_grad():
+        sdtrt_backend.accelerate(mine, recipe=recipe, backend=backend, engine="inductor")
+        first = calls(mine.unet, args, text, 1)
+        assert not mine.unet.down_blocks[0].resnets[0].conv1.weight.untyped_storage().nbytes()
+        calls(mine.unet, args, text, 2)  # another shape needs the weights for a while
+        assert torch.equal(calls(mine.unet, args, text, 1), first)
+        state = sdtrt_backend.run.states(mine.unet)[-1]
+        held = sum(c.numel() for codes in state.memory.codes.values() for c, _ in codes)
+        gone = sum(w.numel() * w.element_size() for w, _ in state.memory.weights.away.values())
+        assert weights - gone + held < 0.56 * weights
+        assert torch.cuda.memory_allocated() < full + 64e6
+        sdtrt_backend.restore(mine)
+        assert all(torch.equal(v.cpu(), before[k]) for k, v in mine.unet.state_dict().items())
+        assert torch.equal(calls(mine.unet, args, text, 1), calls(pipe.unet, args, text, 1))
+
+
+@torch.no_grad()
+def test_two_pipelines_in_turn_share_one_unet(compiled):
+    unet, _, args, text = compiled
+    other = text.roll(1, 0)
+    mine, theirs = calls(unet, args, text, 1), calls(unet, args, other, 1)
+    for _ in range(10):
+        assert torch.equal(calls(unet, args, text, 1), mine)
+        assert torch.equal(calls(unet, args, other, 1), theirs)
+
+
+@torch.no_grad()
+def test_left_to_itself_the_step_is_never_slower_than_torch_compile(prepared):
+    torch._dynamo.reset()
+    pipe, recipe, args, text = prepared
+    unet = torch.compile(copy.deepcopy(pipe.unet), backend="sd_int8", dynamic=False, options={"recipe": str(recipe)})
+    calls(unet, args, text, 1)
+    report = sdtrt_backend.explain(unet)
+    assert report.state == "ready" or "ms" in report.fallbacks[0]
