@@ -24,6 +24,7 @@ COLD_BYTES = 120e6  # weights are rotated through this much memory: a step reads
 ATTENTION_BOUND = 2e-2  # likewise where the result is written in 8 bits: a rounding tie is one step of 1/32 of a standard deviation
 CALLS, REPLAYS = 12, 3
 # compute capability from which a GPU has the matrix instructions of a precision
+HEURISTIC = ("0", "1", "2", "3", "4")  # indices of cuDNN's own list of plans
 CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -49,7 +50,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Provider:
-    """One row of the table. variants: names of what may be timed for a problem, most promising first.
+    """One row of the table. variants: names of what is timed for a precision; fallback: of what is timed where all of them
+    are refused.
 
     one_scale: takes a scale of one element only; narrow_bias: takes the bias in the result's dtype, not in fp32.
     """
@@ -58,26 +60,27 @@ class Provider:
     op: str
     precision: str
     module: str
-    variants: Callable[[Problem], Sequence[str]]
+    variants: Callable[[str], Sequence[str]]
+    fallback: tuple[str, ...] = ()
     one_scale: bool = False
     narrow_bias: bool = False
 
 
-def _cudnn_plans(problem: Problem) -> Sequence[str]:
+def _cudnn_variants(precision: str) -> Sequence[str]:
     from . import cudnn
 
-    return [str(i) for i in range(cudnn.PLANS)]
+    return cudnn.variants(DTYPES[precision])
 
 
-def _unless_wide(problem: Problem) -> Sequence[str]:
-    return ("",) if problem.dtype in NARROW else ()
+def _one(precision: str) -> Sequence[str]:
+    return ("",)
 
 
 PROVIDERS = (
-    Provider("cudnn", "linear8", "int8", "cudnn", _cudnn_plans),
-    Provider("cudnn", "conv8", "int8", "cudnn", _cudnn_plans),
-    Provider("cudnn", "conv8", "fp8", "cudnn", _cudnn_plans),
-    Provider("cublaslt", "linear8", "fp8", "", _unless_wide, one_scale=True, narrow_bias=True),
+    Provider("cudnn", "linear8", "int8", "cudnn", _cudnn_variants, HEURISTIC),
+    Provider("cudnn", "conv8", "int8", "cudnn", _cudnn_variants, HEURISTIC),
+    Provider("cudnn", "conv8", "fp8", "cudnn", _cudnn_variants, HEURISTIC),
+    Provider("cublaslt", "linear8", "fp8", "", _one, one_scale=True, narrow_bias=True),
 )
 
 
@@ -85,7 +88,7 @@ def provider(op: str, kernel: str, precision: str) -> Provider:
     """The row that a kernel's name comes from; "reference", the plain-torch oracle, has none of its own."""
     name = kernel.partition(":")[0]
     rows = (p for p in PROVIDERS if (p.name, p.op, p.precision) == (name, op, precision))
-    return next(rows, Provider(name, op, precision, "", lambda problem: ()))
+    return next(rows, Provider(name, op, precision, "", _one))
 
 
 @cache
@@ -94,12 +97,12 @@ def register() -> None:
     from . import cublaslt, cudnn
 
     if installed("triton"):
-        from . import triton_producers
+        from . import triton_candidates, triton_norm
 
-        ops.KERNELS["group_norm8", "triton"] = triton_producers.group_norm
-        ops.KERNELS["layer_norm8", "triton"] = triton_producers.layer_norm
-        ops.KERNELS["geglu8", "triton"] = triton_producers.geglu
-        ops.KERNELS["attention8", "triton"] = triton_producers.short_attention
+        ops.KERNELS["group_norm8", "triton"] = triton_candidates.group_norm
+        ops.KERNELS["layer_norm8", "triton"] = triton_candidates.layer_norm
+        ops.KERNELS["geglu8", "triton"] = triton_norm.geglu
+        ops.KERNELS["attention8", "triton"] = triton_candidates.attention
     ops.KERNELS["linear8", "cublaslt"] = cublaslt.linear
     ops.KERNELS["linear8", "cudnn"] = cudnn.linear
     ops.KERNELS["conv8", "cudnn"] = cudnn.conv
@@ -176,13 +179,11 @@ class Chooser:
             scale = torch.full((1,), 32.0, device=self.device) if out.itemsize == 1 else None
             arguments = (q, k, v, query[-1] ** -0.5, scale, out)
             expected = ops.KERNELS["attention8", "reference"](*arguments)
-            for variant in _attention_variants(tokens) if installed("triton") and dtype in NARROW else ():
-                run = partial(ops.KERNELS["attention8", "triton"], *arguments, variant)
-                try:
-                    if stats.relative_error(run(), expected) < ATTENTION_BOUND:
-                        times[f"triton:{variant}"] = graph_ms([run])
-                except Exception as refusal:  # a kernel that refuses the shape is no candidate
-                    log.debug("triton:%s cannot run attention %s: %s", variant, query, refusal)
+            for variant in _attention_variants(tokens, query[-1]) if installed("triton") and dtype in NARROW else ():
+                run = partial(ops.KERNELS["attention8", "triton"], q)
+                ms = _attempt(run, [k], (*arguments[2:], variant), expected, ATTENTION_BOUND)
+                if ms is not None:
+                    times[f"triton:{variant}"] = ms
             return times
 
         name = f"attention {'x'.join(map(str, query))} over {tokens} {str(dtype)[6:]} to {str(out)[6:]}"
@@ -213,15 +214,11 @@ class Chooser:
                 tail = (scale, bias, None, list(problem.stride), list(problem.padding), problem.dtype)
             run, reference = ops.KERNELS[op, p.name], ops.KERNELS[op, "reference"]
             expected = reference(x, weights[0], *tail)
-            for variant in p.variants(problem):
-                kernel = f"{p.name}:{variant}"
-                try:
-                    error = stats.relative_error(run(x, weights[0], *tail, variant), expected)
-                    calls = [partial(run, x, w, *tail, variant) for w in weights]
-                    times[kernel] = graph_ms(calls) if error < ERROR_BOUND else None
-                except Exception as refusal:  # a kernel that refuses the shape is no candidate
-                    log.debug("%s cannot run %s: %s", kernel, problem, refusal)
-                    times[kernel] = None
+            for names in (p.variants(precision), p.fallback):
+                for variant in names:
+                    times[f"{p.name}:{variant}"] = _attempt(partial(run, x), weights, (*tail, variant), expected, ERROR_BOUND)
+                if any(times.values()):
+                    break
         return times
 
     def _time_wide(self, problem: Problem) -> float:
@@ -236,6 +233,18 @@ class Chooser:
         if problem.op == "linear":
             return graph_ms([partial(torch.nn.functional.linear, x, w, bias) for w in weights])
         return graph_ms([partial(torch.nn.functional.conv2d, x, w, bias, problem.stride, problem.padding) for w in weights])
+
+
+def _attempt(run: Callable[..., torch.Tensor], rotated: Sequence[torch.Tensor], tail: tuple[Any, ...], expected: torch.Tensor,
+             bound: float) -> float | None:
+    """Milliseconds of run(one of ``rotated``, *tail), or None where it refuses the shape or its error is beyond ``bound``."""
+    try:
+        if stats.relative_error(run(rotated[0], *tail), expected) < bound:
+            return graph_ms([partial(run, w, *tail) for w in rotated])
+        log.warning("a kernel was dropped, its result is wrong: %s %s", run, tail[-1])
+    except Exception as refusal:  # a kernel that refuses the shape is no candidate
+        log.debug("no candidate: %s %s: %s", run, tail[-1], refusal)
+    return None
 
 
 def _copies(weight: tuple[int, ...], itemsize: int) -> int:
@@ -279,7 +288,7 @@ def chooser(device: torch.device) -> Chooser:
     return Chooser(device)
 
 
-def _attention_variants(tokens: int) -> Sequence[str]:
-    from . import triton_producers
+def _attention_variants(tokens: int, width: int) -> Sequence[str]:
+    from . import triton_candidates
 
-    return ("64", "128") if tokens <= triton_producers.MAX_TOKENS else ()
+    return triton_candidates.attention_variants(tokens, width)

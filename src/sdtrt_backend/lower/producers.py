@@ -21,8 +21,7 @@ ATTENTION = torch.nn.functional.scaled_dot_product_attention
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 PRODUCTS = (operator.mul, operator.imul, torch.mul)
 VIEWS = ("reshape", "view", "permute", "transpose", "flatten", "contiguous")
-MAX_ROW = 8192  # channels that one program of the layer norm kernel holds
-ONE_BLOCK = 128  # keys up to which the attention kernel needs no loop
+MAX_ROW = 4096  # channels that one program of the layer norm kernel holds
 
 
 def simplify(gm: fx.GraphModule) -> None:
@@ -93,6 +92,7 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
     if factor is not None and factor.numel() > 1:
         weight = factor.view(-1) * (1.0 if weight is None else weight.float())
         bias = None if bias is None else bias.float() * factor.view(-1)
+        out_scale = add_constant(gm, f"{node.name}_out_scale", torch.ones_like(factor.view(-1)[:1]))
     elif factor is not None:
         out_scale = add_constant(gm, f"{node.name}_out_scale", factor.float().view(1))
     parts = x.args[0] if x.target is torch.cat else ()
