@@ -18,6 +18,8 @@ import json
 import logging
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -138,8 +140,29 @@ def fresh_caches() -> None:
         os.environ[name] = tempfile.mkdtemp()
 
 
+def settings_of(column: str, recipe: str, weights: str) -> dict[str, Any]:
+    """Arguments of torch.compile for a column."""
+    if column.startswith("sd_"):
+        return {"backend": column, "options": {"recipe": recipe, "weights": weights}}
+    return {"mode": "max-autotune-no-cudagraphs"} if column == "compile-max" else {}
+
+
 @torch.no_grad()
-def measure(name: str, batch: int, columns: list[str], out: Path, warm: bool) -> dict[str, Any]:
+def print_first_call(name: str, batch: int, column: str, recipe: str) -> None:
+    module = build(name)
+    kwargs = inputs(name, batch, next(module.parameters()).dtype)(500.0)
+    compiled = torch.compile(module, dynamic=False, **settings_of(column, recipe, "keep"))
+    print(first_call(lambda: compiled(**kwargs)))
+
+
+def in_new_process(name: str, batch: int, column: str, recipe: str) -> float:
+    """Seconds of the first call in a process that finds the caches filled."""
+    command = [sys.executable, __file__, name, "--batch", str(batch), "--columns", column, "--first-call", recipe]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+@torch.no_grad()
+def measure(name: str, batch: int, columns: list[str], out: Path, warm: bool, weights: str) -> dict[str, Any]:
     module = build(name)
     arguments = inputs(name, batch, next(module.parameters()).dtype)
     kwargs = arguments(500.0)
@@ -164,10 +187,9 @@ def measure(name: str, batch: int, columns: list[str], out: Path, warm: bool) ->
     for column in columns:
         fresh_caches()
         ours = column.startswith("sd_")
-        mine = copy.deepcopy(module) if ours else module
+        mine = copy.deepcopy(module) if ours and weights == "release" else module
         modules.append(mine)
-        settings = {"backend": column, "options": {"recipe": recipe, "weights": "release"}} if ours else (
-            {"mode": "max-autotune-no-cudagraphs"} if column == "compile-max" else {})
+        settings = settings_of(column, recipe, weights)
         compiled = torch.compile(mine, dynamic=False, **settings)
 
         def step(compiled: Any = compiled) -> Any:
@@ -191,9 +213,7 @@ def measure(name: str, batch: int, columns: list[str], out: Path, warm: bool) ->
                     "flops_share": {p: n / sum(precisions.values()) for p, n in precisions.items()}}
             steps[column] = step
             if warm and report.state == "ready":
-                again = torch.compile(copy.deepcopy(module), dynamic=False, **settings)
-                row["warm_first_call_s"] = first_call(lambda again=again: again(**kwargs))
-                del again
+                row["warm_first_call_s"] = in_new_process(name, batch, column, recipe)
         else:
             steps[column] = graphed(step)
     for column, ms in times_ms(steps).items():
@@ -234,9 +254,13 @@ if __name__ == "__main__":
     parser.add_argument("--columns", default="compile,sd_fp8,sd_int8")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--warm", action="store_true", help="also time a first call with the caches filled")
+    parser.add_argument("--weights", choices=("keep", "release"), default="release")
+    parser.add_argument("--first-call", metavar="RECIPE", help="print the seconds of the first call of one column, and no more")
     given = parser.parse_args()
-    if given.model == "table":
+    if given.first_call:
+        print_first_call(given.model, given.batch, given.columns, given.first_call)
+    elif given.model == "table":
         for file in sorted(given.out.glob("gpu_*_*.json")):
             show(json.loads(file.read_text()))
     else:
-        show(measure(given.model, given.batch, given.columns.split(","), given.out, given.warm))
+        show(measure(given.model, given.batch, given.columns.split(","), given.out, given.warm, given.weights))

@@ -56,6 +56,18 @@ def test_the_call_after_the_last_trajectory_is_8_bit_and_close(denoiser):
     assert "state: ready" in str(report)
 
 
+def test_two_modules_of_one_structure_keep_their_own_weights(make_denoiser):
+    """Dynamo runs one compiled function for both."""
+    modules = [make_denoiser(seed) for seed in (0, 1)]
+    compiled = [torch.compile(m, backend="sd_int8", options=REFERENCE) for m in modules]
+    for timestep in (999, 500, 1, 999, 500, 1, 999):
+        for c in compiled:
+            call(c, timestep)
+    for m, c in zip(modules, compiled, strict=True):
+        assert sdtrt_backend.explain(c).state == "ready"
+        assert 0 < measure.compare(call(c, 500), call(m, 500)) < TOLERANCES["int8_step"]
+
+
 def test_an_unknown_option_lists_the_valid_ones(denoiser):
     compiled = torch.compile(denoiser, backend="sd_int8", options={"percentil": 0.5})
     with pytest.raises(Exception, match=r"unknown option 'percentil'.*alpha.*calibration_runs.*percentile"):
@@ -186,7 +198,7 @@ def test_an_error_beyond_the_bound_is_refused_and_the_module_keeps_its_numbers(d
 
 def test_a_slower_8_bit_step_is_refused_with_both_times(denoiser, monkeypatch):
     monkeypatch.setattr(measure, "step_ms", lambda *steps, **_: [1.0, 2.0])
-    compiled = calibrated(denoiser, engine="inductor")
+    compiled = calibrated(denoiser, engine="auto")
     call(compiled, 999)
     report = sdtrt_backend.explain(compiled)
     assert report.state == "refused"

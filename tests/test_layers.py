@@ -13,7 +13,7 @@ LAYERS = (
     {"errors", "values", "weights"},
     {"rules", "options", "recipe", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs"},
     {"fx", "measure", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
-     "kernels.triton_producers"},
+     "kernels.triton_norm", "kernels.triton_attention", "kernels.triton_candidates"},
     {"kernels"},
     {"capture", "calibrate", "smooth", "quantize", "assign"},
     {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
@@ -34,7 +34,11 @@ SIDEWAYS = {
     ("lower", "lower.reference"): "the table of lowerings",
     ("lower.inductor_cuda", "lower.producers"): "its rewrites of norms, GEGLU and attention",
     ("kernels.triton_conv", "kernels.triton_gemm"): "the epilogue that both kernels have",
-    ("kernels.triton_producers", "kernels.triton_gemm"): "gelu",
+    ("kernels.triton_norm", "kernels.triton_gemm"): "its checks of arguments",
+    ("kernels.triton_attention", "kernels.triton_gemm"): "its checks of arguments",
+    ("kernels.triton_attention", "kernels.triton_norm"): "the encoding of 8-bit results",
+    ("kernels.triton_candidates", "kernels.triton_attention"): "the kernels it adapts",
+    ("kernels.triton_candidates", "kernels.triton_norm"): "the kernels it adapts",
     ("report", "metrics"): "the type of pictures",
 }
 HEAVY = ("diffusers", "transformers", "tensorrt", "torch_tensorrt", "modelopt", "torchao", "onnx")

@@ -23,7 +23,7 @@ from .lower import LOWERINGS, choose
 from .options import Options
 from .quantize import insert, plan
 from .recipe import Recipe
-from .run import Built, Step, state_of
+from .run import Built, ModuleState, Step, state_of
 from .values import Decision, LayerReport
 
 log = logging.getLogger("sdtrt_backend")
@@ -51,18 +51,30 @@ def _backend(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options)
         raise ModelError.on_meta("the module")
     if not captured.layers:
         return _inductor(gm, example_inputs)
-    state = state_of(captured, parsed)
+    state = _state(captured, parsed)
     for name, why in captured.unquantizable.items():
         state.say(state.notes, f"{name} stays in its own precision: {why}")
     if torch.is_grad_enabled() and any(p.requires_grad for p in captured.constants.values()):
         state.say(state.fallbacks, "gradients are enabled and the weights require them, and 8-bit kernels have none: this call "
                                    "runs unquantised; for inference call the module under torch.no_grad()")
         return _inductor(gm, example_inputs)
+    return Step(captured, state, build, unquantized, lambda args: _step(gm, args, parsed))
+
+
+def _step(gm: fx.GraphModule, args: Sequence[Any], parsed: Options) -> Step:
+    """A step for another module with the same graph: Dynamo runs one compiled function for all modules of one structure."""
+    captured = capture(gm, args)
+    return Step(captured, _state(captured, parsed), build, unquantized, lambda args: _step(gm, args, parsed))
+
+
+def _state(captured: Captured, parsed: Options) -> ModuleState:
+    """The module's state, with the recipe that the options name."""
+    state = state_of(captured, parsed)
     if parsed.recipe is not None and state.recipe is None:
         recipe = Recipe.load(parsed.recipe)
         recipe.check_model(captured.fingerprints())
         state.recipe = recipe
-    return Step(captured, state, build, unquantized)
+    return state
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

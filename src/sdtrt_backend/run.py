@@ -123,20 +123,31 @@ def forget(module: torch.nn.Module) -> None:
 class Step:
     """What Dynamo calls: one graph, any number of shapes.
 
-    build: (captured, args, recipe, options, graph memory) -> Built; unquantized: (captured, args) -> callable on tensor inputs.
+    build: (captured, args, recipe, options, graph memory) -> Built; unquantized: (captured, args) -> callable on tensor inputs;
+    sibling: args -> the Step of another module that Dynamo sends through this one, because its structure is the same.
     """
 
     def __init__(self, captured: Captured, state: ModuleState,
                  build: Callable[[Captured, Sequence[Any], Recipe, Options, Memory], Built],
-                 unquantized: Callable[[Captured, Sequence[Any]], Callable[..., Any]]) -> None:
+                 unquantized: Callable[[Captured, Sequence[Any]], Callable[..., Any]],
+                 sibling: Callable[[Sequence[Any]], Step]) -> None:
         self.captured, self.state = captured, state
-        self.build, self.unquantized = build, unquantized
+        self.build, self.unquantized, self.sibling = build, unquantized, sibling
+        self.siblings: list[Step] = []
         self.variants: dict[Any, Callable[..., Any]] = {}
         self.fallback: dict[Any, Callable[..., Any]] = {}
         self.weights = list(captured.constants.values())
         self.weights_version = self._version()
 
+    def owns(self, args: Sequence[Any]) -> bool:
+        """Whether ``args`` carry this step's own weights."""
+        return all(args[i] is p for i, p in self.captured.constants.items())
+
     def __call__(self, *args: Any) -> Any:
+        if not self.owns(args):
+            if not any(s.owns(args) for s in self.siblings):
+                self.siblings.append(self.sibling(args))
+            return next(s for s in self.siblings if s.owns(args))(*args)
         sizes = shapes(self.captured, args)
         if self.state.status != REFUSED and sizes in self.variants:
             if self._version() == self.weights_version:

@@ -7,7 +7,7 @@ import torch
 from . import triton_attention, triton_norm
 
 # "s": all keys in one block, "f": the flash loop; the number is the place in the kernel's own table
-SHORT, FLASH = ("s0", "s3"), ("f0", "f1")
+SHORT, FLASH = ("s0", "s3"), ("f1", "f3")
 
 
 def attention_variants(tokens: int, width: int) -> tuple[str, ...]:
