@@ -206,6 +206,22 @@ def test_a_slower_8_bit_step_is_refused_with_both_times(denoiser, monkeypatch):
     assert "1.00 ms" in report.fallbacks[0]
 
 
+def test_sd_fp8_runs_its_reference_anywhere_and_is_refused_without_kernels(make_denoiser):
+    denoiser = make_denoiser()
+    compiled = torch.compile(denoiser, backend="sd_fp8", options=REFERENCE)
+    for seed in (0, 1):
+        trajectory(compiled, seed)
+    assert 0 < measure.compare(call(compiled, 999), call(denoiser, 999)) < TOLERANCES["fp8_step"]
+    assert {layer.precision for layer in sdtrt_backend.explain(compiled).layers} == {"fp8", "float32"}
+    other = make_denoiser(1)
+    compiled = torch.compile(other, backend="sd_fp8")
+    for seed in (0, 1, 2):
+        trajectory(compiled, seed)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "refused"
+    assert "use sd_int8 on the CPU" in report.fallbacks[0]
+
+
 def test_other_batches_and_sizes_reuse_the_statistics(denoiser):
     compiled = calibrated(denoiser)
     call(compiled, 999)

@@ -9,8 +9,9 @@ from tolerances import TOLERANCES
 
 from sdtrt_backend import measure, stats
 from sdtrt_backend.capture import bind, tensor_inputs
-from sdtrt_backend.quantize import QD, insert, plan
+from sdtrt_backend.quantize import FP8_HEADROOM, QD, insert, plan
 from sdtrt_backend.recipe import LayerRecipe, Recipe
+from sdtrt_backend.values import FP8_MAX
 
 KEPT = {"conv_in", "conv_out", "time_embedding"}
 
@@ -105,3 +106,46 @@ def test_a_weight_passed_by_keyword_is_quantised_like_any_other():
     gm, tensors = quantised((captured, args), plan(captured.layers, recipe, ()))
     with torch.no_grad():
         assert measure.compare(gm(*tensors), module(x)) < TOLERANCES["int8_step"]
+
+
+def in_fp8(decisions):
+    return [replace(d, precision="fp8") if d.quantized else d for d in decisions]
+
+
+def test_fp8_is_close_to_the_module_and_one_layer_equals_fake_quantisation_written_by_hand(denoiser, graph, recipe, inputs):
+    gm, tensors = quantised(graph, in_fp8(plan(graph[0].layers, recipe, ())))
+    with torch.no_grad():
+        assert 0 < measure.compare(gm(*tensors), denoiser(*inputs)) < TOLERANCES["fp8_step"]
+    others = tuple(layer.name for layer in graph[0].layers if layer.name != "conv1")
+    decisions = in_fp8(plan(graph[0].layers, recipe, others))
+    (decision,) = [d for d in decisions if d.quantized]
+    gm, tensors = quantised(graph, decisions)
+    layer = denoiser.conv1
+    scale = layer.weight.detach().abs().amax((1, 2, 3), keepdim=True) / FP8_MAX
+    with torch.no_grad():
+        layer.weight.copy_(stats.fake_quantize_fp8(layer.weight, scale))
+        hook = layer.register_forward_pre_hook(
+            lambda m, a: (stats.fake_quantize_fp8(a[0], decision.amax * FP8_HEADROOM / FP8_MAX),))
+        expected = denoiser(*inputs)
+        hook.remove()
+        assert measure.compare(gm(*tensors), expected) < 2e-3
+
+
+def test_fp8_linears_that_read_one_tensor_have_one_scale_and_lie_in_one_memory(graph, recipe):
+    known = {}
+    insert(*bind(*graph), in_fp8(plan(graph[0].layers, recipe, ())), known)
+    codes = known[("to_q", "to_k", "to_v"), "fp8"]
+    assert len({float(scale) for _, scale in codes}) == 1
+    assert len({c.untyped_storage().data_ptr() for c, _ in codes}) == 1
+    assert codes[0][0].untyped_storage().nbytes() == 3 * 64 * 64
+
+
+def test_a_second_graph_of_the_module_uses_the_codes_of_the_first(graph, recipe):
+    known = {}
+    decisions = plan(graph[0].layers, recipe, ())
+    insert(*bind(*graph), decisions, known)
+    before = {k: [c for c, _ in v] for k, v in known.items()}
+    gm = insert(*bind(*graph), decisions, known)
+    assert all(mine is theirs for k, v in known.items() for (mine, _), theirs in zip(v, before[k], strict=True))
+    held = {id(b) for b in gm.buffers()}
+    assert all(id(c) in held for v in before.values() for c in v)

@@ -97,7 +97,7 @@ def quantization_ms(source: fx.Node, chooser: Chooser, dtype: torch.dtype) -> fl
         assert isinstance(parent, fx.Node)
         node = parent
     if node.target is ATTENTION and len(node.args) == 3:
-        query, key = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
+        query, key = (a.meta["val"] for a in node.args[:2])
         wide, narrow = (chooser.attention_ms(tuple(query.shape), key.shape[-2], query.dtype, d) for d in (query.dtype, dtype))
         return narrow - wide
     if node.op == "placeholder" or node.target in OPAQUE:

@@ -94,11 +94,13 @@ dequantize_fp8 = torch.ops.sdtrt_backend.dequantize_fp8.default
 
 # (operator, provider) -> function(*arguments of the operator, variant); providers add theirs when they are imported
 KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
+VARIED = ("linear8", "conv8", "attention8")  # operators whose kernels take the name of a variant as their last argument
 
 
-def _kernel(op: str, kernel: str) -> tuple[Callable[..., Any], str]:
+def _run(op: str, kernel: str, *arguments: Any) -> Any:
+    """``kernel`` is "provider" or "provider:variant"."""
     provider, _, variant = kernel.partition(":")
-    return KERNELS[op, provider], variant
+    return KERNELS[op, provider](*arguments, *([variant] if op in VARIED else []))
 
 
 @torch.library.impl(LIBRARY, "linear8", "CompositeExplicitAutograd")
@@ -106,8 +108,8 @@ def _linear8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: t
              kernel: str) -> torch.Tensor:
     """x int8 or float8_e4m3fn [..., in], weight likewise [out, in], scale fp32 [out] or [1] (input scale * weight scale),
     bias [out] -> dtype [..., out] = (x W^T) * scale + bias."""
-    run, variant = _kernel("linear8", kernel)
-    return run(x, weight, scale, bias, dtype, variant)
+    y: torch.Tensor = _run("linear8", kernel, x, weight, scale, bias, dtype)
+    return y
 
 
 @torch.library.impl(LIBRARY, "conv8", "CompositeExplicitAutograd")
@@ -115,8 +117,8 @@ def _conv8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
            stride: list[int], padding: list[int], dtype: torch.dtype, kernel: str) -> torch.Tensor:
     """x int8 or float8_e4m3fn [n, in, h, w], weight likewise [out, in, kh, kw], scale fp32 [out], bias fp32 [out] or
     [n, out], residual like the result -> dtype [n, out, h', w'], channels last = conv(x, W) * scale + bias + residual."""
-    run, variant = _kernel("conv8", kernel)
-    return run(x, weight, scale, bias, residual, stride, padding, dtype, variant)
+    y: torch.Tensor = _run("conv8", kernel, x, weight, scale, bias, residual, stride, padding, dtype)
+    return y
 
 
 @torch.library.register_fake("sdtrt_backend::linear8", lib=LIBRARY)
@@ -209,39 +211,39 @@ def _group_norm8(x: torch.Tensor, x2: torch.Tensor | None, shift: torch.Tensor |
                  kernel: str) -> torch.Tensor:
     """Group norm of x [n, c, h, w] (+ shift [n, c]), or of x and x2 side by side along the channels, then SiLU -> ``dtype``,
     channels last."""
-    run, _ = _kernel("group_norm8", kernel)
-    return run(x, x2, shift, groups, weight, bias, eps, silu, out_scale, dtype)
+    y: torch.Tensor = _run("group_norm8", kernel, x, x2, shift, groups, weight, bias, eps, silu, out_scale, dtype)
+    return y
 
 
 @torch.library.impl(LIBRARY, "layer_norm8", "CompositeExplicitAutograd")
 def _layer_norm8(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float,
                  out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> torch.Tensor:
     """Layer norm over the last dimension of x [..., c] -> ``dtype``."""
-    run, _ = _kernel("layer_norm8", kernel)
-    return run(x, None, weight, bias, eps, out_scale, dtype)[1]
+    y: torch.Tensor = _run("layer_norm8", kernel, x, None, weight, bias, eps, out_scale, dtype)[1]
+    return y
 
 
 @torch.library.impl(LIBRARY, "add_layer_norm8", "CompositeExplicitAutograd")
 def _add_layer_norm8(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float,
                      out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
     """s = x + residual in the dtype of x, and the layer norm of s in ``dtype``."""
-    run, _ = _kernel("layer_norm8", kernel)
-    return run(x, residual, weight, bias, eps, out_scale, dtype)
+    both: tuple[torch.Tensor, torch.Tensor] = _run("layer_norm8", kernel, x, residual, weight, bias, eps, out_scale, dtype)
+    return both
 
 
 @torch.library.impl(LIBRARY, "geglu8", "CompositeExplicitAutograd")
 def _geglu8(x: torch.Tensor, out_scale: torch.Tensor | None, dtype: torch.dtype, kernel: str) -> torch.Tensor:
     """x [..., 2c] -> first half * gelu(second half), ``dtype`` [..., c]."""
-    run, _ = _kernel("geglu8", kernel)
-    return run(x, out_scale, dtype)
+    y: torch.Tensor = _run("geglu8", kernel, x, out_scale, dtype)
+    return y
 
 
 @torch.library.impl(LIBRARY, "attention8", "CompositeExplicitAutograd")
 def _attention8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_scale: torch.Tensor | None,
                 dtype: torch.dtype, kernel: str) -> torch.Tensor:
     """softmax(q k^T * scale) v, no mask; q [b, h, queries, d], k and v [b, h, tokens, d] -> ``dtype`` [b, queries, h * d]."""
-    run, variant = _kernel("attention8", kernel)
-    return run(q, k, v, scale, out_scale, dtype, variant)
+    y: torch.Tensor = _run("attention8", kernel, q, k, v, scale, out_scale, dtype)
+    return y
 
 
 @torch.library.register_fake("sdtrt_backend::group_norm8", lib=LIBRARY)

@@ -30,7 +30,7 @@ class Weights:
     def _send(self) -> None:
         for p in self.released:
             if key(p) not in self.away:
-                self.away[key(p)] = (p, p.detach().cpu())
+                self.away[key(p)] = (p, p.detach().to("cpu", copy=True))
                 p.untyped_storage().resize_(0)
 
     def _fetch(self) -> None:
@@ -62,4 +62,4 @@ class Weights:
 
 def key(weight: torch.Tensor) -> int:
     """What stays the same for every tensor over one memory, also while the memory is given back."""
-    return weight.untyped_storage()._cdata
+    return int(weight.untyped_storage()._cdata)

@@ -4,43 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import grab
+from fragments import PIXELS, TOKENS, Fragment, conv, count, linear, noise, planned
 from tolerances import TOLERANCES
 from torch import nn
 
 from sdtrt_backend import measure, ops
-from sdtrt_backend.calibrate import Calibration, Observer
 from sdtrt_backend.capture import bind, tensor_inputs
 from sdtrt_backend.lower.inductor_cpu import ATTENTION, attention_in_bf16, group_norm_by_aten, to_int8_operators
-from sdtrt_backend.options import Options
-from sdtrt_backend.quantize import QD, insert, plan
-
-
-class Fragment(nn.Module):
-    """A module of the given children; ``body`` is its forward."""
-
-    def __init__(self, body, **children):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = body
-        for name, make in children.items():
-            setattr(self, name, make())
-
-    def forward(self, *inputs):
-        return self.body(self, *inputs)
+from sdtrt_backend.quantize import QD, insert
 
 
 def pieces(module, *inputs, alpha=0.5):
     """(function that makes a fresh Q/DQ graph, tensors) for a module calibrated on its own inputs."""
-    torch._dynamo.reset()
-    captured, args = grab(module.eval(), inputs)
-    calibration, weights = Calibration(), {layer.name: layer.weight for layer in captured.layers}
-    calibration.start_call(0.0)
-    with torch.no_grad():
-        Observer(captured.graph, captured.layer_names(),
-                 lambda name, op, axis, a: calibration.observe(name, op, a[0], weights[name], axis)).run(*args)
-    decisions = plan(captured.layers, calibration.recipe(Options(alpha=alpha), {}), ())
-    assert any(d.quantized for d in decisions)
-    return lambda: insert(*bind(captured, args), decisions), tensor_inputs(captured, args)
+    captured, args, decisions, tensors = planned(module, *inputs, alpha=alpha)
+    return lambda: insert(*bind(captured, args), decisions), tensors
 
 
 def same(module, *inputs, alpha=0.5):
@@ -50,25 +27,6 @@ def same(module, *inputs, alpha=0.5):
         mine, reference = to_int8_operators(make(), None)(*tensors), make()(*tensors)
     assert [t.shape for t in mine] == [t.shape for t in reference]
     assert measure.compare(mine, reference) < TOLERANCES["int8_operator"]
-
-
-def linear(features=64):
-    return nn.Linear(64, features)
-
-
-def conv(**geometry):
-    return nn.Conv2d(64, 64, 3, **geometry)
-
-
-def noise(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def count(gm, target, op="call_function"):
-    return len(gm.graph.find_nodes(op=op, target=target))
-
-
-TOKENS, PIXELS = noise(2, 5, 64), noise(2, 64, 9, 8)
 
 
 @pytest.mark.parametrize(("module", "x"), [

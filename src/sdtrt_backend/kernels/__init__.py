@@ -21,7 +21,7 @@ log = logging.getLogger("sdtrt_backend")
 # a kernel's relative error to the fp32 reference on the same codes: 16-bit rounding is 2e-4 (fp16) or 2e-3 (bf16)
 ERROR_BOUND = 5e-3
 COLD_BYTES = 120e6  # weights are rotated through this much memory: a step reads each of them once, from beyond the L2 cache
-ATTENTION_BOUND = 2e-2  # likewise where the result is written in 8 bits: a rounding tie is one step of 1/32 of a standard deviation
+ATTENTION_BOUND = 2e-2  # likewise written in 8 bits: a rounding tie is a step of 1/32 of a standard deviation
 CALLS, REPLAYS = 12, 3
 # compute capability from which a GPU has the matrix instructions of a precision
 HEURISTIC = ("0", "1", "2", "3", "4")  # indices of cuDNN's own list of plans

@@ -26,6 +26,7 @@ from .producers import ADDITIONS, simplify
 
 QUANTIZE = {QD.quantize_per_tensor.default: "int8", ops.quantize_fp8: "fp8"}
 DEQUANTIZE = (QD.dequantize_per_tensor.default, ops.dequantize_fp8)
+PRODUCERS = {"group_norm8": producers.group_norm, "layer_norm8": producers.layer_norm, "geglu8": producers.geglu}
 CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 
 
@@ -57,8 +58,10 @@ def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
     for norm in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.group_norm):
         _wide_group_norm(gm, norm, choose)
     for merged in gm.graph.find_nodes(op="call_method", target="reshape"):
+        if "val" not in merged.meta:
+            continue
         with gm.graph.inserting_before(merged):
-            y = producers.attention(gm, merged, None, merged.meta["val"].dtype, choose.attention_kernel) if "val" in merged.meta else None
+            y = producers.attention(gm, merged, None, merged.meta["val"].dtype, choose.attention_kernel)
         if y is not None:
             merged.replace_all_uses_with(y)
     return finish(gm)
@@ -103,7 +106,7 @@ def _produced(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: 
     """The 8-bit tensor from the kernel that computes ``source``, which nobody else reads."""
     if len(source.users) != 1:
         return None
-    for name, produce in (("group_norm8", producers.group_norm), ("layer_norm8", producers.layer_norm), ("geglu8", producers.geglu)):
+    for name, produce in PRODUCERS.items():
         kernel = choose.producer(name)
         made = None if kernel is None else produce(gm, source, factor, dtype, kernel)
         if made is not None:

@@ -41,7 +41,7 @@ def simplify(gm: fx.GraphModule) -> None:
 
 def _dropout_is_idle(node: fx.Node) -> bool:
     given = {**dict(zip(("input", "p", "training"), node.args, strict=False)), **node.kwargs}
-    return given.get("p", 0.5) == 0.0 or given.get("training", True) is False
+    return bool(given.get("p", 0.5) == 0.0 or given.get("training", True) is False)
 
 
 def _chain(node: fx.Node, ends: Callable[[fx.Node], bool]) -> tuple[fx.Node, list[fx.Node]] | None:
@@ -72,7 +72,7 @@ def group_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype:
     (node, views), silu = found, False
     if node.target is torch.nn.functional.silu:
         silu = True
-        inner = _chain(node.args[0], lambda n: n.target is torch.nn.functional.group_norm)  # type: ignore[arg-type]
+        inner = _chain(node.args[0], lambda n: n.target is torch.nn.functional.group_norm)
         if inner is None or inner[1] or len(inner[0].users) != 1:
             return None
         node = inner[0]
@@ -95,7 +95,7 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
         out_scale = add_constant(gm, f"{node.name}_out_scale", torch.ones_like(factor.view(-1)[:1]))
     elif factor is not None:
         out_scale = add_constant(gm, f"{node.name}_out_scale", factor.float().view(1))
-    parts = x.args[0] if x.target is torch.cat else ()
+    parts: Any = x.args[0] if x.target is torch.cat else ()
     if len(parts) == 2 and (x.args[1] if len(x.args) > 1 else x.kwargs.get("dim", 0)) == 1:
         x, x2 = parts
     elif x.target in ADDITIONS and len(x.users) == 1 and not x.kwargs:
@@ -105,7 +105,8 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
             shift = gm.graph.call_method("flatten", (shifts[0], 1))
     x, x2 = (None if t is None else gm.graph.call_method("contiguous", (t,), {"memory_format": torch.channels_last})
              for t in (x, x2))
-    affine = [None if v is None else add_constant(gm, f"{node.name}_{name}", v) for name, v in (("weight", weight), ("bias", bias))]
+    affine = [None if v is None else add_constant(gm, f"{node.name}_{name}", v)
+              for name, v in (("weight", weight), ("bias", bias))]
     return gm.graph.call_function(ops.group_norm8, (x, x2, shift, given["num_groups"], *affine, given.get("eps", 1e-5), silu,
                                                     out_scale, dtype, kernel))
 
@@ -145,7 +146,8 @@ def geglu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torc
     if gate.kwargs.get("approximate", "none") != "none" or len(gate.args) > 1:
         return None
     second = gate.args[0]
-    if not all(isinstance(h, fx.Node) and h.target is operator.getitem and h.args[1] == i for i, h in enumerate((hidden, second))):
+    if not all(isinstance(h, fx.Node) and h.target is operator.getitem and h.args[1] == i
+               for i, h in enumerate((hidden, second))):
         return None
     halves = hidden.args[0]
     assert isinstance(halves, fx.Node)
@@ -171,11 +173,11 @@ def attention(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor | None, 
         return None
     q, k, v, *rest = node.args
     options: dict[str, Any] = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | node.kwargs
-    query, shape = q.meta["val"], source.meta["val"].shape  # type: ignore[union-attr]
+    query, shape = q.meta["val"], source.meta["val"].shape
     if (options.get("attn_mask") is not None or options.get("dropout_p") or options.get("is_causal") or options.get("enable_gqa")
             or query.dim() != 4 or tuple(shape) != (query.shape[0], query.shape[2], query.shape[1] * query.shape[3])):
         return None
-    kernel = choose(tuple(query.shape), k.meta["val"].shape[2], query.dtype, dtype)  # type: ignore[union-attr]
+    kernel = choose(tuple(query.shape), k.meta["val"].shape[2], query.dtype, dtype)
     if kernel is None:
         return None
     scale = options.get("scale") or 1 / math.sqrt(query.shape[-1])

@@ -1,0 +1,162 @@
+"""The graph for the GPU, run with the plain-torch kernels on the CPU, equals the Q/DQ graph; each rewrite has its match and
+its non-match."""
+
+import operator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fragments import PIXELS, TOKENS, Fragment, conv, count, linear, noise, planned
+from tolerances import TOLERANCES
+from torch import nn
+
+from sdtrt_backend import measure, ops
+from sdtrt_backend.capture import bind
+from sdtrt_backend.fx import propagate
+from sdtrt_backend.kernels import Choice
+from sdtrt_backend.lower.inductor_cuda import to_8_bit_operators
+from sdtrt_backend.lower.producers import simplify
+from sdtrt_backend.quantize import insert
+
+
+class Reference:
+    """A chooser that has measured the plain-torch kernels to be fastest everywhere."""
+
+    def best(self, problem, precision):
+        return Choice("reference", 1.0)
+
+    def producer(self, op):
+        return "reference"
+
+    def attention_kernel(self, *shape):
+        return "reference"
+
+
+def lower(module, *inputs, precision="int8"):
+    """(graph for the GPU, Q/DQ graph, tensors)."""
+    captured, args, decisions, tensors = planned(module, *inputs)
+    decisions = [replace(d, precision=precision) if d.quantized else d for d in decisions]
+
+    def make():
+        return insert(*bind(captured, args), decisions)
+
+    gm = make()
+    propagate(gm, tensors)
+    simplify(gm)
+    return to_8_bit_operators(gm, Reference()), make(), tensors
+
+
+def heads(x):
+    return x.view(2, -1, 4, 16).transpose(1, 2)
+
+
+def attend(m, x, **mask):
+    return m.o(F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)), **mask).transpose(1, 2).reshape(2, -1, 64))
+
+
+def gated(m, x):
+    value, gate = m.a(x).chunk(2, dim=-1)
+    return m.b(value * F.gelu(gate))
+
+
+MODULES = {
+    "linear": (Fragment(lambda m, x: m.a(x), a=linear), TOKENS),
+    "vector": (Fragment(lambda m, x: m.a(F.silu(x)), a=linear), noise(2, 64)),
+    "no bias": (Fragment(lambda m, x: m.a(x), a=lambda: nn.Linear(64, 128, bias=False)), TOKENS),
+    "three readers": (Fragment(lambda m, x: m.q(x) + m.k(x) * m.v(x), q=linear, k=lambda: nn.Linear(64, 64, bias=False), v=linear),
+                      TOKENS),
+    "conv": (Fragment(lambda m, x: m.a(x), a=lambda: conv(padding=1)), PIXELS),
+    "stride": (Fragment(lambda m, x: m.a(x), a=lambda: conv(stride=2, padding=(1, 0))), PIXELS),
+    "residual": (Fragment(lambda m, x: (x + m.a(x)) / 1.0, a=lambda: conv(padding=1)), PIXELS),
+    "group norm": (Fragment(lambda m, x: m.a(F.silu(m.n(x))), a=conv, n=lambda: nn.GroupNorm(8, 64)), PIXELS),
+    "group norm, linear": (Fragment(lambda m, x: m.a(m.n(x).permute(0, 2, 3, 1).reshape(2, -1, 64)), a=linear,
+                                    n=lambda: nn.GroupNorm(8, 64)), PIXELS),
+    "concatenation": (Fragment(lambda m, x: m.a(F.silu(m.n(torch.cat([x[:, :24], x[:, 24:]], dim=1)))), a=conv,
+                               n=lambda: nn.GroupNorm(8, 64)), PIXELS),
+    "shift": (Fragment(lambda m, x, t: m.b(F.silu(m.n(m.a(x) + t[:, :, None, None]))), a=conv, b=conv,
+                       n=lambda: nn.GroupNorm(8, 64)), PIXELS, noise(2, 64)),
+    "layer norm": (Fragment(lambda m, x: m.a(m.n(x)), a=linear, n=lambda: nn.LayerNorm(64)), TOKENS),
+    "layer norm of a sum": (Fragment(lambda m, x, y: (x + y) + m.a(m.n(x + y)), a=linear, n=lambda: nn.LayerNorm(64)), TOKENS,
+                            TOKENS.flip(1)),
+    "plain layer norm": (Fragment(lambda m, x: m.a(m.n(x)), a=linear, n=lambda: nn.LayerNorm(64, elementwise_affine=False)), TOKENS),
+    "geglu": (Fragment(gated, a=lambda: linear(256), b=lambda: nn.Linear(128, 64)), TOKENS),
+    "attention": (Fragment(attend, q=linear, k=linear, v=linear, o=linear), TOKENS),
+    "masked attention": (Fragment(lambda m, x: attend(m, x, is_causal=True), q=linear, k=linear, v=linear, o=linear), TOKENS),
+}
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("name", MODULES)
+def test_8_bit_operators_equal_the_graph_they_replace(name, precision):
+    gm, reference, tensors = lower(*MODULES[name], precision=precision)
+    with torch.no_grad():
+        mine, theirs = gm(*tensors), reference(*tensors)
+    assert [t.shape for t in mine] == [t.shape for t in theirs]
+    # behind a norm or an attention of another order of summation a rounding tie may fall to the other side
+    assert measure.compare(mine, theirs) < (TOLERANCES["int8_operator"] if name in ("linear", "conv", "stride", "residual")
+                                            else TOLERANCES["rounding_ties"])
+
+
+@pytest.mark.parametrize(("name", "op"), [("group norm", ops.group_norm8), ("group norm, linear", ops.group_norm8),
+                                          ("concatenation", ops.group_norm8), ("shift", ops.group_norm8),
+                                          ("layer norm", ops.layer_norm8), ("plain layer norm", ops.layer_norm8),
+                                          ("layer norm of a sum", ops.add_layer_norm8), ("geglu", ops.geglu8),
+                                          ("attention", ops.attention8)])
+def test_what_computes_a_tensor_writes_it_in_8_bits(name, op):
+    gm, _, _ = lower(*MODULES[name])
+    assert count(gm, op) == 1
+    # no quantisation of its own, but for the module's input in front of a first linear or convolution
+    assert count(gm, torch.round) == (1 if name in ("shift", "geglu", "attention") else 0)
+
+
+def test_readers_of_one_tensor_are_one_matrix_product_over_one_stored_weight():
+    gm, _, _ = lower(*MODULES["three readers"])
+    (product,) = gm.graph.find_nodes(op="call_function", target=ops.linear8)
+    weight = getattr(gm, product.args[1].target)
+    assert weight.shape == (192, 64)
+    assert weight.untyped_storage().nbytes() == weight.numel()
+
+
+def test_a_residual_is_added_by_the_convolution():
+    gm, _, _ = lower(*MODULES["residual"])
+    assert count(gm, operator.add) == count(gm, operator.truediv) == 0
+
+
+def test_a_concatenation_and_a_shift_are_read_where_they_lie():
+    assert count(lower(*MODULES["concatenation"])[0], torch.cat) == 0
+    assert count(lower(*MODULES["shift"])[0], operator.add) == 0
+
+
+def test_a_mask_keeps_attention_as_it_is():
+    gm, _, _ = lower(*MODULES["masked attention"])
+    assert count(gm, ops.attention8) == 0
+    assert count(gm, F.scaled_dot_product_attention) == 1
+
+
+def test_a_norm_that_others_read_too_keeps_its_16_bit_result():
+    gm, reference, tensors = lower(Fragment(lambda m, x: m.a(m.n(x)) + m.n(x), a=linear, n=lambda: nn.LayerNorm(64)), TOKENS)
+    gm2, reference2, tensors2 = lower(Fragment(lambda m, x: shared(m, m.n(x)), a=linear, n=lambda: nn.LayerNorm(64)), TOKENS)
+    assert count(gm2, ops.layer_norm8) == 0
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+        assert measure.compare(gm2(*tensors2), reference2(*tensors2)) < TOLERANCES["rounding_ties"]
+
+
+def shared(m, y):
+    return m.a(y) + y
+
+
+def test_a_group_norm_that_stays_in_16_bits_takes_its_silu_along():
+    gm, reference, tensors = lower(Fragment(lambda m, x: F.silu(m.n(m.a(x))).mean((2, 3)), a=conv, n=lambda: nn.GroupNorm(8, 64)),
+                                   PIXELS)
+    assert count(gm, ops.group_norm8) == 1
+    assert count(gm, F.silu) == 0
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["int8_operator"]
+
+
+def test_only_what_changes_nothing_is_dropped():
+    gm, _, _ = lower(Fragment(lambda m, x: F.dropout(m.a(x), 0.5, training=False) / 1.0 + F.dropout(x, 0.5) / 2.0, a=linear), TOKENS)
+    assert count(gm, F.dropout) == 1
+    assert count(gm, operator.truediv) == 1
