@@ -49,7 +49,8 @@ def main(out: Path, device: str) -> None:
         result[backend] = {"psnr_db": {"mean": mean(psnr), "min": min(psnr)}, "ssim": {"mean": mean(ssim), "min": min(ssim)},
                            "quantized_flops_share": report.quantized_flops_share, "timings": dict(report.timings)}
         print(f"{backend}: {len(prompts)} pictures, PSNR mean {mean(psnr):.2f} dB, worst {min(psnr):.2f}; "
-              f"SSIM mean {mean(ssim):.4f}, worst {min(ssim):.4f}; 8-bit FLOPs {report.quantized_flops_share:.1%}; {report.state}")
+              f"SSIM mean {mean(ssim):.4f}, worst {min(ssim):.4f}; 8-bit FLOPs {report.quantized_flops_share:.1%}; "
+              f"{report.state}")
         assert report.state == "ready"
         assert np.isfinite(pictures).all()
         assert pictures.reshape(len(pictures), -1).std(1).min() > 0.01  # no black or empty picture

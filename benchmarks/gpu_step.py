@@ -216,6 +216,7 @@ def measure(name: str, batch: int, columns: list[str], out: Path, warm: bool, we
                 row["warm_first_call_s"] = in_new_process(name, batch, column, recipe)
         else:
             steps[column] = graphed(step)
+        print(f"{column}: {times_ms({column: steps[column]})[column]:.2f} ms alone", flush=True)
     for column, ms in times_ms(steps).items():
         rows[column] |= {"step_ms": ms, "tflops": total / ms / 1e9, "share_of_floor": floor / ms}
     best = min(rows[c]["step_ms"] for c in columns if c.startswith("compile"))

@@ -85,3 +85,40 @@ def test_signed_codes_give_what_the_shifted_unsigned_ones_give():
     signed = (x.int() - 128).to(torch.int8)
     assert torch.equal(ops.int8_linear(x, 0.02, 128, w, scale, bias, torch.float32),
                        ops.int8_linear(signed, 0.02, 0, w, scale, bias, torch.float32))
+
+
+def codes8(dtype, *shape):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return (x * 30).round().clamp(-128, 127).to(torch.int8) if dtype is torch.int8 else x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_operators_with_a_chosen_kernel_have_the_shape_and_layout_they_promise(dtype):
+    """Fake and real agree for every operator that writes or reads 8 bits."""
+    one, half = torch.ones(1), torch.float16
+    x, w = codes8(dtype, 2, 5, 32), codes8(dtype, 16, 32)
+    pixels, taps = (codes8(dtype, *s).contiguous(memory_format=torch.channels_last) for s in ((2, 32, 7, 6), (16, 32, 3, 3)))
+    wide, tokens = torch.randn(2, 32, 7, 6).half(), torch.randn(2, 5, 32).half()
+    heads = torch.randn(2, 4, 5, 16).half()
+    affine = torch.rand(32).half()
+    cases = [(ops.linear8, (x, w, torch.rand(16), None, half, "reference")),
+             (ops.linear8, (x, w, one, torch.rand(16), torch.bfloat16, "reference")),
+             (ops.conv8, (pixels, taps, torch.rand(16), torch.rand(16), None, [2, 2], [1, 1], half, "reference")),
+             (ops.conv8, (pixels, taps, torch.rand(16), torch.rand(2, 16), torch.randn(2, 16, 5, 4).half(), [1, 1], [0, 0], half,
+                          "reference")),
+             (ops.group_norm8, (wide, None, torch.rand(2, 32), 8, affine, affine, 1e-5, True, one, dtype, "reference")),
+             (ops.group_norm8, (wide, wide, None, 8, None, None, 1e-5, False, None, half, "reference")),
+             (ops.layer_norm8, (tokens, affine, affine, 1e-5, one, dtype, "reference")),
+             (ops.add_layer_norm8, (tokens, tokens, affine, None, 1e-5, torch.rand(32), dtype, "reference")),
+             (ops.geglu8, (tokens, torch.rand(16), dtype, "reference")),
+             (ops.attention8, (heads, heads, heads, 0.25, torch.rand(64), dtype, "reference"))]
+    for op, arguments in cases:
+        # the schema check multiplies its inputs, which fp8 tensors cannot
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor")[dtype is not torch.int8:])
+
+
+def test_8_bit_results_saturate_and_round_to_nearest_even():
+    y = torch.tensor([-1000.0, -0.5, 0.5, 1.5, 2.5, 1000.0])
+    assert ops.encode(y, None, torch.int8).tolist() == [-128, 0, 0, 2, 2, 127]
+    assert ops.encode(y, torch.tensor([2.0]), torch.int8).tolist() == [-128, -1, 1, 3, 5, 127]
+    assert ops.encode(y, None, torch.float8_e4m3fn).float().tolist() == [-448.0, -0.5, 0.5, 1.5, 2.5, 448.0]

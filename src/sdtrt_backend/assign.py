@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,11 +21,12 @@ VIEWS = {"reshape", "view", "permute", "transpose", "contiguous", "flatten", "un
 
 
 def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser: Chooser, precision: str,
-           always: bool = False) -> tuple[Decision, ...]:
+           always: bool = False, tick: Callable[[float], None] = lambda share: None) -> tuple[Decision, ...]:
     """Every quantised decision with its precision: "fp8" or "int8" (``precision`` "fp8" may use both), or back to "16-bit"
     where the 8-bit kernels, with the quantisation of their input, were measured to be slower, unless ``always``.
 
-    nodes: captured name -> node of the bound graph, with shapes in ``meta["val"]``.
+    nodes: captured name -> node of the bound graph, with shapes in ``meta["val"]``; tick: told the share of the groups that
+    each one is, when it is decided.
     """
     groups: dict[tuple[str, str], list[Decision]] = {}
     for d in decisions:
@@ -36,6 +37,7 @@ def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser:
         candidates = ("int8",) if precision == "int8" else ("fp8",) if always else ("fp8", "int8")
         verdict = _cheapest(members, nodes, nodes[source], chooser, candidates, always)
         chosen.update({d.layer.node: verdict for d in members})
+        tick(1 / len(groups))
     return tuple(replace(d, precision=chosen[d.layer.node][0], reason=chosen[d.layer.node][1]) if d.quantized else d
                  for d in decisions)
 

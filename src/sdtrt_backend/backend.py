@@ -101,21 +101,37 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     if refusal is not None:
         return Built(None, refusal)
     timings: dict[str, float] = {}
+    bar = _progress(options)
     graph, nodes = bind(captured, args)
     if target == "inductor-cuda":
         propagate(graph, tensors)
         measured = chooser(tensors[0].device)
-        decisions = assign(decisions, nodes, measured, options.precision, options.engine == "inductor")
+        decisions = assign(decisions, nodes, measured, options.precision, options.engine == "inductor", bar.update)
         timings["16-bit_kernels_ms"] = kernels_ms(graph, measured)
         timings["choice_s"] = time.perf_counter() - start
+        bar.n = 1
         if not any(d.quantized for d in decisions):
             return Built(None, f"no 8-bit kernel is faster than the 16-bit one on these shapes ({decisions[-1].reason})")
     elif options.precision == "fp8":
         decisions = tuple(replace(d, precision="fp8") if d.quantized else d for d in decisions)
+    bar.set_description(f"sd_{options.precision}: compiling")
     quantized = insert(graph, nodes, decisions, memory.codes)
     step = LOWERINGS[target](quantized, tensors, options)
     timings["build_s"] = time.perf_counter() - start
-    return _judge(captured, args, decisions, step, target, options, timings, memory)
+    bar.n = 2
+    bar.set_description(f"sd_{options.precision}: comparing with full precision")
+    built = _judge(captured, args, decisions, step, target, options, timings, memory)
+    bar.n = bar.total
+    bar.close()
+    return built
+
+
+def _progress(options: Options) -> Any:
+    """A bar of three stages (kernels measured, compiled, compared) on a terminal; nothing elsewhere."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=3, desc=f"sd_{options.precision}: measuring kernels", disable=None, leave=False,
+                bar_format="{desc} |{bar}| {elapsed}")
 
 
 def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision], step: Callable[..., Any], target: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from .recipe import Recipe
 from .report import Report
 from .run import forget, states
 
+# module -> the hook that brings its weights back before they are saved
+_SAVING: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -43,6 +46,9 @@ def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backe
     # a new callable each time: Dynamo takes equal backends for the same one and would go on with a restored step
     compiler: Any = lookup_backend(backend)
     module.compile(backend=partial(compiler, options=options))
+    if module not in _SAVING:
+        # whoever saves the module or reads its weights finds them
+        _SAVING[module] = module.register_state_dict_pre_hook(lambda *_: _bring_back(module))
     return pipe
 
 
@@ -50,10 +56,17 @@ def restore(pipe: Any) -> Any:
     """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit. Returns the pipeline."""
     module = _denoiser(pipe)
     module._compiled_call_impl = None
-    for state in states(module):
-        state.memory.weights.restore()
+    _bring_back(module)
+    if module in _SAVING:
+        _SAVING.pop(module).remove()
     forget(module)
     return pipe
+
+
+def _bring_back(module: torch.nn.Module) -> None:
+    """The 16-bit weights that wait on the CPU are on the GPU again, for good."""
+    for state in states(module):
+        state.memory.weights.restore()
 
 
 @contextlib.contextmanager

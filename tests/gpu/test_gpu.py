@@ -103,6 +103,7 @@ def test_weights_leave_the_gpu_and_come_back_to_the_bit(prepared, backend):
         gone = sum(w.numel() * w.element_size() for w, _ in state.memory.weights.away.values())
         assert weights - gone + held < 0.56 * weights
         assert torch.cuda.memory_allocated() < full + 64e6
+        assert all(torch.equal(v.cpu(), before[k]) for k, v in mine.unet.state_dict().items())  # saving brings them back
         sdtrt_backend.restore(mine)
         assert all(torch.equal(v.cpu(), before[k]) for k, v in mine.unet.state_dict().items())
         assert torch.equal(calls(mine.unet, args, text, 1), calls(pipe.unet, args, text, 1))

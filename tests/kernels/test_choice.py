@@ -57,7 +57,8 @@ def test_the_fastest_correct_kernel_is_chosen_and_remembered(clock, monkeypatch,
 
 
 def test_the_fallback_is_timed_where_all_else_is_refused(clock, monkeypatch):
-    monkeypatch.setattr(kernels, "PROVIDERS", (Provider("good", "linear8", "int8", "", lambda p: ("refuses", "wrong"), ("spare",)),))
+    row = Provider("good", "linear8", "int8", "", lambda precision: ("refuses", "wrong"), ("spare",))
+    monkeypatch.setattr(kernels, "PROVIDERS", (row,))
     assert Chooser(CPU).best(LINEAR, "int8") == kernels.Choice("good:spare", 2.0)
 
 

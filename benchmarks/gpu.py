@@ -1,0 +1,618 @@
+"""One denoising step of SDXL, SD1.5 and FLUX.1-dev on a GPU: eager, torch.compile, torchao, SDNQ, sd_int8 and sd_fp8.
+
+    python benchmarks/gpu.py --model sdxl --batch 2                                  # eager, compile, sd_int8, sd_fp8
+    python benchmarks/gpu.py --model sdxl --batch 2 --columns compile-max,torchao-fp8,torchao-int8,sdnq-int8
+    python benchmarks/gpu.py --model sdxl --batch 2 --columns sd_fp8 --profile       # GPU time by kernel, nothing written
+    python benchmarks/gpu.py --table                                                 # every JSON in --out, one table
+    python benchmarks/gpu.py --tiny --model sdxl --columns eager,compile,sd_int8     # the same code on a CPU
+
+Published configurations, random weights, built on the GPU (UNets fp16 channels last, FLUX bf16). The time of a step does not
+depend on the weights' values; its error does, so an error here says that the kernels are right and not how pictures look
+(``gpu_pictures.py`` does). One JSON per model, batch and column under ``--out``; a column that fails writes its first error
+line there and the others go on.
+
+Every column that does not make its own CUDA graph is replayed as one (the sd_ columns make theirs and are called as a user
+calls them); eager is timed without a graph as well. ``eager`` and ``compile`` always run, in the process of our columns and
+in turn with them. The other columns run before, each alone in a process of its own, which is killed when preparing and the
+first call take longer than ``--limit`` seconds; nothing else uses the GPU meanwhile.
+
+What the columns of the table mean:
+step        median over ``--rounds`` of the mean of CALLS back-to-back calls, CUDA events, after one call that fills the queue
+TFLOP       of one step, by torch.utils.flop_counter on the eager module, attention included
+floor       (linear + convolution FLOP) / 1979e12 + attention FLOP / 790e12 seconds: dense 8-bit peak of an H200, and what it
+            reaches in 16 bits; the table shows the share of it that a step reaches
+cold, warm  seconds of the first call with empty caches (Inductor, Triton, our kernel times), in memory too; and, of our
+            columns, after torch._dynamo.reset() and ``sdtrt_backend.restore`` in the same process, caches kept
+weights     GPU memory of the module before a step; of our columns, which make theirs in the first call, after it
+peak        the larger of the memory allocated at most during called steps and of all that the allocator holds for the column
+            afterwards, which counts a CUDA graph's pool
+error       relative, ||y - y32|| / ||y32||, to the module in fp32 without TF32
+ratio       best torch.compile step (``compile``, ``compile-max``) of the same run / this step; "*": of another run
+
+torchao quantises the linears that see more than 16 rows and have multiples of 16 (its kernels' limits), and compiles the
+repeated blocks (diffusers' ``compile_repeated_blocks``). Its row-wise fp8 takes bf16 weights only, so that column runs the
+UNets in bf16. SDNQ (GPL, imported by its two columns only) quantises linears and convolutions and compiles its own
+functions; ``sdnq-int8-compile`` compiles the repeated blocks on top. Both are asked for by name and found on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import sdtrt_backend
+from sdtrt_backend.calibrate import Calibration, observed
+from sdtrt_backend.measure import finish_device
+from sdtrt_backend.options import Options
+from sdtrt_backend.recipe import versions
+
+PEAK_8BIT, PEAK_ATTENTION = 1979e12, 790e12
+CALLS = 2
+TIMESTEPS = (999.0, 700.0, 400.0, 100.0)  # calibration; a step is timed at the third
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PACKAGES = ("sdtrt_backend", "torch", "triton", "nvidia-cudnn-frontend", "diffusers", "transformers", "torchao", "sdnq")
+BASELINES = ("eager", "compile")
+OURS = ("sd_int8", "sd_fp8")
+ALONE = ("compile-max", "torchao-fp8", "torchao-int8", "sdnq-int8", "sdnq-int8-compile")
+
+UNET = {"sdxl": {
+    "sample_size": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816},
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}}
+FLUX = {"guidance_embeds": True}
+SIDE, TOKENS = 64, 512  # FLUX at 1024x1024: 64x64 image tokens
+PARAMETERS = {"sdxl": 2567463684, "sd15": 859520964, "flux": 11901408320}
+TINY: dict[str, dict[str, Any]] = {
+    "sdxl": {"sample_size": 16, "block_out_channels": (32, 64, 128), "transformer_layers_per_block": (1, 1, 2),
+             "attention_head_dim": (2, 4, 8), "cross_attention_dim": 64, "addition_time_embed_dim": 8,
+             "projection_class_embeddings_input_dim": 80},
+    "sd15": {"sample_size": 16, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64, "attention_head_dim": 2},
+    "flux": {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4,
+             "joint_attention_dim": 64, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}}
+
+# GPU kernels by name, first match wins
+GROUPS = (("attention", r"flash|fmha|sdpa|attention|attn|^_short"),
+          ("8-bit matmul/conv", r"^_gemm|^_conv$|^_conv_|i8i8|i8i32|_s8|s8s8|int8.*gemm|gemm.*int8|16832gemm|igmma|imma|nvjet_qq|"
+                                r"e4m3.*(gemm|fprop|conv)|(gemm|fprop|conv).*e4m3|scaled_mm|int_mm|fp8.*gemm|gemm.*fp8"),
+          ("16-bit matmul/conv", r"gemm|nvjet|fprop|xmma|cutlass|convolve|winograd|wgrad|dgrad|conv2d|triton_tem|_mm_|cudnn.*conv"))
+
+
+# the models and their inputs
+
+def build(name: str, tiny: bool, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The denoiser with random weights from seed 0, on DEVICE."""
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    small = TINY[name] if tiny else {}
+    default = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16 if name == "flux" else torch.float16
+    torch.set_default_dtype(dtype or default)
+    with DEVICE:
+        if name == "flux":
+            module: torch.nn.Module = FluxTransformer2DModel(**FLUX | small)
+        else:
+            module = UNet2DConditionModel(**UNET[name] | small).to(memory_format=torch.channels_last)
+    torch.set_default_dtype(torch.float32)
+    parameters = sum(p.numel() for p in module.parameters())
+    assert tiny or parameters == PARAMETERS[name], f"{name} has {parameters} parameters, the published one {PARAMETERS[name]}"
+    return module.eval().requires_grad_(False)
+
+
+def inputs(module: torch.nn.Module, batch: int, tiny: bool) -> Callable[[float], dict[str, Any]]:
+    """timestep -> keyword arguments of a step: a smooth latent with the timestep's share of noise, text states of scale 1."""
+    config: Any = module.config
+    dtype = next(module.parameters()).dtype
+    seeded = torch.Generator(DEVICE).manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=seeded, device=DEVICE)
+
+    if "joint_attention_dim" in config:
+        side, tokens = (8, 16) if tiny else (SIDE, TOKENS)
+        rows = torch.arange(side, device=DEVICE, dtype=dtype)
+        ids = torch.stack([torch.zeros_like(rows)[:, None].expand(side, side), rows[:, None].expand(side, side),
+                           rows[None].expand(side, side)], -1).reshape(side * side, 3)
+        clean, noise = normal(batch, side * side // 16, config.in_channels), normal(batch, side * side, config.in_channels)
+        clean = clean.repeat_interleave(16, 1)
+        fixed = {"encoder_hidden_states": normal(batch, tokens, config.joint_attention_dim).to(dtype),
+                 "pooled_projections": normal(batch, config.pooled_projection_dim).to(dtype), "img_ids": ids,
+                 "txt_ids": torch.zeros(tokens, 3, device=DEVICE, dtype=dtype),
+                 "guidance": torch.full((batch,), 3.5, device=DEVICE), "return_dict": False}
+        return lambda t: fixed | {"hidden_states": ((1 - t / 1000) * clean + t / 1000 * noise).to(dtype),
+                                  "timestep": torch.full((batch,), t / 1000, device=DEVICE, dtype=dtype)}
+    size = config.sample_size
+    clean, noise = normal(batch, 4, size // 8, size // 8), normal(batch, 4, size, size)
+    clean = clean.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    fixed = {"encoder_hidden_states": normal(batch, 77, config.cross_attention_dim).to(dtype), "return_dict": False}
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        ids = torch.tensor([[8.0 * size, 8.0 * size, 0, 0, 8.0 * size, 8.0 * size]], device=DEVICE, dtype=dtype).repeat(batch, 1)
+        fixed["added_cond_kwargs"] = {"text_embeds": normal(batch, width).to(dtype), "time_ids": ids}
+    return lambda t: fixed | {"sample": (math.sqrt(1 - (t / 1000) ** 2) * clean + t / 1000 * noise).to(dtype),
+                              "timestep": torch.tensor(t, device=DEVICE)}
+
+
+def calibrated(module: torch.nn.Module, arguments: Callable[[float], dict[str, Any]], folder: Path) -> str:
+    """Folder of the module's recipe."""
+    calibration = Calibration()
+    with observed(module, calibration):
+        for t in TIMESTEPS:
+            module(**arguments(t))
+    return str(calibration.recipe(Options.parse(None), {"front_door": "benchmarks/gpu.py"}).save(folder))
+
+
+def in_float32(module: torch.nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The output in fp32 without TF32."""
+    def widen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: widen(v) for k, v in value.items()}
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    wide = copy.deepcopy(module).float()
+    y: torch.Tensor = wide(**widen(kwargs))[0]
+    torch.backends.cudnn.allow_tf32 = before
+    return y
+
+
+def flops(module: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(linears, convolutions and attention; attention alone) of one eager step."""
+    with FlopCounterMode(display=False) as counter:
+        module(**kwargs)
+    by_op = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    return sum(by_op.values()), sum(n for op, n in by_op.items() if "attention" in op)
+
+
+# what a column does with the module
+
+def prepare(column: str, module: torch.nn.Module, kwargs: dict[str, Any], recipe: str, weights: str) -> Any:
+    """The callable of a column."""
+    if column == "eager":
+        return module
+    if column == "compile":
+        return torch.compile(module, dynamic=False)
+    if column == "compile-max":
+        return torch.compile(module, dynamic=False, mode="max-autotune-no-cudagraphs")
+    if column in OURS:
+        return torch.compile(module, backend=column, dynamic=False, options={"recipe": recipe, "weights": weights})
+    if column.startswith("torchao"):
+        to_torchao(module, column, kwargs)
+    else:
+        from sdnq import sdnq_post_load_quant
+
+        sdnq_post_load_quant(module, weights_dtype="int8", quant_conv=True, use_quantized_matmul=True,
+                             use_quantized_matmul_conv=True)
+    if column != "sdnq-int8":
+        module.compile_repeated_blocks(dynamic=False)  # type: ignore[operator]
+    return module
+
+
+def to_torchao(module: torch.nn.Module, column: str, kwargs: dict[str, Any]) -> None:
+    """Dynamic 8-bit linears, row-wise, in place."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    config: Any = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    if column == "torchao-int8":
+        config = Int8DynamicActivationInt8WeightConfig()
+    rows: dict[str, int] = {}
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda child, args, *_: rows.__setitem__(name, args[0].numel() // args[0].shape[-1])
+
+    hooks = [m.register_forward_hook(see(n)) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
+    module(**kwargs)
+    for hook in hooks:
+        hook.remove()
+
+    def chosen(child: torch.nn.Module, name: str) -> bool:
+        return rows.get(name, 0) > 16 and all(n % 16 == 0 for n in child.weight.shape)  # type: ignore[union-attr]
+
+    quantize_(module, config, filter_fn=chosen)
+
+
+def use_caches(folder: Path, fresh: bool) -> None:
+    """The caches on disk are in the folder. Fresh: the next compilation finds nothing there, and nothing in memory."""
+    from torch._inductor.utils import clear_caches
+
+    from sdtrt_backend.kernels import chooser
+
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SDTRT_CACHE"):
+        os.environ[name] = str(folder / name)
+        Path(os.environ[name]).mkdir(parents=True, exist_ok=True)
+    if fresh:
+        clear_caches()
+        chooser.cache_clear()
+
+
+# measuring
+
+def first_call(step: Callable[[], Any]) -> float:
+    finish_device()
+    start = time.perf_counter()
+    step()
+    finish_device()
+    return time.perf_counter() - start
+
+
+def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as one CUDA graph over the same inputs; the step itself on a CPU."""
+    if DEVICE.type == "cpu":
+        return step
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graph.output = step()  # type: ignore[attr-defined]
+    return graph.replay
+
+
+def once_ms(step: Callable[[], Any]) -> float:
+    """Mean of CALLS back-to-back calls."""
+    step()
+    if DEVICE.type == "cpu":
+        return 1e3 * first_call(lambda: [step() for _ in range(CALLS)]) / CALLS
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(CALLS):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / CALLS
+
+
+def times_ms(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Medians; the steps take turns."""
+    taken = [{name: once_ms(step) for name, step in steps.items()} for _ in range(rounds + 1)]
+    return {name: statistics.median(t[name] for t in taken[1:]) for name in steps}
+
+
+def memory() -> tuple[int, int]:
+    """(allocated, held by the allocator) bytes on the GPU."""
+    gc.collect()
+    if DEVICE.type == "cpu":
+        return 0, 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def called_peak(step: Callable[[], Any]) -> int:
+    """Bytes allocated at most during two calls."""
+    if DEVICE.type == "cpu":
+        step()
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def start_column(column: str, module: torch.nn.Module, kwargs: dict[str, Any], exact: torch.Tensor, recipe: str, weights: str,
+                 before: tuple[int, int], compiled_now: Callable[[], Any] = int,
+                 ) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    """First call, error and memory of a column; and what is to be timed. before: ``memory()`` without the module."""
+    compiled = prepare(column, module, kwargs, recipe, weights)
+
+    def step() -> Any:
+        return compiled(**kwargs)
+
+    row: dict[str, Any] = {"weights_gb": (memory()[0] - before[0]) / 1e9, "cold_s": first_call(step)}
+    compiled_now()
+    print(f"{column}: first call {row['cold_s']:.1f} s", flush=True)
+    y = step()[0].float()
+    row["relative_error"] = float((y - exact).norm() / exact.norm())
+    del y
+    peak = called_peak(step)
+    steps = {column: step}
+    if column in OURS:
+        row |= explained(module)
+        row["weights_gb"] = (memory()[0] - before[0]) / 1e9
+    else:
+        try:
+            steps[column] = graphed(step)
+            if column == "eager":
+                steps["eager, no graph"] = step
+        except Exception as error:
+            row["note"] = f"no CUDA graph: {first_line(error)}"
+            finish_device()
+    row["peak_gb"] = max(peak - before[0], memory()[1] - before[1]) / 1e9
+    return row, steps
+
+
+def explained(module: torch.nn.Module) -> dict[str, Any]:
+    """What ``sdtrt_backend.explain`` says, in short."""
+    report = sdtrt_backend.explain(module)
+    shares: dict[str, float] = {}
+    total = sum(layer.flops for layer in report.layers) or 1
+    for layer in report.layers:
+        shares[layer.precision] = shares.get(layer.precision, 0.0) + layer.flops / total
+    return {"state": report.state, "note": "; ".join(report.fallbacks), "flops_share": shares, "timings": dict(report.timings)}
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+# a run
+
+class Run:
+    """The facts of one run, and its rows on disk."""
+
+    def __init__(self, given: argparse.Namespace, stamp: str) -> None:
+        self.given, self.stamp = given, stamp
+        self.facts: dict[str, Any] = {"model": given.model, "tiny": given.tiny, "batch": given.batch, "run": stamp,
+                                      "machine": machine(), "versions": versions(PACKAGES)}
+
+    def path(self, column: str) -> Path:
+        return Path(self.given.out / f"{'tiny-' * self.given.tiny}{self.given.model}_{self.given.batch}_{column}.json")
+
+    def write(self, column: str, row: dict[str, Any]) -> None:
+        if self.given.profile:
+            return
+        if row.get("step_ms") and "tflop" in self.facts:
+            row["tflops"] = 1e3 * self.facts["tflop"] / row["step_ms"]
+            row["share_of_floor"] = self.facts["floor_ms"] / row["step_ms"]
+        self.given.out.mkdir(parents=True, exist_ok=True)
+        self.path(column).write_text(json.dumps(self.facts | {"column": column} | row, indent=1) + "\n")
+
+
+def machine() -> dict[str, str]:
+    if DEVICE.type == "cpu":
+        return {"gpu": "CPU"}
+    from sdtrt_backend.store import device_key
+
+    return device_key(torch.device("cuda", 0))
+
+
+@torch.no_grad()
+def measure(run: Run, columns: list[str], work: Path) -> None:
+    """Every column of a run; writes their rows."""
+    given = run.given
+    empty = memory()
+    module = build(given.model, given.tiny)
+    size = memory()[0] - empty[0]
+    arguments = inputs(module, given.batch, given.tiny)
+    kwargs = arguments(TIMESTEPS[2])
+    recipe = calibrated(module, arguments, work / "recipe") if set(columns) & set(OURS) else ""
+    total, attention = flops(module, kwargs)
+    floor = 1e3 * ((total - attention) / PEAK_8BIT + attention / PEAK_ATTENTION)
+    run.facts |= {"parameters": sum(p.numel() for p in module.parameters()), "tflop": total / 1e12,
+                  "attention_tflop": attention / 1e12, "floor_ms": floor}
+    exact = in_float32(module, kwargs)
+    assert exact.isfinite().all(), "the random module's own output is not finite"
+    torch.save({"exact": exact, "facts": run.facts}, work / "reference.pt")
+    memory()
+    for column in columns:
+        if column in ALONE:
+            in_its_own_process(run, column, work)
+    rows: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    together = [c for c in columns if c not in ALONE]
+    cold = {} if given.no_warm or given.profile else {c: cold_start(c, module, kwargs, recipe, work) for c in together if c in OURS}
+    if cold:
+        torch._dynamo.reset()
+    for column in together:
+        if cold.get(column, {}).get("error"):
+            run.write(column, cold[column])
+            continue
+        use_caches(work / "caches" / column, fresh=column not in cold)
+        try:
+            before = memory()
+            if column not in OURS:  # they share the module, so it counts for each
+                before = before[0] - size, before[1] - size
+            mine = copy.deepcopy(module) if column in OURS else module
+            row, timed = start_column(column, mine, kwargs, exact, recipe, given.weights, before)
+            if column in cold:
+                row |= {"cold_s": cold[column]["cold_s"], "warm_s": row["cold_s"]}
+            rows[column] = row
+            steps |= timed
+        except Exception as error:
+            row = {"error": first_line(error)}
+        run.write(column, row)
+    if given.profile:
+        for column in together:
+            if column in steps and column in given.columns.split(","):
+                profile(column, steps[column])
+        return
+    times = times_ms(steps, given.rounds)
+    for column, row in rows.items():
+        row["step_ms"] = times[column]
+        if f"{column}, no graph" in times:
+            row["no_graph_ms"] = times[f"{column}, no graph"]
+        run.write(column, row)
+
+
+def cold_start(column: str, module: torch.nn.Module, kwargs: dict[str, Any], recipe: str, work: Path) -> dict[str, Any]:
+    """Seconds of the first call with empty caches, of a copy of the module that is thrown away."""
+    use_caches(work / "caches" / column, fresh=True)
+    mine = copy.deepcopy(module)
+    try:
+        compiled = prepare(column, mine, kwargs, recipe, "keep")
+        seconds = first_call(lambda: compiled(**kwargs))
+        print(f"{column}: cold first call {seconds:.1f} s", flush=True)
+        return {"cold_s": seconds}
+    except Exception as error:
+        return {"error": first_line(error)}
+    finally:
+        with suppress(sdtrt_backend.SdtrtError):
+            sdtrt_backend.restore(mine)
+
+
+def in_its_own_process(run: Run, column: str, work: Path) -> None:
+    """Start a column in a process and kill it when it compiles for longer than the limit."""
+    for mark in ("compiling", "compiled"):
+        (work / mark).unlink(missing_ok=True)
+    run.path(column).unlink(missing_ok=True)
+    given = run.given
+    command = [sys.executable, __file__, "--model", given.model, "--batch", str(given.batch), "--columns", column, "--out",
+               str(given.out), "--rounds", str(given.rounds), "--alone", str(work), "--stamp", run.stamp]
+    command += ["--tiny"] * given.tiny + ["--profile"] * given.profile + ["--cudnn-benchmark"] * given.cudnn_benchmark
+    process = subprocess.Popen(command, start_new_session=True)
+    since = 0.0
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            since = since or (time.monotonic() if (work / "compiling").exists() else 0.0)
+            if since and not (work / "compiled").exists() and time.monotonic() - since > given.limit:
+                run.write(column, {"error": f"did not compile in {given.limit / 60:g} min"})
+                return
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if not given.profile and not run.path(column).exists():
+        run.write(column, {"error": f"its process ended with exit status {process.returncode}"})
+
+
+@torch.no_grad()
+def alone(run: Run, column: str, work: Path) -> None:
+    """In the process of its own: one column."""
+    given = run.given
+    reference = torch.load(work / "reference.pt", map_location=DEVICE)
+    run.facts |= {k: v for k, v in reference["facts"].items() if k not in run.facts}
+    use_caches(work / "caches" / column, fresh=True)
+    try:
+        before = memory()
+        bf16 = column == "torchao-fp8" and DEVICE.type == "cuda"
+        module = build(given.model, given.tiny, torch.bfloat16 if bf16 else None)
+        kwargs = inputs(module, given.batch, given.tiny)(TIMESTEPS[2])
+        (work / "compiling").touch()
+        row, steps = start_column(column, module, kwargs, reference["exact"], "", "", before, (work / "compiled").touch)
+        if bf16 and given.model != "flux":
+            row["note"] = f"bf16; {row.get('note', '')}".rstrip("; ")
+        if given.profile:
+            profile(column, steps[column])
+        else:
+            row["step_ms"] = times_ms(steps, given.rounds)[column]
+    except Exception as error:
+        row = {"error": first_line(error)}
+        print(f"{column}: {row['error']}", flush=True)
+    run.write(column, row)
+
+
+# seeing
+
+def profile(column: str, step: Callable[[], Any]) -> None:
+    """GPU time of one step by kernel and by kind."""
+    from torch.profiler import ProfilerActivity
+
+    step()
+    finish_device()
+    gpu = DEVICE.type == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as recorded:
+        step()
+        finish_device()
+    kernels: dict[str, list[float]] = {}
+    for event in recorded.events() or []:
+        if gpu and ("CUDA" not in str(event.device_type) or getattr(event, "is_user_annotation", False)):
+            continue
+        entry = kernels.setdefault(event.name, [0.0, 0])
+        entry[0] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
+        entry[1] += 1
+    groups = dict.fromkeys([name for name, _ in GROUPS] + ["everything else"], 0.0)
+    for name, (ms, _) in kernels.items():
+        groups[kind(name)] += ms
+    print(f"\n{column}: {sum(groups.values()):.3f} ms in {sum(int(n) for _, n in kernels.values())} kernels of one step")
+    for name, ms in groups.items():
+        print(f"  {ms:8.3f} ms  {name}")
+    for name, (ms, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
+        print(f"  {ms:8.3f} ms {int(count):5} x  [{kind(name)}]  {name[:140]}")
+
+
+def kind(kernel: str) -> str:
+    return next((group for group, pattern in GROUPS if re.search(pattern, kernel, re.IGNORECASE)), "everything else")
+
+
+def table(folder: Path) -> None:
+    """Every row in the folder, by model and batch."""
+    rows = [json.loads(p.read_text()) for p in sorted(folder.glob("*_*_*.json"))]
+    order = [*BASELINES, "compile-max", *(c for c in ALONE if c != "compile-max"), *OURS]
+    keys = sorted({(r["tiny"], r["model"], r["batch"]) for r in rows})
+    for key in keys:
+        mine = sorted((r for r in rows if (r["tiny"], r["model"], r["batch"]) == key), key=lambda r: order.index(r["column"]))
+        head = max(mine, key=lambda r: r["run"])
+        newest = {c: r["step_ms"] for r in mine if (c := r["column"]).startswith("compile") and r.get("step_ms")}
+        driver = re.search(r" (\d+\.\d+\.\d+) ", head["machine"].get("driver", ""))
+        print(f"\n{'tiny ' * key[0]}{key[1]}, batch {key[2]}: {head.get('tflop', 0):.3f} TFLOP, floor "
+              f"{head.get('floor_ms', 0):.2f} ms; {head['machine']['gpu']}{f', driver {driver[1]}' if driver else ''}; "
+              + ", ".join(f"{p} {v}" for p, v in head["versions"].items()))
+        print(f"{'':18}{'step ms':>9}{'TFLOP/s':>9}{'floor':>7}{'cold s':>8}{'warm s':>8}{'weights GB':>11}{'peak GB':>9}{'error':>9}"
+              f"{'ratio':>8}")
+        for r in mine:
+            if "step_ms" not in r:
+                print(f"{r['column']:18}{r.get('error', 'not timed: the run ended early')}")
+                continue
+            same = {c: q["step_ms"] for q in mine if (c := q["column"]) in newest and q["run"] == r["run"]}
+            best = min((same or newest).values(), default=math.nan)
+            print(f"{r['column']:18}{r['step_ms']:9.2f}{r['tflops']:9.1f}{r['share_of_floor']:7.1%}{number(r, 'cold_s', 8, 1)}"
+                  f"{number(r, 'warm_s', 8, 1)}{number(r, 'weights_gb', 11, 2)}{number(r, 'peak_gb', 9, 2)}"
+                  f"{number(r, 'relative_error', 9, 5)}{best / r['step_ms']:7.2f}x{' ' if same else '*'} "
+                  + "; ".join(s for s in (r.get("state", ""), r.get("note", "")) if s))
+            if "no_graph_ms" in r:
+                print(f"{r['column'] + ', no graph':18}{r['no_graph_ms']:9.2f}")
+
+
+def number(row: dict[str, Any], key: str, width: int, digits: int) -> str:
+    return f"{row[key]:{width}.{digits}f}" if key in row else " " * width
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(PARAMETERS), default="sdxl")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--columns", default=",".join(OURS), help=f"of {', '.join((*BASELINES, *ALONE, *OURS))}")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=300, help="seconds that a column in its own process may compile")
+    parser.add_argument("--weights", choices=("keep", "release"), default="release", help="option of the sd_ columns")
+    parser.add_argument("--no-warm", action="store_true", help="one first call of our columns, the cold one")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN chooses 16-bit convolutions by measuring")
+    parser.add_argument("--profile", action="store_true", help="print GPU time by kernel of the columns named; times nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of --out, run nothing")
+    parser.add_argument("--tiny", action="store_true", help="small configurations of the same structure")
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stamp", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    wanted = given.columns.split(",")
+    if unknown := [c for c in wanted if c not in (*BASELINES, *ALONE, *OURS)]:
+        parser.error(f"no column is called {', '.join(unknown)}; there are {', '.join((*BASELINES, *ALONE, *OURS))}")
+    torch.backends.cudnn.benchmark = given.cudnn_benchmark
+    if given.alone:
+        alone(Run(given, given.stamp), wanted[0], given.alone)
+    elif not given.table:
+        if not given.profile:
+            wanted = [*BASELINES, *(c for c in wanted if c not in BASELINES)]
+        with tempfile.TemporaryDirectory() as work:
+            measure(Run(given, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), wanted, Path(work))
+    if not given.alone and not given.profile:
+        table(given.out)
