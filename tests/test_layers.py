@@ -39,6 +39,8 @@ SIDEWAYS = {
     ("kernels.triton_attention", "kernels.triton_norm"): "the encoding of 8-bit results",
     ("kernels.triton_candidates", "kernels.triton_attention"): "the kernels it adapts",
     ("kernels.triton_candidates", "kernels.triton_norm"): "the kernels it adapts",
+    ("kernels.triton_candidates", "kernels.triton_gemm"): "the kernels it adapts",
+    ("kernels.triton_candidates", "kernels.triton_conv"): "the kernels it adapts",
     ("report", "metrics"): "the type of pictures",
 }
 HEAVY = ("diffusers", "transformers", "tensorrt", "torch_tensorrt", "modelopt", "torchao", "onnx")

@@ -118,8 +118,14 @@ def doctor(model: Model = None) -> None:
     table.add_row("oneDNN", str(torch.backends.mkldnn.is_available()), "runs the int8 kernels on the CPU")
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
     table.add_row("bf16", str(bf16), "attention runs in it where a timing says it pays" if bf16 else "attention stays in fp32")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    table.add_row("GPU", gpu, "8-bit kernels of this version run on the CPU")
+    if torch.cuda.is_available():
+        from .kernels import CAPABILITY, missing
+
+        capability = torch.cuda.get_device_capability()
+        table.add_row("GPU", torch.cuda.get_device_name(), "; ".join(
+            escape(f"sd_{precision}: {missing(precision, capability) or 'yes'}") for precision in CAPABILITY))
+    else:
+        table.add_row("GPU", "none", "the 8-bit kernels run on the CPU")
     import shutil
 
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -129,7 +135,7 @@ def doctor(model: Model = None) -> None:
         fits = found is not None and found in requirement.specifier
         advice = escape(f"does not fit: pip install '{requirement}'")
         table.add_row(requirement.name, found or "not installed", "fits" if fits else advice)
-    for module, extra in (("torchao", "torchao"), ("modelopt", "modelopt"), ("tensorrt", "tensorrt"),
+    for module, extra in (("cudnn", "cuda"), ("torchao", "torchao"), ("modelopt", "modelopt"), ("tensorrt", "tensorrt"),
                           ("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx")):
         if importlib.util.find_spec(module) is None:
             table.add_row(module, "not installed", escape(f"optional: pip install 'sdtrt_backend[{extra}]'"))

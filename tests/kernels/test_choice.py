@@ -62,6 +62,15 @@ def test_the_fallback_is_timed_where_all_else_is_refused(clock, monkeypatch):
     assert Chooser(CPU).best(LINEAR, "int8") == kernels.Choice("good:spare", 2.0)
 
 
+def test_a_provider_that_stands_in_for_another_is_timed_without_that_one_only(clock, monkeypatch):
+    for other, times in (("torch", []), ("not_installed_anywhere", ["fast"])):
+        row = Provider("good", "linear8", "int8", "", lambda precision: ("fast",), instead_of=other)
+        monkeypatch.setattr(kernels, "PROVIDERS", (row,))
+        monkeypatch.setattr(kernels, "device_key", lambda device, other=other: {"gpu": other})
+        Chooser(CPU).best(LINEAR, "int8")
+        assert clock == times
+
+
 def test_without_a_kernel_there_is_no_choice(clock, monkeypatch):
     monkeypatch.setattr(kernels, "PROVIDERS", (Provider("good", "linear8", "int8", "", lambda p: ("refuses",)),))
     assert Chooser(CPU).best(LINEAR, "int8") is None

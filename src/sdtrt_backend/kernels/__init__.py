@@ -53,6 +53,7 @@ class Provider:
     """One row of the table. variants: names of what is timed for a precision; fallback: of what is timed where all of them
     are refused.
 
+    instead_of: a package that, where it is installed, makes timing this provider a waste: it was always faster.
     one_scale: takes a scale of one element only; narrow_bias: takes the bias in the result's dtype, not in fp32.
     """
 
@@ -62,6 +63,7 @@ class Provider:
     module: str
     variants: Callable[[str], Sequence[str]]
     fallback: tuple[str, ...] = ()
+    instead_of: str = ""
     one_scale: bool = False
     narrow_bias: bool = False
 
@@ -72,6 +74,12 @@ def _cudnn_variants(precision: str) -> Sequence[str]:
     return cudnn.variants(DTYPES[precision])
 
 
+def _tiles(precision: str) -> Sequence[str]:
+    from . import triton_candidates
+
+    return triton_candidates.TILES
+
+
 def _one(precision: str) -> Sequence[str]:
     return ("",)
 
@@ -80,6 +88,8 @@ PROVIDERS = (
     Provider("cudnn", "linear8", "int8", "cudnn", _cudnn_variants, HEURISTIC),
     Provider("cudnn", "conv8", "int8", "cudnn", _cudnn_variants, HEURISTIC),
     Provider("cudnn", "conv8", "fp8", "cudnn", _cudnn_variants, HEURISTIC),
+    *(Provider("triton", op, precision, "triton", _tiles, instead_of="cudnn")
+      for op in ("linear8", "conv8") for precision in CAPABILITY),
     Provider("cublaslt", "linear8", "fp8", "", _one, one_scale=True, narrow_bias=True),
 )
 
@@ -99,6 +109,8 @@ def register() -> None:
     if installed("triton"):
         from . import triton_candidates, triton_norm
 
+        ops.KERNELS["linear8", "triton"] = triton_candidates.linear
+        ops.KERNELS["conv8", "triton"] = triton_candidates.conv
         ops.KERNELS["group_norm8", "triton"] = triton_candidates.group_norm
         ops.KERNELS["layer_norm8", "triton"] = triton_candidates.layer_norm
         ops.KERNELS["geglu8", "triton"] = triton_norm.geglu
@@ -114,7 +126,8 @@ def missing(precision: str, capability: tuple[int, int]) -> str | None:
         need, have = (".".join(map(str, c)) for c in (CAPABILITY[precision], capability))
         other = "sd_int8" if precision == "fp8" and capability >= CAPABILITY["int8"] else "a 16-bit torch.compile"
         return f"{precision} needs a GPU of compute capability {need} or newer, this one has {have}: use {other}"
-    if not any(p.precision == precision and installed(p.module) for p in PROVIDERS):
+    convolutions = [p.module for p in PROVIDERS if (p.op, p.precision) == ("conv8", precision)]
+    if not any(installed(module) for module in convolutions):
         return f"no package with {precision} kernels is installed: pip install nvidia-cudnn-frontend"
     return None
 
@@ -205,7 +218,7 @@ class Chooser:
         out = problem.weight[0]
         times: dict[str, float | None] = {}
         for p in PROVIDERS:
-            if (p.op, p.precision) != (op, precision) or not installed(p.module):
+            if (p.op, p.precision) != (op, precision) or not installed(p.module) or (p.instead_of and installed(p.instead_of)):
                 continue
             scale = torch.full((1 if p.one_scale else out,), 1 / math.sqrt(math.prod(problem.weight[1:])), device=self.device)
             bias = torch.randn(out, generator=noise, device=self.device, dtype=problem.dtype if p.narrow_bias else torch.float32)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import triton_attention, triton_norm
+from . import triton_attention, triton_conv, triton_gemm, triton_norm
 
+TILES = ("0", "1", "2", "3", "4")  # places in GEMM_CONFIGS and CONV_CONFIGS
 # "s": all keys in one block, "f": the flash loop; the number is the place in the kernel's own table
 SHORT, FLASH = ("s0", "s3"), ("f1", "f3")
 
@@ -15,6 +16,23 @@ def attention_variants(tokens: int, width: int) -> tuple[str, ...]:
     if width % 8 or not 16 <= width <= 128:
         return ()
     return SHORT if tokens <= triton_attention.MAX_SHORT else FLASH
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
+           variant: str) -> torch.Tensor:
+    """See ``ops.linear8``."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = triton_gemm.gemm(flat, weight, scale, bias, dtype=dtype, config=triton_gemm.GEMM_CONFIGS[int(variant)])
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+         stride: list[int], padding: list[int], dtype: torch.dtype, variant: str) -> torch.Tensor:
+    """See ``ops.conv8``."""
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    return triton_conv.conv2d(x, weight, scale, bias, residual, (stride[0], stride[1]), (padding[0], padding[1]), dtype,
+                              config=triton_conv.CONV_CONFIGS[int(variant)])
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_scale: torch.Tensor | None,
