@@ -56,6 +56,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import sdtrt_backend
@@ -73,14 +74,14 @@ BASELINES = ("eager", "compile")
 OURS = ("sd_int8", "sd_fp8")
 ALONE = ("compile-max", "torchao-fp8", "torchao-int8", "sdnq-int8", "sdnq-int8-compile")
 
-UNET = {"sdxl": {
+UNET: dict[str, dict[str, Any]] = {"sdxl": {
     "sample_size": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (320, 640, 1280),
     "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
     "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816},
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}}
-FLUX = {"guidance_embeds": True}
+FLUX: dict[str, Any] = {"guidance_embeds": True}
 SIDE, TOKENS = 64, 512  # FLUX at 1024x1024: 64x64 image tokens
 PARAMETERS = {"sdxl": 2567463684, "sd15": 859520964, "flux": 11901408320}
 TINY: dict[str, dict[str, Any]] = {
@@ -100,14 +101,13 @@ GROUPS = (("attention", r"flash|fmha|sdpa|attention|attn|^_short"),
 
 # the models and their inputs
 
-def build(name: str, tiny: bool, dtype: torch.dtype | None = None) -> torch.nn.Module:
+def build(name: str, tiny: bool) -> torch.nn.Module:
     """The denoiser with random weights from seed 0, on DEVICE."""
     from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
     torch.manual_seed(0)
     small = TINY[name] if tiny else {}
-    default = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16 if name == "flux" else torch.float16
-    torch.set_default_dtype(dtype or default)
+    torch.set_default_dtype(torch.float32 if DEVICE.type == "cpu" else torch.bfloat16 if name == "flux" else torch.float16)
     with DEVICE:
         if name == "flux":
             module: torch.nn.Module = FluxTransformer2DModel(**FLUX | small)
@@ -245,9 +245,9 @@ def use_caches(folder: Path, fresh: bool) -> None:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SDTRT_CACHE"):
         os.environ[name] = str(folder / name)
         Path(os.environ[name]).mkdir(parents=True, exist_ok=True)
+    chooser.cache_clear()  # the kernel times in memory are of the former folder
     if fresh:
         clear_caches()
-        chooser.cache_clear()
 
 
 # measuring
@@ -286,7 +286,7 @@ def once_ms(step: Callable[[], Any]) -> float:
         step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / CALLS
+    return float(start.elapsed_time(end)) / CALLS
 
 
 def times_ms(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -391,7 +391,8 @@ def machine() -> dict[str, str]:
         return {"gpu": "CPU"}
     from sdtrt_backend.store import device_key
 
-    return device_key(torch.device("cuda", 0))
+    found: dict[str, str] = device_key(torch.device("cuda", 0))
+    return found
 
 
 @torch.no_grad()
@@ -410,7 +411,8 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
                   "attention_tflop": attention / 1e12, "floor_ms": floor}
     exact = in_float32(module, kwargs)
     assert exact.isfinite().all(), "the random module's own output is not finite"
-    torch.save({"exact": exact, "facts": run.facts}, work / "reference.pt")
+    save_file({"exact": exact.contiguous()}, work / "reference.safetensors")
+    (work / "facts.json").write_text(json.dumps(run.facts))
     memory()
     for column in columns:
         if column in ALONE:
@@ -420,8 +422,7 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
     together = [c for c in columns if c not in ALONE]
     cold: dict[str, dict[str, Any]] = {}
     if not (given.no_warm or given.profile):
-        cold = {c: cold_start(c, module, kwargs, recipe, work) for c in together if c in OURS}
-        torch._dynamo.reset()
+        cold = {c: cold_start(c, module, kwargs, recipe, given.weights, work) for c in together if c in OURS}
     for column in together:
         if cold.get(column, {}).get("error"):
             run.write(column, cold[column])
@@ -453,12 +454,13 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
         run.write(column, row)
 
 
-def cold_start(column: str, module: torch.nn.Module, kwargs: dict[str, Any], recipe: str, work: Path) -> dict[str, Any]:
+def cold_start(column: str, module: torch.nn.Module, kwargs: dict[str, Any], recipe: str, weights: str,
+               work: Path) -> dict[str, Any]:
     """Seconds of the first call with empty caches, of a copy of the module that is thrown away."""
     use_caches(work / "caches" / column, fresh=True)
     mine = copy.deepcopy(module)
     try:
-        compiled = prepare(column, mine, kwargs, recipe, "keep")
+        compiled = prepare(column, mine, kwargs, recipe, weights)
         seconds = first_call(lambda: compiled(**kwargs))
         print(f"{column}: cold first call {seconds:.1f} s", flush=True)
         return {"cold_s": seconds}
@@ -467,6 +469,7 @@ def cold_start(column: str, module: torch.nn.Module, kwargs: dict[str, Any], rec
     finally:
         with suppress(sdtrt_backend.SdtrtError):
             sdtrt_backend.restore(mine)
+        torch._dynamo.reset()
 
 
 def in_its_own_process(run: Run, column: str, work: Path) -> None:
@@ -499,18 +502,19 @@ def in_its_own_process(run: Run, column: str, work: Path) -> None:
 def alone(run: Run, column: str, work: Path) -> None:
     """In the process of its own: one column."""
     given = run.given
-    reference = torch.load(work / "reference.pt", map_location=DEVICE)
-    run.facts |= {k: v for k, v in reference["facts"].items() if k not in run.facts}
+    exact = load_file(work / "reference.safetensors")["exact"].to(DEVICE)
+    run.facts |= {k: v for k, v in json.loads((work / "facts.json").read_text()).items() if k not in run.facts}
     use_caches(work / "caches" / column, fresh=True)
     try:
         before = memory()
-        bf16 = column == "torchao-fp8" and DEVICE.type == "cuda"
-        module = build(given.model, given.tiny, torch.bfloat16 if bf16 else None)
+        module = build(given.model, given.tiny)
+        if column == "torchao-fp8":
+            module.to(torch.bfloat16)
         kwargs = inputs(module, given.batch, given.tiny)(TIMESTEPS[2])
         (work / "compiling").touch()
-        row, steps = start_column(column, module, kwargs, reference["exact"], "", "", before, (work / "compiled").touch)
-        if bf16 and given.model != "flux":
-            row["note"] = f"bf16; {row.get('note', '')}".rstrip("; ")
+        row, steps = start_column(column, module, kwargs, exact, "", "", before, (work / "compiled").touch)
+        if column == "torchao-fp8" and given.model != "flux":
+            row["note"] = "; ".join(["bf16"] + [row["note"]] * ("note" in row))
         if given.profile:
             profile(column, steps[column])
         else:
