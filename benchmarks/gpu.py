@@ -481,7 +481,7 @@ def in_its_own_process(run: Run, column: str, work: Path) -> None:
     command = [sys.executable, __file__, "--model", given.model, "--batch", str(given.batch), "--columns", column, "--out",
                str(given.out), "--rounds", str(given.rounds), "--alone", str(work), "--stamp", run.stamp]
     command += ["--tiny"] * given.tiny + ["--profile"] * given.profile + ["--cudnn-benchmark"] * given.cudnn_benchmark
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command)
     since = 0.0
     try:
         while process.poll() is None:
@@ -491,9 +491,8 @@ def in_its_own_process(run: Run, column: str, work: Path) -> None:
                 run.write(column, {"error": f"did not compile in {given.limit / 60:g} min"})
                 return
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.kill()
+        process.wait()
     if not given.profile and not run.path(column).exists():
         run.write(column, {"error": f"its process ended with exit status {process.returncode}"})
 
@@ -614,6 +613,7 @@ if __name__ == "__main__":
     if unknown := [c for c in wanted if c not in (*BASELINES, *ALONE, *OURS)]:
         parser.error(f"no column is called {', '.join(unknown)}; there are {', '.join((*BASELINES, *ALONE, *OURS))}")
     torch.backends.cudnn.benchmark = given.cudnn_benchmark
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no column outlives the run
     if given.alone:
         alone(Run(given, given.stamp), wanted[0], given.alone)
     elif not given.table:

@@ -18,32 +18,33 @@ from sdtrt_backend import metrics
 from sdtrt_backend.demo import GUIDANCE
 from sdtrt_backend.recipe import versions
 
-STEPS, BATCH = 25, 32
+BATCH = 32
 BACKENDS = ("sd_int8", "sd_fp8")
 
 
-def draw(pipe: Any, prompts: list[str]) -> metrics.Pictures:
+def draw(pipe: Any, prompts: list[str], steps: int) -> metrics.Pictures:
     """Picture i from noise of seed i; float32 [N, height, width, 3] in 0..1."""
     pictures = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         noise = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))]
-        pictures.append(pipe(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, output_type="np").images)
+        pictures.append(pipe(part, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise, output_type="np").images)
     return np.concatenate(pictures)
 
 
-def main(out: Path, device: str) -> None:
+def main(out: Path, device: str, count: int, steps: int, backends: list[str]) -> None:
     prompts = (Path(__file__).parent / "prompts.txt").read_text().splitlines()
-    calibration, prompts = prompts[:8], prompts[8:72]
+    calibration, prompts = prompts[:8], prompts[8 : 8 + count]
     pipe = sdtrt_backend.demo_pipeline(torch.float16 if device == "cuda" else torch.float32).to(device)
-    recipe = sdtrt_backend.calibrate(pipe, calibration, guidance_scale=GUIDANCE, batch_size=8, seed=10_000)
+    recipe = sdtrt_backend.calibrate(pipe, calibration, num_inference_steps=steps, guidance_scale=GUIDANCE, batch_size=8,
+                                     seed=10_000)
     folder = str(recipe.save(tempfile.mkdtemp()))
-    reference = draw(pipe, prompts)
+    reference = draw(pipe, prompts, steps)
     result: dict[str, Any] = {"versions": versions(), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                              "pictures": len(prompts), "steps": STEPS}
-    for backend in BACKENDS if device == "cuda" else BACKENDS[:1]:
+                              "pictures": len(prompts), "steps": steps}
+    for backend in backends:
         with sdtrt_backend.accelerated(pipe, backend=backend, recipe=folder, engine="inductor"):
-            pictures = draw(pipe, prompts)
+            pictures = draw(pipe, prompts, steps)
             report = sdtrt_backend.explain(pipe)
         psnr, ssim = metrics.psnr(pictures, reference), metrics.ssim(pictures, reference)
         result[backend] = {"psnr_db": {"mean": mean(psnr), "min": min(psnr)}, "ssim": {"mean": mean(ssim), "min": min(ssim)},
@@ -63,5 +64,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--backends", help="default: both on a GPU, sd_int8 on a CPU")
     given = parser.parse_args()
-    main(given.out, given.device)
+    backends = given.backends.split(",") if given.backends else BACKENDS if given.device == "cuda" else BACKENDS[:1]
+    main(given.out, given.device, given.prompts, given.steps, list(backends))

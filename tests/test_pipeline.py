@@ -57,6 +57,7 @@ def test_restore_gives_the_same_picture_and_module_to_the_bit(pipe):
     with pytest.raises(sdtrt_backend.ModelError, match="not compiled"):
         sdtrt_backend.explain(pipe)
     assert not pipe.unet._state_dict_pre_hooks
+    assert "_apply" not in vars(pipe.unet)
 
 
 def test_accelerating_again_after_restore_starts_anew(pipe):

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from .recipe import Recipe
 from .report import Report
 from .run import forget, states
 
-# module -> the hook that brings its weights back before they are saved
-_SAVING: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
+# accelerated module -> its hook for saving
+_WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -46,9 +47,8 @@ def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backe
     # a new callable each time: Dynamo takes equal backends for the same one and would go on with a restored step
     compiler: Any = lookup_backend(backend)
     module.compile(backend=partial(compiler, options=options))
-    if module not in _SAVING:
-        # whoever saves the module or reads its weights finds them
-        _SAVING[module] = module.register_state_dict_pre_hook(lambda *_: _bring_back(module))
+    if module not in _WATCHED:
+        _watch(module)
     return pipe
 
 
@@ -57,10 +57,21 @@ def restore(pipe: Any) -> Any:
     module = _denoiser(pipe)
     module._compiled_call_impl = None
     _bring_back(module)
-    if module in _SAVING:
-        _SAVING.pop(module).remove()
+    if module in _WATCHED:
+        _WATCHED.pop(module).remove()
+        del module._apply
     forget(module)
     return pipe
+
+
+def _watch(module: torch.nn.Module) -> None:
+    """Whoever saves the module or moves it finds its weights: this instance brings them back first."""
+    def apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _bring_back(self)
+        return type(self)._apply(self, *args, **kwargs)
+
+    _WATCHED[module] = module.register_state_dict_pre_hook(lambda *_: _bring_back(module))
+    module._apply = MethodType(apply, module)  # type: ignore[method-assign]  # a copy of the module gets its own
 
 
 def _bring_back(module: torch.nn.Module) -> None:

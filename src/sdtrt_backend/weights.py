@@ -10,8 +10,8 @@ import torch
 
 
 class Weights:
-    """Parameters whose 8-bit copies are in use. While they are away their tensors keep shape, dtype and device, have no
-    memory, and any operation on them raises PyTorch's "data is not allocated yet"."""
+    """Parameters whose 8-bit copies are in use. While they are away their tensors keep shape, dtype and device, which compiled
+    code checks at every call, but have no memory: nobody may read them."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()

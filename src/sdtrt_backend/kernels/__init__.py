@@ -23,8 +23,8 @@ ERROR_BOUND = 5e-3
 COLD_BYTES = 120e6  # weights are rotated through this much memory: a step reads each of them once, from beyond the L2 cache
 ATTENTION_BOUND = 2e-2  # likewise written in 8 bits: a rounding tie is a step of 1/32 of a standard deviation
 CALLS, REPLAYS = 12, 3
-# compute capability from which a GPU has the matrix instructions of a precision
 HEURISTIC = ("0", "1", "2", "3", "4")  # indices of cuDNN's own list of plans
+# compute capability from which a GPU has the matrix instructions of a precision
 CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
 NARROW = (torch.float16, torch.bfloat16)
 

@@ -25,7 +25,6 @@ from . import producers
 from .producers import ADDITIONS, simplify
 
 QUANTIZE = {QD.quantize_per_tensor.default: "int8", ops.quantize_fp8: "fp8"}
-DEQUANTIZE = (QD.dequantize_per_tensor.default, ops.dequantize_fp8)
 PRODUCERS = {"group_norm8": producers.group_norm, "layer_norm8": producers.layer_norm, "geglu8": producers.geglu}
 CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 
