@@ -7,7 +7,9 @@ from interpreted import DEVICE, FP8, INT8, INTERPRETED, on_device, run_interpret
 from sdtrt_backend import ops, stats
 
 HALF = torch.float16
-TIES = 5e-3  # of 8-bit results: a tie may fall to the other side; 16-bit ones differ by a rounding
+# fp16 probabilities move an 8-bit result to its neighbour now and then, and those of fp8 are 6 to 12 % apart; a wrong kernel
+# is beyond 0.1
+TIES = 2e-2
 
 if not INTERPRETED:
     def test_this_file_passes_under_the_interpreter():
