@@ -438,6 +438,8 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
                 row |= {"cold_s": cold[column]["cold_s"], "warm_s": row["cold_s"]}
             rows[column] = row
             steps |= timed
+            row["step_ms"] = once_ms(timed[column])  # until all have been timed in turn
+            print(f"{column}: {row['step_ms']:.2f} ms alone", flush=True)
         except Exception as error:
             row = {"error": first_line(error)}
         run.write(column, row)
