@@ -21,8 +21,8 @@ step        median over ``--rounds`` of the mean of CALLS back-to-back calls, CU
 TFLOP       of one step, by torch.utils.flop_counter on the eager module, attention included
 floor       (linear + convolution FLOP) / 1979e12 + attention FLOP / 790e12 seconds: dense 8-bit peak of an H200, and what it
             reaches in 16 bits; the table shows the share of it that a step reaches
-cold, warm  seconds of the first call with empty caches (Inductor, Triton, our kernel times), in memory too; and, of our
-            columns, after torch._dynamo.reset() and ``sdtrt_backend.restore`` in the same process, caches kept
+cold, warm  seconds of the first call with empty caches (Inductor, Triton, our kernel times), in memory too; of our columns
+            in a process of its own, and then in this one with the caches that the other left on disk
 weights     GPU memory of the module before a step; of our columns, which make theirs in the first call, after it
 peak        the larger of the memory allocated at most during called steps and of all that the allocator holds for the column
             afterwards, which counts a CUDA graph's pool
@@ -51,7 +51,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -420,22 +419,22 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], Any]] = {}
     together = [c for c in columns if c not in ALONE]
-    cold: dict[str, dict[str, Any]] = {}
-    if not (given.no_warm or given.profile):
-        cold = {c: cold_start(c, module, kwargs, recipe, given.weights, work) for c in together if c in OURS}
+    started: dict[str, dict[str, Any]] = {}
     for column in together:
-        if cold.get(column, {}).get("error"):
-            run.write(column, cold[column])
+        if column in OURS and not (given.no_warm or given.profile):
+            started[column] = cold_start(run, column, work)
+        if "error" in started.get(column, {}):
+            run.write(column, started[column])
             continue
-        use_caches(work / "caches" / column, fresh=column not in cold)
+        use_caches(work / "caches" / column, fresh=column not in started)
         try:
             before = memory()
             if column not in OURS:  # they share the module, so it counts for each
                 before = before[0] - size, before[1] - size
             mine = copy.deepcopy(module) if column in OURS else module
             row, timed = start_column(column, mine, kwargs, exact, recipe, given.weights, before)
-            if column in cold:
-                row |= {"cold_s": cold[column]["cold_s"], "warm_s": row["cold_s"]}
+            if column in started:
+                row |= {"cold_s": started[column]["cold_s"], "warm_s": row["cold_s"]}
             rows[column] = row
             steps |= timed
             row["step_ms"] = once_ms(timed[column])  # until all have been timed in turn
@@ -456,22 +455,38 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
         run.write(column, row)
 
 
-def cold_start(column: str, module: torch.nn.Module, kwargs: dict[str, Any], recipe: str, weights: str,
-               work: Path) -> dict[str, Any]:
-    """Seconds of the first call with empty caches, of a copy of the module that is thrown away."""
+def cold_start(run: Run, column: str, work: Path) -> dict[str, Any]:
+    """Seconds of the first call in a process of its own, which leaves its caches for this one."""
+    result = work / "cold.json"
+    result.unlink(missing_ok=True)
+    process = subprocess.run([*again(run, column), "--cold", str(work)])
+    if not result.exists():
+        return {"error": f"its cold start ended with exit status {process.returncode}"}
+    return dict(json.loads(result.read_text()))
+
+
+@torch.no_grad()
+def cold(run: Run, column: str, work: Path) -> None:
+    """In that process: one first call with empty caches."""
+    given = run.given
     use_caches(work / "caches" / column, fresh=True)
-    mine = copy.deepcopy(module)
+    module = build(given.model, given.tiny)
+    kwargs = inputs(module, given.batch, given.tiny)(TIMESTEPS[2])
     try:
-        compiled = prepare(column, mine, kwargs, recipe, weights)
-        seconds = first_call(lambda: compiled(**kwargs))
-        print(f"{column}: cold first call {seconds:.1f} s", flush=True)
-        return {"cold_s": seconds}
+        compiled = prepare(column, module, kwargs, str(work / "recipe"), given.weights)
+        row: dict[str, Any] = {"cold_s": first_call(lambda: compiled(**kwargs))}
+        print(f"{column}: cold first call {row['cold_s']:.1f} s", flush=True)
     except Exception as error:
-        return {"error": first_line(error)}
-    finally:
-        with suppress(sdtrt_backend.SdtrtError):
-            sdtrt_backend.restore(mine)
-        torch._dynamo.reset()
+        row = {"error": first_line(error)}
+    (work / "cold.json").write_text(json.dumps(row))
+
+
+def again(run: Run, column: str) -> list[str]:
+    """The command of this script for one column of the same run."""
+    given = run.given
+    return [sys.executable, __file__, "--model", given.model, "--batch", str(given.batch), "--columns", column, "--out",
+            str(given.out), "--rounds", str(given.rounds), "--stamp", run.stamp, "--weights", given.weights,
+            *["--tiny"] * given.tiny, *["--profile"] * given.profile, *["--cudnn-benchmark"] * given.cudnn_benchmark]
 
 
 def in_its_own_process(run: Run, column: str, work: Path) -> None:
@@ -480,10 +495,7 @@ def in_its_own_process(run: Run, column: str, work: Path) -> None:
         (work / mark).unlink(missing_ok=True)
     run.path(column).unlink(missing_ok=True)
     given = run.given
-    command = [sys.executable, __file__, "--model", given.model, "--batch", str(given.batch), "--columns", column, "--out",
-               str(given.out), "--rounds", str(given.rounds), "--alone", str(work), "--stamp", run.stamp]
-    command += ["--tiny"] * given.tiny + ["--profile"] * given.profile + ["--cudnn-benchmark"] * given.cudnn_benchmark
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([*again(run, column), "--alone", str(work)])
     since = 0.0
     try:
         while process.poll() is None:
@@ -609,6 +621,7 @@ if __name__ == "__main__":
     parser.add_argument("--table", action="store_true", help="print the table of --out, run nothing")
     parser.add_argument("--tiny", action="store_true", help="small configurations of the same structure")
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cold", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stamp", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     wanted = given.columns.split(",")
@@ -618,10 +631,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no column outlives the run
     if given.alone:
         alone(Run(given, given.stamp), wanted[0], given.alone)
+    elif given.cold:
+        cold(Run(given, given.stamp), wanted[0], given.cold)
     elif not given.table:
         if not given.profile:
             wanted = [*BASELINES, *(c for c in wanted if c not in BASELINES)]
         with tempfile.TemporaryDirectory() as work:
             measure(Run(given, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), wanted, Path(work))
-    if not given.alone and not given.profile:
+    if not given.alone and not given.cold and not given.profile:
         table(given.out)

@@ -1,10 +1,14 @@
 """8 bits where they were measured to be faster, with the quantisation of the input in the sum."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from fragments import TOKENS, Fragment, linear, planned
 
-from sdtrt_backend.assign import assign, kernels_ms, quantization_ms
+from sdtrt_backend import ops
+from sdtrt_backend.assign import assign, attentions_in_fp8, kernels_ms, quantization_ms
 from sdtrt_backend.capture import bind, tensor_inputs
 from sdtrt_backend.fx import propagate
 from sdtrt_backend.kernels import Choice
@@ -14,7 +18,8 @@ from sdtrt_backend.quantize import plan
 class Measured:
     """Every kernel takes the time given here."""
 
-    def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5):
+    def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5, attention_fp8=None):
+        self.attention_fp8 = attention_fp8
         self.times = {"int8": int8, "fp8": fp8}
         self.wide, self.quantize = wide, quantize
 
@@ -30,6 +35,9 @@ class Measured:
 
     def attention_ms(self, query, tokens, dtype, out):
         return 4.0 if out.itemsize == 1 else 3.0
+
+    def attention_fp8_ms(self, query, tokens):
+        return self.attention_fp8
 
     def attention_times(self, *shape):
         return {"torch": 3.0, "triton": 1.0}
@@ -80,13 +88,48 @@ def test_without_a_kernel_the_reason_names_the_shape(bound):
     assert "no int8 kernel takes conv2d 2x64x8x8 by 64x64x3x3" in layers["conv1"].reason
 
 
-def test_the_bound_is_every_16_bit_kernel_of_the_graph(bound):
-    gm, _, decisions = bound
-    attentions = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-    assert kernels_ms(gm, Measured(wide=2.0)) == pytest.approx(2.0 * len(decisions) + 3.0 * len(attentions))
+def test_the_bound_is_every_16_bit_kernel_of_the_graph(bound, attending):
+    assert kernels_ms(bound[0], Measured(wide=2.0)) == pytest.approx(2.0 * len(bound[2]))
+    assert kernels_ms(attending[0], Measured(wide=2.0)) == pytest.approx(2.0 * 4 + 3.0)
 
 
-def test_behind_an_attention_the_cost_is_the_difference_of_two_kernels(bound):
-    gm, _, _ = bound
-    attention = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)[0]
+def test_behind_an_attention_the_cost_is_the_difference_of_two_kernels(attending):
+    (attention,) = attending[0].graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
     assert quantization_ms(attention, Measured(), torch.int8) == 1.0
+
+
+@pytest.fixture
+def attending():
+    """(graph, tensors) of one attention with four heads."""
+    captured, args, _, tensors = planned(Fragment(attend, q=linear, k=linear, v=linear, o=linear), TOKENS)
+    gm, _ = bind(captured, args)
+    propagate(gm, tensors)
+    return gm, tensors
+
+
+def attend(m, x):
+    q, k, v = (layer(x).view(2, -1, 4, 16).transpose(1, 2) for layer in (m.q, m.k, m.v))
+    y = F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=False)
+    return m.o(y.transpose(1, 2).reshape(2, -1, 64))
+
+
+@pytest.mark.parametrize(("fp8", "off", "marked"), [(1.0, 0.0, True), (2.0, 0.0, False), (None, 0.0, False), (1.0, 0.2, False)],
+                         ids=["faster", "slower with three passes", "no kernel", "wrong"])
+def test_an_attention_runs_in_fp8_where_that_is_faster_and_near(attending, monkeypatch, fp8, off, marked):
+    gm, tensors = attending
+    reference = ops.KERNELS["attention_fp8", "reference"]
+
+    def kernel(q, k, v, scales, scale):
+        return (reference(q, k, v, scales, scale).float() * (1 + off)).to(q.dtype)
+
+    monkeypatch.setitem(ops.KERNELS, ("attention_fp8", "cudnn"), kernel)
+    errors = attentions_in_fp8(gm, tensors, Measured(attention_fp8=fp8))
+    (attention,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    assert bool(errors) is marked
+    if marked:
+        name, scales = attention.meta["fp8_attention"]
+        assert name == "cudnn"
+        assert all(math.log2(s) % 1 == 0 for s in scales)
+        assert 0 < errors[0] < 0.08
+    else:
+        assert "fp8_attention" not in attention.meta

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from . import measure
-from .assign import assign, kernels_ms
+from .assign import assign, attentions_in_fp8, kernels_ms
 from .calibrate import Observer
 from .capture import Captured, bind, capture, tensor_inputs
 from .errors import ModelError
@@ -107,6 +107,8 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
         propagate(graph, tensors)
         measured = chooser(tensors[0].device)
         decisions = assign(decisions, nodes, measured, options.precision, options.engine == "inductor", bar.update)
+        if options.precision == "fp8":
+            timings["fp8_attentions"] = float(len(attentions_in_fp8(graph, tensors, measured)))
         timings["16-bit_kernels_ms"] = kernels_ms(graph, measured)
         timings["choice_s"] = time.perf_counter() - start
         bar.n = 1

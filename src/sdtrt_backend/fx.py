@@ -14,6 +14,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .rules import OPS
 
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
 
 def module_path(node: fx.Node) -> str:
     """Path of the module that made ``node``, relative to the compiled root: ``down_blocks.0.resnets.1.conv1``."""
@@ -33,6 +35,19 @@ def call_arguments(node: fx.Node) -> dict[str, Any]:
     values.update(zip((name for name, _ in parameters), node.args, strict=False))
     values.update(node.kwargs)
     return values
+
+
+def plain_attention(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """(query, key, value, factor of the scores) of a call of ATTENTION without mask, dropout or shared heads; else None."""
+    if node.target is not ATTENTION:
+        return None
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if given.get("attn_mask") is not None or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+        return None
+    q, k, v = (given[name] for name in names[:3])
+    width = q.meta["val"].shape[-1]
+    return (q, k, v, given.get("scale") or width**-0.5) if q.meta["val"].dim() == 4 else None
 
 
 def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:

@@ -186,12 +186,17 @@ LIBRARY.define("layer_norm8(Tensor x, Tensor? weight, Tensor? bias, float eps, T
 LIBRARY.define("add_layer_norm8(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor? out_scale, "
                "ScalarType dtype, str kernel) -> (Tensor, Tensor)")
 LIBRARY.define("geglu8(Tensor x, Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
+LIBRARY.define("rms_rope8(Tensor x, Tensor? first, Tensor weight, Tensor? first_weight, Tensor cos, Tensor sin, float eps, "
+               "Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
+LIBRARY.define("attention_fp8(Tensor q, Tensor k, Tensor v, Tensor scales, float scale, str kernel) -> Tensor")
 LIBRARY.define("attention8(Tensor q, Tensor k, Tensor v, float scale, Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
 group_norm8 = torch.ops.sdtrt_backend.group_norm8.default
 layer_norm8 = torch.ops.sdtrt_backend.layer_norm8.default
 add_layer_norm8 = torch.ops.sdtrt_backend.add_layer_norm8.default
 geglu8 = torch.ops.sdtrt_backend.geglu8.default
 attention8 = torch.ops.sdtrt_backend.attention8.default
+rms_rope8 = torch.ops.sdtrt_backend.rms_rope8.default
+attention_fp8 = torch.ops.sdtrt_backend.attention_fp8.default
 
 
 def encode(y: torch.Tensor, out_scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -246,6 +251,26 @@ def _attention8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
     return y
 
 
+@torch.library.impl(LIBRARY, "rms_rope8", "CompositeExplicitAutograd")
+def _rms_rope8(x: torch.Tensor, first: torch.Tensor | None, weight: torch.Tensor, first_weight: torch.Tensor | None,
+               cos: torch.Tensor, sin: torch.Tensor, eps: float, out_scale: torch.Tensor | None, dtype: torch.dtype,
+               kernel: str) -> torch.Tensor:
+    """RMS norm of x [b, t, h, d] over d, behind that of ``first`` [b, t0, h, d], then the rotary embedding with cos, sin
+    fp32 [t0 + t, d] of neighbouring pairs -> ``dtype`` [b, t0 + t, h, d]."""
+    y: torch.Tensor = _run("rms_rope8", kernel, x, first, weight, first_weight, cos, sin, eps, out_scale, dtype)
+    return y
+
+
+@torch.library.impl(LIBRARY, "attention_fp8", "CompositeExplicitAutograd")
+def _attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,
+                   kernel: str) -> torch.Tensor:
+    """softmax(q k^T * scale) v of float8_e4m3fn codes q [b, h, queries, d], k and v [b, h, tokens, d], views with a contiguous
+    last dimension; scales fp32 [3]: a code of q, k, v times its scale is the value. The result has v's scale:
+    float8_e4m3fn [b, queries, h * d]."""
+    y: torch.Tensor = _run("attention_fp8", kernel, q, k, v, scales, scale)
+    return y
+
+
 @torch.library.register_fake("sdtrt_backend::group_norm8", lib=LIBRARY)
 def _group_norm8_fake(x: torch.Tensor, x2: torch.Tensor | None, shift: torch.Tensor | None, groups: int,
                       weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, silu: bool,
@@ -277,6 +302,20 @@ def _attention8_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
                      dtype: torch.dtype, kernel: str) -> torch.Tensor:
     b, h, queries, d = q.shape
     return q.new_empty((b, queries, h * d), dtype=dtype)
+
+
+@torch.library.register_fake("sdtrt_backend::rms_rope8", lib=LIBRARY)
+def _rms_rope8_fake(x: torch.Tensor, first: torch.Tensor | None, weight: torch.Tensor, first_weight: torch.Tensor | None,
+                    cos: torch.Tensor, sin: torch.Tensor, eps: float, out_scale: torch.Tensor | None, dtype: torch.dtype,
+                    kernel: str) -> torch.Tensor:
+    return x.new_empty((x.shape[0], cos.shape[0], *x.shape[2:]), dtype=dtype)
+
+
+@torch.library.register_fake("sdtrt_backend::attention_fp8", lib=LIBRARY)
+def _attention_fp8_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,
+                        kernel: str) -> torch.Tensor:
+    b, h, queries, d = q.shape
+    return q.new_empty((b, queries, h * d))
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -315,6 +354,27 @@ def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale
     return encode(y.transpose(1, 2).flatten(2), out_scale, dtype)
 
 
+def reference_rms_rope(x: torch.Tensor, first: torch.Tensor | None, weight: torch.Tensor, first_weight: torch.Tensor | None,
+                       cos: torch.Tensor, sin: torch.Tensor, eps: float, out_scale: torch.Tensor | None,
+                       dtype: torch.dtype) -> torch.Tensor:
+    """Plain torch in fp32."""
+    streams = [(x, weight)] if first is None else [(first, first_weight), (x, weight)]
+    n = torch.cat([torch.nn.functional.rms_norm(t.float(), t.shape[-1:], _float(w), eps) for t, w in streams], 1)
+    a, b = n.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([-b, a], -1).flatten(-2)
+    return encode(n * cos[:, None] + rotated * sin[:, None], out_scale, dtype).contiguous()
+
+
+def reference_attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,
+                            variant: str = "") -> torch.Tensor:
+    """Plain torch in fp32: probabilities are not rounded to 8 bits, as kernels do."""
+    of_q, of_k, _ = scales
+    y = torch.nn.functional.scaled_dot_product_attention(q.float() * of_q, k.float() * of_k, v.float(), scale=scale)
+    return encode(y.transpose(1, 2).flatten(2), None, torch.float8_e4m3fn)
+
+
+KERNELS["rms_rope8", "reference"] = reference_rms_rope
+KERNELS["attention_fp8", "reference"] = reference_attention_fp8
 KERNELS["group_norm8", "reference"] = reference_group_norm
 KERNELS["layer_norm8", "reference"] = reference_layer_norm
 KERNELS["geglu8", "reference"] = reference_geglu

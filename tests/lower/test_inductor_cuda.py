@@ -61,7 +61,49 @@ def gated(m, x):
     return m.b(value * F.gelu(gate))
 
 
+def rotate(x, cos, sin):
+    """Rotary embedding of neighbouring pairs, as diffusers' transformers write it."""
+    a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    rotated = torch.stack([-b, a], dim=-1).flatten(3)
+    cos, sin = (t[None, :, None, :].to(x.device) for t in (cos, sin))
+    return (x.float() * cos + rotated.float() * sin).to(x.dtype)
+
+
+class Norms(nn.Module):
+    """RMS norms of the heads of q and k, by stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleDict({name: nn.RMSNorm(16, eps=1e-6) for name in ("q", "k", "q2", "k2")})
+        for i, norm in enumerate(self.norms.values()):
+            nn.init.normal_(norm.weight, 1, 0.1 + 0.1 * i)
+
+    def forward(self, name, x):
+        return self.norms[name](x.unflatten(-1, (-1, 16)))
+
+
+def rotary(m, x, text, cos, sin):
+    """Joint attention of two streams, the text in front."""
+    q, k = (torch.cat([m.n(f"{name}2", layer(text)), m.n(name, layer(x))], dim=1) for name, layer in (("q", m.q), ("k", m.k)))
+    v = torch.cat([m.v(text), m.v(x)], dim=1).unflatten(-1, (-1, 16))
+    q, k = (rotate(t, cos, sin) for t in (q, k))
+    y = F.scaled_dot_product_attention(*(t.permute(0, 2, 1, 3) for t in (q, k, v)))
+    return m.o(y.permute(0, 2, 1, 3).flatten(2, 3))
+
+
+def rotary_single(m, x, cos, sin):
+    q, k = (rotate(m.n(name, layer(x)), cos, sin) for name, layer in (("q", m.q), ("k", m.k)))
+    v = m.v(x).unflatten(-1, (-1, 16))
+    y = F.scaled_dot_product_attention(*(t.permute(0, 2, 1, 3) for t in (q, k, v)), scale=0.3)
+    mlp = F.gelu(m.mlp(x), approximate="tanh")
+    return m.o(torch.cat([y.permute(0, 2, 1, 3).flatten(2, 3), mlp], dim=2))
+
+
 MODULES = {
+    "rotary": (Fragment(rotary, q=linear, k=linear, v=linear, o=linear, n=Norms), TOKENS, noise(2, 3, 64), noise(8, 16),
+               noise(16, 8).T),
+    "rotary single": (Fragment(rotary_single, q=linear, k=linear, v=linear, mlp=linear, o=lambda: nn.Linear(128, 64), n=Norms),
+                      TOKENS, noise(5, 16), noise(16, 5).T),
     "linear": (Fragment(lambda m, x: m.a(x), a=linear), TOKENS),
     "vector": (Fragment(lambda m, x: m.a(F.silu(x)), a=linear), noise(2, 64)),
     "no bias": (Fragment(lambda m, x: m.a(x), a=lambda: nn.Linear(64, 128, bias=False)), TOKENS),
@@ -110,6 +152,59 @@ def test_what_computes_a_tensor_writes_it_in_8_bits(name, op):
     assert count(gm, op) == 1
     # no quantisation of its own, but for the module's input in front of a first linear or convolution
     assert count(gm, torch.round) == (1 if name in ("shift", "geglu", "attention") else 0)
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary single"])
+def test_the_norm_and_rotation_of_q_and_k_are_one_kernel_each(name):
+    gm, _, _ = lower(*MODULES[name])
+    assert count(gm, ops.rms_rope8) == 2
+    assert count(gm, torch.rms_norm) == count(gm, torch.stack) == 0
+
+
+@pytest.mark.parametrize("other", ["rotate_half", "no norm", "no eps"])
+def test_another_embedding_or_norm_is_left_as_it_is(other):
+    def body(m, x, cos, sin):
+        q = m.n("q", m.q(x)) if other != "no norm" else m.q(x).unflatten(-1, (-1, 16))
+        if other == "rotate_half":
+            a, b = q.chunk(2, dim=-1)
+            q = q * cos[None, :, None, :] + torch.cat([-b, a], dim=-1) * sin[None, :, None, :]
+        else:
+            q = rotate(q, cos, sin)
+        return F.scaled_dot_product_attention(*[q.permute(0, 2, 1, 3)] * 3).permute(0, 2, 1, 3).flatten(2, 3)
+
+    module = Fragment(body, q=linear, n=Norms)
+    if other == "no eps":
+        module.n.norms["q"].eps = None
+    gm, reference, tensors = lower(module, TOKENS, noise(5, 16), noise(16, 5).T)
+    assert count(gm, ops.rms_rope8) == 0
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary single", "attention"])
+def test_a_planned_attention_reads_and_writes_fp8(name):
+    captured, args, decisions, tensors = planned(*MODULES[name])
+    graph, nodes = bind(captured, args)
+    (attention,) = graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    attention.meta["fp8_attention"] = ("reference", [2**-5, 2**-5, 2**-6])
+    gm = insert(graph, nodes, decisions)
+    propagate(gm, tensors)
+    simplify(gm)
+    to_8_bit_operators(gm, Reference())
+    assert count(gm, ops.attention_fp8) == 1
+    assert count(gm, F.scaled_dot_product_attention) == count(gm, ops.attention8) == 0
+    assert count(gm, ops.rms_rope8) == (0 if name == "attention" else 2)
+    _, reference, _ = lower(*MODULES[name])
+    with torch.no_grad():
+        assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1  # the noise of e4m3, at large scores
+
+
+def test_gelu_by_sigmoid_is_the_tanh_one():
+    module = Fragment(lambda m, x: m.a(F.gelu(x * 8, approximate="tanh")) + F.gelu(x * 8, approximate="tanh"), a=linear)
+    gm, reference, tensors = lower(module, TOKENS)
+    assert count(gm, F.gelu) == 0
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["int8_operator"]
 
 
 def test_readers_of_one_tensor_are_one_matrix_product_over_one_stored_weight():

@@ -22,6 +22,8 @@ log = logging.getLogger("sdtrt_backend")
 ERROR_BOUND = 5e-3
 COLD_BYTES = 120e6  # weights are rotated through this much memory: a step reads each of them once, from beyond the L2 cache
 ATTENTION_BOUND = 2e-2  # likewise written in 8 bits: a rounding tie is a step of 1/32 of a standard deviation
+ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
+ATTENTION_FP8_CAPABILITY = (9, 0)  # of cuDNN's kernel
 CALLS, REPLAYS = 12, 3
 HEURISTIC = ("0", "1", "2", "3", "4")  # indices of cuDNN's own list of plans
 # compute capability from which a GPU has the matrix instructions of a precision
@@ -107,8 +109,9 @@ def register() -> None:
     from . import cublaslt, cudnn
 
     if installed("triton"):
-        from . import triton_candidates, triton_norm
+        from . import triton_candidates, triton_norm, triton_rope
 
+        ops.KERNELS["rms_rope8", "triton"] = triton_rope.rms_rope
         ops.KERNELS["linear8", "triton"] = triton_candidates.linear
         ops.KERNELS["conv8", "triton"] = triton_candidates.conv
         ops.KERNELS["group_norm8", "triton"] = triton_candidates.group_norm
@@ -118,6 +121,7 @@ def register() -> None:
     ops.KERNELS["linear8", "cublaslt"] = cublaslt.linear
     ops.KERNELS["linear8", "cudnn"] = cudnn.linear
     ops.KERNELS["conv8", "cudnn"] = cudnn.conv
+    ops.KERNELS["attention_fp8", "cudnn"] = cudnn.attention_fp8
 
 
 def missing(precision: str, capability: tuple[int, int]) -> str | None:
@@ -201,6 +205,23 @@ class Chooser:
 
         name = f"attention {'x'.join(map(str, query))} over {tokens} {str(dtype)[6:]} to {str(out)[6:]}"
         return dict(self.store.get(name, measure))
+
+    def attention_fp8_ms(self, query: tuple[int, ...], tokens: int) -> float | None:
+        """Milliseconds of attention over codes q, k, v of float8_e4m3fn, None where no kernel takes them."""
+        def measure() -> dict[str, float | None]:
+            if not installed("cudnn") or torch.cuda.get_device_capability(self.device) < ATTENTION_FP8_CAPABILITY:
+                return {"cudnn": None}
+            noise = torch.Generator(self.device).manual_seed(0)
+            b, h, queries, d = query
+            q, k, v = (_codes((b, t, h, d), torch.float8_e4m3fn, noise).transpose(1, 2).contiguous().transpose(1, 2)
+                       .view(b, t, h, d).transpose(1, 2) for t in (queries, tokens, tokens))
+            tail = (v, torch.ones(3, device=self.device), d**-0.5)
+            expected = ops.KERNELS["attention_fp8", "reference"](q, k, *tail)
+            return {"cudnn": _attempt(partial(ops.KERNELS["attention_fp8", "cudnn"], q), [k], tail, expected,
+                                      ATTENTION_FP8_BOUND)}
+
+        ms = self.store.get(f"attention fp8 {'x'.join(map(str, query))} over {tokens}", measure)["cudnn"]
+        return None if ms is None else float(ms)
 
     def quantize_ms(self, numel: int, dtype: torch.dtype) -> float:
         """Milliseconds of a separate pass that reads ``numel`` values of ``dtype`` and writes them in 8 bits."""

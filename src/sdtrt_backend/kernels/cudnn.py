@@ -57,8 +57,7 @@ class Plans:
         self.device, self.handle = device, handle(device)
         self.built: dict[str, tuple[int, torch.Tensor]] = {}  # variant -> (index, workspace)
         kind = cudnn.data_type
-        kinds = {torch.int8: kind.INT8, torch.float8_e4m3fn: kind.FP8_E4M3, torch.float16: kind.HALF,
-                 torch.bfloat16: kind.BFLOAT16, torch.float32: kind.FLOAT}
+        kinds = {dtype: getattr(kind, name) for dtype, name in KINDS.items()}
         integer = fusion.operand is torch.int8
         FLOAT, INT32 = cudnn.data_type.FLOAT, cudnn.data_type.INT32
         g: Any = cudnn.pygraph(intermediate_data_type=FLOAT, compute_data_type=FLOAT, handle=self.handle)
@@ -112,6 +111,81 @@ class Plans:
         pack = {self.output: y, **dict(zip(self.inputs, inputs, strict=True))}
         self.graph.execute_plan_at_index(pack, workspace, index, handle=self.handle)
         return y
+
+
+KINDS = {torch.int8: "INT8", torch.float8_e4m3fn: "FP8_E4M3", torch.float16: "HALF", torch.bfloat16: "BFLOAT16",
+         torch.float32: "FLOAT"}
+PROBABILITY_SCALE = 256.0  # codes of softmax's result: 1 is 256, in the reach of e4m3 down to 2^-17
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a plan of fp8 attention is built for: shapes and strides of q, k, v [b, h, tokens, d], softmax of q k^T * scale."""
+
+    q: tuple[tuple[int, ...], tuple[int, ...]]
+    k: tuple[tuple[int, ...], tuple[int, ...]]
+    v: tuple[tuple[int, ...], tuple[int, ...]]
+    scale: float
+
+
+class AttentionPlan:
+    """cuDNN's fp8 attention for one ``Attention`` on one device; its scales are tensors, so that calls may differ in them."""
+
+    def __init__(self, problem: Attention, device: int) -> None:
+        import cudnn
+
+        self.handle = handle(device)
+        kind = cudnn.data_type
+        g: Any = cudnn.pygraph(io_data_type=kind.FP8_E4M3, intermediate_data_type=kind.FLOAT, compute_data_type=kind.FLOAT,
+                               handle=self.handle)
+        self.codes = [g.tensor(name=name, dim=list(shape), stride=list(stride), data_type=kind.FP8_E4M3)
+                      for name, (shape, stride) in (("q", problem.q), ("k", problem.k), ("v", problem.v))]
+        self.names = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+        self.scalars = [g.tensor(name=name, dim=[1] * 4, stride=[1] * 4, data_type=kind.FLOAT) for name in self.names]
+        y, _, *amax = g.sdpa_fp8(*self.codes, **dict(zip(self.names, self.scalars, strict=True)), is_inference=True,
+                                 attn_scale=problem.scale, use_causal_mask=False)
+        b, h, queries, d = problem.q[0]
+        y.set_output(True).set_dim([b, h, queries, d]).set_stride([queries * h * d, d, h * d, 1]).set_data_type(kind.FP8_E4M3)
+        for a in amax:
+            a.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(kind.FLOAT)
+        self.outputs = [y, *amax]
+        g.validate()
+        g.build_operation_graph()
+        g.create_execution_plans([cudnn.heur_mode.A])
+        g.check_support()
+        g.build_plans()
+        self.graph = g
+        self.workspace = torch.empty(max(1, g.get_workspace_size()), dtype=torch.uint8, device=f"cuda:{device}")
+        one = torch.ones(1, device=f"cuda:{device}")
+        self.constants = (one / PROBABILITY_SCALE, one * PROBABILITY_SCALE, one)
+        self.amax = (torch.zeros_like(one), torch.zeros_like(one))
+
+    def __call__(self, y: torch.Tensor, codes: tuple[torch.Tensor, ...], scales: torch.Tensor) -> torch.Tensor:
+        """Write ``y``; scales fp32 [3] of q, k, v."""
+        import cudnn
+
+        cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
+        of_q, of_k, _ = scales.split(1)
+        unit = self.constants[2]  # codes of v are summed as they are: the result has v's scale
+        given = (*codes, of_q, of_k, unit, *self.constants, y, *self.amax)
+        self.graph.execute(dict(zip((*self.codes, *self.scalars, *self.outputs), given, strict=True)), self.workspace,
+                           handle=self.handle)
+        return y
+
+
+@cache
+def attention_plan(problem: Attention, device: int) -> AttentionPlan:
+    """The plan, made once per process. Raises what cuDNN raises where it has none."""
+    return AttentionPlan(problem, device)
+
+
+def attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,
+                  variant: str = "") -> torch.Tensor:
+    """See ``ops.attention_fp8``."""
+    of_q, of_k, of_v = ((tuple(t.shape), t.stride()) for t in (q, k, v))
+    b, h, queries, d = q.shape
+    y = torch.empty((b, queries, h * d), dtype=q.dtype, device=q.device)
+    return attention_plan(Attention(of_q, of_k, of_v, scale), q.device.index)(y, (q, k, v), scales)
 
 
 @cache

@@ -22,7 +22,8 @@ from ..quantize import QD
 from ..rules import OPS
 from ..values import DTYPES, FP8_MAX, INT8_MAX
 from . import producers
-from .producers import ADDITIONS, simplify
+from .attention import rewrite_attention
+from .producers import ADDITIONS, gelu_by_sigmoid, simplify
 
 QUANTIZE = {QD.quantize_per_tensor.default: "int8", ops.quantize_fp8: "fp8"}
 PRODUCERS = {"group_norm8": producers.group_norm, "layer_norm8": producers.layer_norm, "geglu8": producers.geglu}
@@ -43,6 +44,8 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
 
 def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
     """Every quantised convolution becomes conv8, the linears that read one tensor become one linear8."""
+    gelu_by_sigmoid(gm)
+    rewrite_attention(gm, choose)
     for quantize in [n for n in gm.graph.nodes if n.target in QUANTIZE]:
         readers = [call for dq in quantize.users for call in dq.users]
         precision = QUANTIZE[quantize.target]
@@ -56,7 +59,7 @@ def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
     gm.graph.eliminate_dead_code()
     for norm in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.group_norm):
         _wide_group_norm(gm, norm, choose)
-    for merged in gm.graph.find_nodes(op="call_method", target="reshape"):
+    for merged in [n for how in ("reshape", "flatten") for n in gm.graph.find_nodes(op="call_method", target=how)]:
         if "val" not in merged.meta:
             continue
         with gm.graph.inserting_before(merged):

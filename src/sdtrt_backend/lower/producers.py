@@ -15,12 +15,13 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..fx import add_constant
+from ..fx import ATTENTION, add_constant, plain_attention
 
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 PRODUCTS = (operator.mul, operator.imul, torch.mul)
 VIEWS = ("reshape", "view", "permute", "transpose", "flatten", "contiguous")
+TRANSPOSED = (("transpose", (1, 2)), ("transpose", (2, 1)), ("permute", (0, 2, 1, 3)))
+TWO_ROOT = 2 * math.sqrt(2 / math.pi)
 MAX_ROW = 4096  # channels that one program of the layer norm kernel holds
 
 
@@ -37,6 +38,23 @@ def simplify(gm: fx.GraphModule) -> None:
         if idle and source.meta["val"].dtype is value.dtype:
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
+
+
+def gelu_by_sigmoid(gm: fx.GraphModule) -> None:
+    """gelu(x, "tanh") as x * sigmoid(2 u), which it equals: one exponential, where the library's tanh makes the pass over a
+    transformer's widest tensor compute-bound."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.gelu):
+        if node.kwargs.get("approximate") != "tanh" or len(node.args) != 1:
+            continue
+        call, dtype = gm.graph.call_function, node.meta["val"].dtype
+        with gm.graph.inserting_before(node):
+            x = gm.graph.call_method("float", node.args)
+            cubic = call(torch.mul, (call(torch.square, (x,)), TWO_ROOT * 0.044715))
+            u = call(torch.mul, (x, call(torch.add, (cubic, TWO_ROOT))))
+            y = gm.graph.call_method("to", (call(torch.mul, (x, call(torch.sigmoid, (u,)))), dtype))
+        y.meta.update(node.meta)
+        node.replace_all_uses_with(y)
+        gm.graph.erase_node(node)
 
 
 def _dropout_is_idle(node: fx.Node) -> bool:
@@ -164,23 +182,21 @@ def geglu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torc
 
 def attention(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor | None, dtype: torch.dtype,
               choose: Callable[[tuple[int, ...], int, torch.dtype, torch.dtype], str | None]) -> fx.Node | None:
-    """attention -> transpose -> reshape to [batch, queries, heads * width]; ``choose`` names the kernel or declines."""
+    """attention -> heads side by side, [batch, queries, heads * width]; ``choose`` names the kernel or declines."""
     found = _chain(source, lambda n: n.target is ATTENTION)
-    if found is None:
+    plain = None if found is None else plain_attention(found[0])
+    if found is None or plain is None:
         return None
-    node, views = found
-    if [v.target for v in views] != ["transpose", "reshape"] or set(views[0].args[1:]) != {1, 2}:
+    views = [(v.target, v.args[1:]) for v in found[1]]
+    if len(views) != 2 or views[0] not in TRANSPOSED or views[1][0] not in ("reshape", "flatten"):
         return None
-    q, k, v, *rest = node.args
-    options: dict[str, Any] = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | node.kwargs
+    q, k, v, scale = plain
     query, shape = q.meta["val"], source.meta["val"].shape
-    if (options.get("attn_mask") is not None or options.get("dropout_p") or options.get("is_causal") or options.get("enable_gqa")
-            or query.dim() != 4 or tuple(shape) != (query.shape[0], query.shape[2], query.shape[1] * query.shape[3])):
+    if tuple(shape) != (query.shape[0], query.shape[2], query.shape[1] * query.shape[3]):
         return None
     kernel = choose(tuple(query.shape), k.meta["val"].shape[2], query.dtype, dtype)
     if kernel is None:
         return None
-    scale = options.get("scale") or 1 / math.sqrt(query.shape[-1])
     out_scale = None if factor is None else add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
     return gm.graph.call_function(ops.attention8, (q, k, v, scale, out_scale, dtype, kernel))
 
