@@ -52,8 +52,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Provider:
-    """One row of the table. variants: names of what is timed for a precision; fallback: of what is timed where all of them
-    are refused.
+    """One row of the table. variants: names of what is timed for a precision, in families: the first of each, then the others
+    of the fastest; fallback: names of what is timed where all of them are refused.
 
     instead_of: a package that, where it is installed, makes timing this provider a waste: it was always faster.
     one_scale: takes a scale of one element only; narrow_bias: takes the bias in the result's dtype, not in fp32.
@@ -63,27 +63,27 @@ class Provider:
     op: str
     precision: str
     module: str
-    variants: Callable[[str], Sequence[str]]
+    variants: Callable[[str], Sequence[tuple[str, ...]]]
     fallback: tuple[str, ...] = ()
     instead_of: str = ""
     one_scale: bool = False
     narrow_bias: bool = False
 
 
-def _cudnn_variants(precision: str) -> Sequence[str]:
+def _cudnn_variants(precision: str) -> Sequence[tuple[str, ...]]:
     from . import cudnn
 
     return cudnn.variants(DTYPES[precision])
 
 
-def _tiles(precision: str) -> Sequence[str]:
+def _tiles(precision: str) -> Sequence[tuple[str, ...]]:
     from . import triton_candidates
 
-    return triton_candidates.TILES
+    return [(tile,) for tile in triton_candidates.TILES]
 
 
-def _one(precision: str) -> Sequence[str]:
-    return ("",)
+def _one(precision: str) -> Sequence[tuple[str, ...]]:
+    return [("",)]
 
 
 PROVIDERS = (
@@ -246,13 +246,13 @@ class Chooser:
             tail: tuple[Any, ...] = (scale, bias, problem.dtype)
             if op == "conv8":
                 tail = (scale, bias, None, list(problem.stride), list(problem.padding), problem.dtype)
-            run, reference = ops.KERNELS[op, p.name], ops.KERNELS[op, "reference"]
-            expected = reference(x, weights[0], *tail)
-            for names in (p.variants(precision), p.fallback):
-                for variant in names:
-                    times[f"{p.name}:{variant}"] = _attempt(partial(run, x), weights, (*tail, variant), expected, ERROR_BOUND)
-                if any(times.values()):
-                    break
+            run = partial(ops.KERNELS[op, p.name], x)
+            expected = ops.KERNELS[op, "reference"](x, weights[0], *tail)
+
+            def attempt(variant: str, run: Any = run, tail: Any = tail, expected: Any = expected) -> float | None:
+                return _attempt(run, weights, (*tail, variant), expected, ERROR_BOUND)
+
+            times |= {f"{p.name}:{v}": ms for v, ms in _search(p.variants(precision), p.fallback, attempt).items()}
         return times
 
     def _time_wide(self, problem: Problem) -> float:
@@ -267,6 +267,15 @@ class Chooser:
         if problem.op == "linear":
             return graph_ms([partial(torch.nn.functional.linear, x, w, bias) for w in weights])
         return graph_ms([partial(torch.nn.functional.conv2d, x, w, bias, problem.stride, problem.padding) for w in weights])
+
+
+def _search(families: Sequence[tuple[str, ...]], fallback: Sequence[str],
+            attempt: Callable[[str], float | None]) -> dict[str, float | None]:
+    """variant -> milliseconds of those that ``attempt`` was made with: see ``Provider``."""
+    times = {family[0]: attempt(family[0]) for family in families}
+    fastest = min((f for f in families if times[f[0]] is not None), key=lambda f: times[f[0]] or 0.0, default=None)
+    times |= {v: attempt(v) for family in ([fastest] if fastest else families) for v in family[1:]}
+    return times if any(times.values()) else times | {v: attempt(v) for v in fallback}
 
 
 def _attempt(run: Callable[..., torch.Tensor], rotated: Sequence[torch.Tensor], tail: tuple[Any, ...], expected: torch.Tensor,
