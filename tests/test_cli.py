@@ -9,6 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdtrt_backend import cli, demo
+from sdtrt_backend.enginecache import EngineCache, digest
+from sdtrt_backend.errors import SdtrtError
 
 run = CliRunner().invoke
 
@@ -22,7 +24,7 @@ def prompts(tmp_path):
 
 def test_help_names_every_command():
     text = run(cli.app, ["--help"]).output
-    assert all(command in text for command in ("demo", "calibrate", "generate", "doctor"))
+    assert all(command in text for command in ("demo", "calibrate", "generate", "cache", "doctor"))
 
 
 def test_doctor_counts_what_would_be_quantised():
@@ -71,3 +73,21 @@ def test_demo_writes_picture_page_and_numbers(tmp_path, prompts, monkeypatch):
     assert "data:image/png;base64," in page
     assert "src=\"http" not in page
     assert Image.open(tmp_path / "demo.png").size[0] > 256
+
+
+def test_cache_lists_engines_deletes_damaged_ones_and_clears(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
+    assert "0 engines" in run(cli.app, ["cache"]).output
+    engines = EngineCache()
+    for part in ("first", "second"):
+        engines.get({"part": part, "version": "1.4.0"}, lambda: bytes(2_000_000))
+    listed = run(cli.app, ["cache", "ls"])
+    assert listed.exit_code == 0
+    assert "2 engines, 4.0 MB of 20000 MB" in listed.output
+    assert run(cli.app, ["cache", "verify"]).exit_code == 0
+    (engines.folder / f"{digest({'part': 'first', 'version': '1.4.0'})}.engine").write_bytes(b"")
+    assert run(cli.app, ["cache", "verify"]).exit_code == 3
+    assert [e.key["part"] for e in engines.entries()] == ["second"]
+    assert "2.0 MB freed" in run(cli.app, ["cache", "clear"]).output
+    with pytest.raises(SdtrtError, match="valid: ls, verify, clear"):
+        run(cli.app, ["cache", "purge"], catch_exceptions=False)

@@ -12,7 +12,7 @@ ROOT = Path(sdtrt_backend.__file__).parent
 LAYERS = (
     {"errors", "values", "weights"},
     {"rules", "options", "recipe", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs"},
-    {"fx", "measure", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
+    {"fx", "measure", "enginecache", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
      "kernels.triton_norm", "kernels.triton_attention", "kernels.triton_rope", "kernels.triton_candidates"},
     {"kernels"},
     {"capture", "calibrate", "smooth", "quantize", "assign"},

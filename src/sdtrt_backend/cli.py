@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from datetime import datetime
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="8-bit infere
                   pretty_exceptions_enable=False)
 console = Console()
 BAD_INPUT, NOT_QUANTIZED = 2, 3
+SHORT = 24  # characters of a value that a table cell shows
 
 Model = Annotated[Path | None, typer.Option(help="A diffusers pipeline folder; the bundled model when omitted.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
@@ -144,6 +146,34 @@ def doctor(model: Model = None) -> None:
     console.print(f"{counts['int8']} of {sum(counts.values())} layers would be quantised; the rest: " + "; ".join(
         f"{n} x {reason}" for reason, n in counts.items() if reason != "int8"), highlight=False)
     if not counts["int8"] or compiler is None:
+        raise typer.Exit(NOT_QUANTIZED)
+
+
+@app.command()
+def cache(what: Annotated[str, typer.Argument(help="ls, verify (delete what is damaged) or clear.")] = "ls") -> None:
+    """The built engines on disk. Exit code 3 when verify found a damaged one."""
+    from .enginecache import EngineCache
+
+    engines = EngineCache()
+    if what == "clear":
+        console.print(f"{engines.clear() / 1e6:.1f} MB freed in {engines.folder}", highlight=False)
+        return
+    if what not in ("ls", "verify"):
+        raise SdtrtError(f"unknown argument {what!r} of sdtrt cache; valid: ls, verify, clear")
+    entries = engines.entries()
+    table = Table("engine", "MB", "last used", "part", "built for", "state", title=str(engines.folder), title_justify="left")
+    for e in entries:
+        used = datetime.fromtimestamp(e.used).isoformat(" ", "minutes")
+        built_for = ", ".join(f"{name} {value}" for name, value in e.key.items() if name != "part" and len(value) <= SHORT)
+        table.add_row(e.name[:12], f"{e.size / 1e6:.1f}", used, e.key.get("part", "?"), built_for, e.problem or "good")
+    console.print(table)
+    console.print(f"{len(entries)} engines, {sum(e.size for e in entries) / 1e6:.1f} MB of {engines.limit / 1e6:.0f} MB",
+                  highlight=False)
+    damaged = [e for e in entries if e.problem]
+    if what == "verify" and damaged:
+        for e in damaged:
+            engines.drop(e)
+        console.print(f"{len(damaged)} damaged engines were deleted; they are built again when needed")
         raise typer.Exit(NOT_QUANTIZED)
 
 
