@@ -15,7 +15,7 @@ LAYERS = (
     {"fx", "measure", "enginecache", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
      "kernels.triton_norm", "kernels.triton_attention", "kernels.triton_rope", "kernels.triton_candidates"},
     {"kernels"},
-    {"capture", "calibrate", "smooth", "quantize", "assign"},
+    {"latency", "capture", "calibrate", "smooth", "quantize", "assign"},
     {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
      "lower.attention", "lower.reference"},
     {"run"},

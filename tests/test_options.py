@@ -10,7 +10,7 @@ from sdtrt_backend.options import Options
 WRONG = {
     "recipe": 5, "calibration_runs": 0, "rule": "median", "percentile": 0.0, "alpha": 1.5, "max_error": -1.0,
     "rest": "float64", "engine": "tensorrt_classic", "exclude": [3],
-    "weights": "drop",
+    "level": 5, "weights": "drop",
 }
 OPTIONS = set(Options.__dataclass_fields__) - {"precision"}  # the backend's name, not an option
 
@@ -49,7 +49,7 @@ def test_an_unknown_option_lists_every_valid_one(name):
 @pytest.mark.parametrize(("name", "value"), [
     ("calibration_runs", 2.0), ("calibration_runs", True), ("exclude", "conv*"), ("alpha", "0.5"), ("alpha", True),
     ("rule", None), ("engine", None), ("max_error", float("nan")), ("percentile", float("nan")),
-    ("rule", ["max"]),
+    ("rule", ["max"]), ("level", True), ("level", "3"),
 ])
 def test_a_value_of_nearly_the_right_type_is_refused_too(name, value):
     with pytest.raises(OptionError, match=f"{name}.*expects"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdtrt_backend.rules import KEEP, RANGE_RULES, AmaxByTimestep, reason_to_keep
+from sdtrt_backend.rules import KEEP, LEVELS, RANGE_RULES, AmaxByTimestep, level_of, reason_to_keep
 from sdtrt_backend.values import Layer
 
 # three timesteps, noisiest first; two calls each
@@ -13,8 +13,8 @@ EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "quartile_max": 6.0, "min_max": 2.0,
             "global_min": 1.0}
 
 
-def layer(name="mid.conv", shape=(64, 64, 3, 3), groups=1):
-    return Layer(name, "conv2d", "n", "s", torch.ones(shape), groups)
+def layer(name="mid.conv", shape=(64, 64, 3, 3), groups=1, op="conv2d"):
+    return Layer(name, op, "n", "s", torch.ones(shape), groups)
 
 
 @pytest.mark.parametrize("rule", RANGE_RULES)
@@ -55,3 +55,18 @@ def test_weights_that_are_not_finite_stay():
                                   "time.conv1", "embedding.time"])
 def test_a_layer_deeper_in_the_model_does_not_match_the_name_of_an_outer_one(name):
     assert reason_to_keep(layer(name), ()) is None
+
+
+@pytest.mark.parametrize(("name", "op", "least"), [
+    ("down_blocks.0.resnets.0.conv1", "conv2d", 1), ("up_blocks.1.transformer_blocks.0.ff.net.0.proj", "linear", 2),
+    ("transformer_blocks.3.ff_context.net.2", "linear", 2), ("mid_block.transformer_blocks.0.attn1.to_k", "linear", 2.5),
+    ("transformer_blocks.3.attn.add_v_proj", "linear", 2.5), ("mid_block.attentions.0.proj_in", "linear", 3),
+    ("mid_block.transformer_blocks.0.attn2.to_out.0", "linear", 3),
+    ("single_transformer_blocks.0.proj_mlp", "linear", 3)])
+def test_a_level_quantises_what_its_row_names_and_all_below(name, op, least):
+    some = layer(name) if op == "conv2d" else layer(name, shape=(64, 64), op="linear")
+    assert level_of(some) == least
+    for level in LEVELS:
+        reason = reason_to_keep(some, (), level)
+        assert (reason is None) == (level >= least)
+        assert reason is None or f"from level {least:g} on, the option level is {level:g}" in reason

@@ -94,7 +94,7 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     """Recipe and graph -> an 8-bit step for the shapes of ``args``, measured on ``args``, or the reason why not."""
     tensors = tensor_inputs(captured, args)
     start = time.perf_counter()
-    decisions = plan(captured.layers, recipe, options.exclude)
+    decisions = plan(captured.layers, recipe, options.exclude, options.level)
     if not any(d.quantized for d in decisions):
         return Built(None, f"no layer can be quantised ({decisions[0].layer.name}: {decisions[0].reason})")
     target, refusal = choose(options, tensors[0].device)
@@ -107,7 +107,7 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
         propagate(graph, tensors)
         measured = chooser(tensors[0].device)
         decisions = assign(decisions, nodes, measured, options.precision, options.engine == "inductor", bar.update)
-        if options.precision == "fp8":
+        if options.precision == "fp8" and options.level >= 4:
             timings["fp8_attentions"] = float(len(attentions_in_fp8(graph, tensors, measured)))
         timings["16-bit_kernels_ms"] = kernels_ms(graph, measured)
         timings["choice_s"] = time.perf_counter() - start

@@ -85,23 +85,48 @@ def generate(
     seed: Seed = 0,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 4,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
-    int8: Annotated[bool, typer.Option("--int8/--full", help="8 bits, or the model's own precision.")] = True,
+    int8: Annotated[bool, typer.Option("--int8", help="sd_int8; the default.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="sd_fp8, on NVIDIA GPUs of capability 8.9 or newer.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The model's own precision.")] = False,
+    quantization_level: Annotated[float, typer.Option(help="1, 2, 2.5, 3 or 4: see the option level.")] = Options.level,
 ) -> None:
-    """Draw pictures of one prompt, in 8 bits by default."""
+    """Draw pictures of one prompt, in 8 bits by default, and print the latency of each part."""
+    import numpy as np
+
     from .demo import draw
+    from .latency import Stopwatch
     from .pipeline import accelerate, explain
     from .report import comparison_picture
 
+    if int8 + fp8 + full > 1:
+        raise SdtrtError("name one of --int8, --fp8 and --full, not several")
     pipe = _load(model)
-    if int8:
-        accelerate(pipe, recipe=recipe)
-    pictures = draw(pipe, [prompt] * count, steps, seed)
+    backend = None if full else "sd_fp8" if fp8 else "sd_int8"
+    if backend:
+        accelerate(pipe, recipe=recipe, backend=backend, level=quantization_level)
+    watch, warm = Stopwatch(pipe), []
+    pictures: list[Any] = []
+    for i in range(count):
+        # neither a picture that calibrates or builds nor the first one tells how long a picture takes
+        warm.append(i > 0 and (backend is None or explain(pipe).state in ("ready", "refused")))
+        with watch.picture():
+            pictures.append(draw(pipe, [prompt], steps, seed + i, watch.tick))
+    watch.close()
     out.parent.mkdir(parents=True, exist_ok=True)
-    comparison_picture([("sd_int8" if int8 else "full precision", pictures)], [prompt] * count).save(out)
-    if int8:
+    comparison_picture([(backend or "full precision", np.concatenate(pictures))], [prompt] * count).save(out)
+    if backend:
         report = explain(pipe)
         said = "; ".join((*report.fallbacks, *report.notes))
         console.print(f"state: {report.state}" + (f" ({said})" if said else ""), highlight=False)
+    rows = watch.rows(lambda picture: warm[picture])
+    if rows:
+        table = Table("part", "calls", "mean ms", "p50", "p99", title=f"latency of {sum(warm)} pictures, {steps} steps each",
+                      title_justify="left")
+        for name, calls, *times in rows:
+            table.add_row(name, str(calls), *(f"{ms:.1f}" for ms in times))
+        console.print(table)
+    else:
+        console.print(f"no latency: none of the {count} pictures came after calibrating and building; raise --count")
     console.print(f"written: {out}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError
-from .rules import ENGINES, RANGE_RULES, RESTS
+from .rules import ENGINES, LEVELS, RANGE_RULES, RESTS
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Options:
     engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a
         comparison of pictures say; "reference" the Q/DQ graph in plain torch, slow.
     exclude: glob patterns of module paths that stay unquantised.
+    level: what is quantised (``rules.LEVEL_OF``): 1 convolutions, 2 and feed-forward linears, 2.5 and projections to q, k and v,
+        3 and every other linear, 4 and attention (sd_fp8 only, where it is faster).
     weights: "keep", or "release": the 16-bit weights of quantised layers leave the GPU once the 8-bit step is in use; until
         ``restore`` the module can then be called in its compiled form only.
     precision: "int8" or "fp8"; not an option but the backend's name, ``sd_int8`` or ``sd_fp8``.
@@ -39,6 +41,7 @@ class Options:
     rest: str = "auto"
     engine: str = "auto"
     exclude: tuple[str, ...] = ()
+    level: float = LEVELS[-1]
     weights: str = "keep"
     precision: str = "int8"
 
@@ -72,6 +75,7 @@ class Options:
         check("max_error", number("max_error") and values["max_error"] > 0, "a number > 0")
         check("rest", values.get("rest") in RESTS, f"one of {', '.join(RESTS)}")
         check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")
+        check("level", number("level") and values["level"] in LEVELS, f"one of {', '.join(f'{n:g}' for n in LEVELS)}")
         check("weights", values.get("weights") in ("keep", "release"), "'keep' or 'release'")
         patterns = values.get("exclude")
         check("exclude", isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns), "a list of glob patterns")

@@ -11,7 +11,7 @@ from torch import fx
 from . import ops
 from .fx import add_constant, call_arguments, finish, inserting_after
 from .recipe import Recipe
-from .rules import reason_to_keep
+from .rules import LEVELS, reason_to_keep
 from .smooth import smooth_source
 from .stats import TINY_AMAX, quantize_weight, weight_scale
 from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
@@ -21,13 +21,13 @@ QD = torch.ops.quantized_decomposed
 FP8_HEADROOM = 2.0
 
 
-def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...]) -> tuple[Decision, ...]:
+def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], level: float = LEVELS[-1]) -> tuple[Decision, ...]:
     """One decision per layer, in graph order: int8 with its scale, or the user's precision with the reason."""
-    return tuple(_decide(layer, recipe, exclude) for layer in layers)
+    return tuple(_decide(layer, recipe, exclude, level) for layer in layers)
 
 
-def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...]) -> Decision:
-    reason = reason_to_keep(layer, exclude)
+def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float) -> Decision:
+    reason = reason_to_keep(layer, exclude, level)
     calibrated = recipe.layers.get(layer.name)
     if reason is None and calibrated is None:
         reason = "the recipe has no range for it: it did not run, or saw no finite input, during calibration"

@@ -54,7 +54,23 @@ MIN_CHANNELS = 32
 CHANNEL_MULTIPLE = 16  # int8 dot products of every target work on 16 channels or more at a time
 
 
-def reason_to_keep(layer: Layer, exclude: tuple[str, ...]) -> str | None:
+LEVELS = (1.0, 2.0, 2.5, 3.0, 4.0)  # of the option ``level``; 4 adds attention in fp8 (sd_fp8 on a GPU that has it)
+# (operation, module path, the least level that quantises it); the first match counts
+LEVEL_OF: tuple[tuple[str, str, float], ...] = (
+    ("conv2d", "*", 1.0),
+    ("linear", "*ff*.net.*", 2.0),
+    ("linear", "*.to_[qkv]", 2.5),
+    ("linear", "*.add_[qkv]_proj", 2.5),
+    ("linear", "*", 3.0),
+)
+
+
+def level_of(layer: Layer) -> float:
+    """The least level that quantises ``layer``."""
+    return next(level for op, pattern, level in LEVEL_OF if op == layer.op and fnmatchcase(layer.name, pattern))
+
+
+def reason_to_keep(layer: Layer, exclude: tuple[str, ...], level: float = LEVELS[-1]) -> str | None:
     """The sentence why ``layer`` stays in the user's precision, or None when it may be quantised."""
     for pattern in exclude:
         if fnmatchcase(layer.name, pattern):
@@ -62,6 +78,8 @@ def reason_to_keep(layer: Layer, exclude: tuple[str, ...]) -> str | None:
     for pattern, why in KEEP:
         if fnmatchcase(layer.name, pattern):
             return why
+    if level_of(layer) > level:
+        return f"quantised from level {level_of(layer):g} on, the option level is {level:g}"
     out_channels, in_channels = layer.weight.shape[:2]
     if layer.groups != 1:
         return f"grouped convolution ({layer.groups} groups): no 8-bit kernel"
