@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .autoquant import AutoquantPlan, autoquant
 from .backend import sd_fp8, sd_int8
 from .calibrate import calibrate
-from .errors import CalibrationError, ModelError, OptionError, RecipeError, SdtrtError, require_torchao
+from .errors import CalibrationError, ModelError, OptionError, PlanError, RecipeError, SdtrtError, require_torchao
 from .options import Options
 from .pipeline import accelerate, accelerated, demo_pipeline, explain, restore
 from .recipe import Recipe
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from .torchao_config import SDFp8Config, SDInt8Config, load_quantized
 
 __all__ = [
+    "AutoquantPlan",
     "CalibrationError",
     "ModelError",
     "OptionError",
     "Options",
+    "PlanError",
     "Recipe",
     "RecipeError",
     "Report",
@@ -32,6 +35,7 @@ __all__ = [
     "SdtrtError",
     "accelerate",
     "accelerated",
+    "autoquant",
     "calibrate",
     "demo_pipeline",
     "explain",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 
@@ -21,6 +21,34 @@ class OptionError(SdtrtError):
     @classmethod
     def ill_typed(cls, name: str, expected: str, actual: object) -> OptionError:
         return cls(f"option {name!r} expects {expected}, got {actual!r} ({type(actual).__name__}); change it in options={{...}}")
+
+    @classmethod
+    def candidate(cls, name: str, valid: Iterable[str], elsewhere: Container[str]) -> OptionError:
+        if name in elsewhere:
+            return cls(f"candidate {name!r} has no kernels on this hardware; candidates here: {', '.join(sorted(valid))}")
+        return cls(f"unknown candidate {name!r} for autoquant; candidates here: {', '.join(sorted(valid))}")
+
+    @classmethod
+    def example_inputs(cls, came: object) -> OptionError:
+        return cls("autoquant expects example_inputs, a tuple of the module's arguments or a dict of keyword arguments, to time "
+                   f"the layers on, or a plan made before; got {type(came).__name__}")
+
+
+class PlanError(SdtrtError):
+    """A plan of ``autoquant`` cannot be used: truncated, edited, or made elsewhere."""
+
+    @classmethod
+    def unreadable(cls, path: object, why: str) -> PlanError:
+        return cls(f"plan {path}: {why}; run autoquant again and save the new plan")
+
+    @classmethod
+    def elsewhere(cls, what: str, made: object, here: object) -> PlanError:
+        return cls(f"the plan was made with {what} {made}, this is {here}: its times do not hold here; run autoquant again")
+
+    @classmethod
+    def other_module(cls, name: str, expected: object, found: object) -> PlanError:
+        return cls(f"the plan belongs to another module: it expects a linear of weight {expected} at {name!r}, found {found}; "
+                   "run autoquant on this module")
 
 
 class RecipeError(SdtrtError):
