@@ -231,9 +231,9 @@ def test_diffusers_takes_the_configuration_for_its_linears(tmp_path):
 
 @pytest.mark.slow
 def test_the_bundled_unet_has_the_numerics_of_the_backend_on_every_step_of_a_picture(tmp_path):
-    """Each layer, on the input that the reference lowering gives it, equals the reference. The whole step cannot be held to the
-    same bound: a code at a rounding tie that falls the other way is one step of int8, and after fifty layers the reference itself,
-    its input changed by one part in a million, is no closer to the reference."""
+    """Each layer alone equals fake quantisation on the inputs of real steps. The whole step cannot be held to the same bound: a
+    code at a rounding tie that falls the other way is one step of int8, and after fifty layers the reference lowering itself,
+    its input changed by one part in a million, is no closer to the reference lowering."""
     pipe = sdtrt_backend.demo_pipeline()
     recipe = sdtrt_backend.calibrate(pipe, [PROMPT, "rocket, fluent style"], num_inference_steps=6, progress=False)
     calls = []
@@ -278,7 +278,6 @@ def test_the_bundled_unet_has_the_numerics_of_the_backend_on_every_step_of_a_pic
             itself = reference(nudged, *rest, **kwargs)[0]
             assert torch.equal(loaded(sample, *rest, **kwargs)[0], mine)
         assert compare(mine, expected) < 1.5 * compare(itself, expected)
-        assert compare(mine, expected) < 0.8 * compare(expected, pipe.unet(sample, *rest, **kwargs)[0].detach())
 
 
 def test_without_torchao_the_install_line_is_named():
