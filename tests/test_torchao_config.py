@@ -18,13 +18,16 @@ import sdtrt_backend
 from sdtrt_backend import ModelError, RecipeError, stats
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.demo import draw
+from sdtrt_backend.kernels import Choice
 from sdtrt_backend.measure import compare
 from sdtrt_backend.options import Options
+from sdtrt_backend.values import DTYPES
 
 pytest.importorskip("torchao", reason="the configurations are TorchAO's: pip install torchao")
 from torchao.core.config import config_to_dict
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
+from sdtrt_backend import torchao_config
 from sdtrt_backend.torchao_config import QuantizedConv2d, QuantizedLinear, SDFp8Config, SDInt8Config, load_quantized
 
 PROMPT = "red apple, noto style"
@@ -200,6 +203,39 @@ def test_refusals_name_what_came_and_what_to_do(denoiser, recipe):
     assert unchanged(denoiser, before)
 
 
+@pytest.mark.parametrize("kind", [SDInt8Config, SDFp8Config])
+def test_the_path_of_gpus_on_the_reference_kernels(denoiser, recipe, inputs, monkeypatch, kind):
+    """What a GPU is given, run by the plain-torch kernels: codes in 8 bits, scales per output channel or one."""
+    class Reference:
+        def best(self, problem, precision):
+            assert precision == kind.precision
+            return Choice("reference", 1.0)
+
+    monkeypatch.setattr(torchao_config, "unsupported", lambda device, precision: None)
+    monkeypatch.setattr(torchao_config, "chooser", lambda device: Reference())
+    monkeypatch.setattr(QuantizedConv2d, "pack", lambda self: None)
+    monkeypatch.setattr(QuantizedLinear, "pack", lambda self: None)
+    quantized = copy.deepcopy(denoiser)
+    quantize_(quantized, kind(recipe), filter_fn=layers)
+    with torch.no_grad(), pytest.raises(ModelError, match=r"has no kernel for torch\.float32 inputs on cpu"):
+        quantized(*inputs)
+    monkeypatch.setattr(QuantizedLinear.__base__, "check", lambda self, x: None)
+    for layer in quantized.modules():
+        if isinstance(layer, QuantizedLinear | QuantizedConv2d):
+            assert layer.codes.dtype is DTYPES[kind.precision]
+            layer.scale = layer.weight_scale * layer.step
+    with torch.no_grad():
+        assert 0 < compare(quantized(*inputs), denoiser(*inputs)) < TOLERANCES[f"{kind.precision}_step"]
+
+
+def test_where_gradients_are_on_it_still_runs(quantized, inputs):
+    with torch.no_grad():
+        expected = quantized(*inputs)
+    assert torch.equal(quantized(*inputs).detach(), expected)
+    compiled = torch.compile(quantized)
+    assert compare(compiled(*inputs).detach(), expected) < TOLERANCES["kernels_vs_reference_step"]
+
+
 def test_a_configuration_can_be_written_down_without_its_recipe(recipe):
     written = config_to_dict(SDInt8Config(recipe, exclude=["ff_*"]))
     assert written["_data"] == {"model_hash": recipe.model_hash, "exclude": ["ff_*"], "name": None}
@@ -281,7 +317,6 @@ def test_the_bundled_unet_has_the_numerics_of_the_backend_on_every_step_of_a_pic
 
 
 def test_without_torchao_the_install_line_is_named():
-    code = ("import sys; sys.modules['torchao'] = None; import importlib.util; importlib.util.find_spec = lambda *_: None; "
-            "import sdtrt_backend.errors as e; e.find_spec = lambda name: None; import sdtrt_backend; sdtrt_backend.SDInt8Config")
+    code = "import sys; sys.modules['torchao'] = None; import sdtrt_backend; sdtrt_backend.SDInt8Config"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install 'sdtrt_backend[torchao]'" in done.stderr
