@@ -260,8 +260,9 @@ def test_diffusers_takes_the_configuration_for_its_linears(tmp_path):
     kinds = [type(m) for m in unet.modules()]
     assert kinds.count(QuantizedLinear) == sum(what == "int8" for what in config.decisions.values()) > 50
     assert QuantizedConv2d not in kinds
+    unet.save_pretrained(tmp_path)
     expected = draw(pipe, [PROMPT], 2, 0)
-    pipe.unet = unet
+    pipe.unet = load_quantized(pipe.unet, tmp_path / "diffusion_pytorch_model.safetensors")
     assert sdtrt_backend.metrics.psnr(draw(pipe, [PROMPT], 2, 0), expected)[0] > 27
 
 
