@@ -20,7 +20,7 @@ LAYERS = (
      "lower.attention", "lower.reference"},
     {"run"},
     {"backend"},
-    {"pipeline"},
+    {"pipeline", "torchao_config", "autoquant"},
     {"demo"},
     {"cli", "__init__"},
 )

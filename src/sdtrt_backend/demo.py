@@ -21,6 +21,7 @@ from .measure import step_ms
 from .pipeline import explain
 from .recipe import versions
 from .report import comparison_picture, summary_table, write_result
+from .store import processor
 
 PROMPTS = ("hot pepper, noto style", "rocket, fluent style", "red apple, noto style", "owl, fluent style",
            "guitar, noto style", "cactus, fluent style", "hamburger, noto style", "penguin, fluent style")
@@ -124,11 +125,6 @@ def run(pipe: Any, prompts: Sequence[str], calibration_prompts: Sequence[str], s
 
 def machine() -> str:
     """Processor, cores and operating system in words."""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        processor = next((value.strip() for key, _, value in lines if key.strip() == "model name"), processor)
-    return f"{processor}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
 
 

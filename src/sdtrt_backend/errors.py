@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class SdtrtError(Exception):
@@ -20,6 +22,34 @@ class OptionError(SdtrtError):
     def ill_typed(cls, name: str, expected: str, actual: object) -> OptionError:
         return cls(f"option {name!r} expects {expected}, got {actual!r} ({type(actual).__name__}); change it in options={{...}}")
 
+    @classmethod
+    def candidate(cls, name: str, valid: Iterable[str], elsewhere: Container[str]) -> OptionError:
+        if name in elsewhere:
+            return cls(f"candidate {name!r} has no kernels on this hardware; candidates here: {', '.join(sorted(valid))}")
+        return cls(f"unknown candidate {name!r} for autoquant; candidates here: {', '.join(sorted(valid))}")
+
+    @classmethod
+    def example_inputs(cls, came: object) -> OptionError:
+        return cls("autoquant expects example_inputs, a tuple of the module's arguments or a dict of keyword arguments, to time "
+                   f"the layers on, or a plan made before; got {type(came).__name__}")
+
+
+class PlanError(SdtrtError):
+    """A plan of ``autoquant`` cannot be used: truncated, edited, or made elsewhere."""
+
+    @classmethod
+    def unreadable(cls, path: object, why: str) -> PlanError:
+        return cls(f"plan {path}: {why}; run autoquant again and save the new plan")
+
+    @classmethod
+    def elsewhere(cls, what: str, made: object, here: object) -> PlanError:
+        return cls(f"the plan was made with {what} {made}, this is {here}: its times do not hold here; run autoquant again")
+
+    @classmethod
+    def other_module(cls, name: str, expected: object, found: object) -> PlanError:
+        return cls(f"the plan belongs to another module: it expects a linear of weight {expected} at {name!r}, found {found}; "
+                   "run autoquant on this module")
+
 
 class RecipeError(SdtrtError):
     """A recipe cannot be used: truncated, edited, of a newer schema, or of another model."""
@@ -35,6 +65,16 @@ class RecipeError(SdtrtError):
     @classmethod
     def other_model(cls, detail: str) -> RecipeError:
         return cls(f"the recipe belongs to another model: {detail}; calibrate this model, or load the one the recipe names")
+
+    @classmethod
+    def no_layer(cls, name: str, known: Iterable[str]) -> RecipeError:
+        close = get_close_matches(name, list(known), 3, 0.0)
+        return cls(f"the recipe has no layer {name!r}; expected the path of a calibrated layer, for example {', '.join(close)}")
+
+    @classmethod
+    def one_weight(cls, first: str, second: str, config: str) -> RecipeError:
+        return cls(f"{first} and {second} have one weight and different calibrated ranges, and TorchAO hands over layers without "
+                   f"their path; use quantize_(module, {config}.for_module(module, recipe), filter_fn=None), which names them")
 
 
 class CalibrationError(SdtrtError):
@@ -57,3 +97,24 @@ class ModelError(SdtrtError):
     def not_compiled(cls, what: object) -> ModelError:
         return cls(f"{type(what).__name__} was not compiled by sd_int8, or was not called yet; call "
                    "torch.compile(module, backend='sd_int8') or accelerate(pipe), draw a picture, and ask again")
+
+    @classmethod
+    def not_a_layer(cls, module: object, config: str) -> ModelError:
+        return cls(f"{config} takes single layers (nn.Linear, nn.Conv2d), got {type(module).__name__}, which has submodules; "
+                   "choose the layers: filter_fn=lambda m, name: isinstance(m, (nn.Linear, nn.Conv2d)), or a pattern")
+
+    @classmethod
+    def no_kernel(cls, layer: str, codes: str, device: object, dtype: object) -> ModelError:
+        return cls(f"{layer} with {codes} weights has no kernel for {dtype} inputs on {device}; expected any float input "
+                   "on the CPU (int8 only), float16 or bfloat16 on an NVIDIA GPU; convert with .to(...)")
+
+    @classmethod
+    def does_not_fit(cls, file: object, name: str, found: object) -> ModelError:
+        return cls(f"{file} does not belong to this module: it differs at {name!r} (here: {found}); load it into a freshly made, "
+                   "unquantised module of the model it was saved from")
+
+
+def require_torchao(what: str) -> None:
+    """Raise ImportError with the install line where TorchAO is missing."""
+    if find_spec("torchao") is None:
+        raise ImportError(f"{what} needs TorchAO, which is not installed: pip install 'sdtrt_backend[torchao]'")

@@ -81,6 +81,50 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) else x.contiguous()
 
 
+# --- oneDNN with the weight already packed, for layers that hold it themselves: Inductor's own lowering of oneDNN's operators
+# wants the packed weight to be a constant of the graph, which it is only under freezing ----------------------------------
+LIBRARY.define("packed_conv2d(Tensor x, float x_scale, int x_zero_point, Tensor packed, Tensor weight_scale, Tensor weight_zero, "
+               "Tensor? bias, int[] stride, int[] padding, int[] dilation, ScalarType dtype) -> Tensor")
+LIBRARY.define("packed_linear(Tensor x, float x_scale, int x_zero_point, Tensor packed, Tensor weight_scale, Tensor weight_zero, "
+               "Tensor? bias, ScalarType dtype) -> Tensor")
+packed_conv2d = torch.ops.sdtrt_backend.packed_conv2d.default
+packed_linear = torch.ops.sdtrt_backend.packed_linear.default
+
+
+@torch.library.impl(LIBRARY, "packed_conv2d", "CompositeExplicitAutograd")
+def _packed_conv2d(x: torch.Tensor, x_scale: float, x_zero_point: int, packed: torch.Tensor, weight_scale: torch.Tensor,
+                   weight_zero: torch.Tensor, bias: torch.Tensor | None, stride: list[int], padding: list[int],
+                   dilation: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """x uint8 [n, in, h, w], packed by onednn.qconv_prepack from int8 [out, in, kh, kw], weight_scale fp32 [out], weight_zero
+    int32 [out], bias fp32 [out] -> fp32 or bf16 [n, out, h', w'], channels last."""
+    y: torch.Tensor = torch.ops.onednn.qconv_pointwise.default(x, x_scale, x_zero_point, packed, weight_scale, weight_zero, bias,
+                                                               stride, padding, dilation, 1, 1.0, 0, dtype, "none", [], "")
+    return y
+
+
+@torch.library.impl(LIBRARY, "packed_linear", "CompositeExplicitAutograd")
+def _packed_linear(x: torch.Tensor, x_scale: float, x_zero_point: int, packed: torch.Tensor, weight_scale: torch.Tensor,
+                   weight_zero: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """x uint8 [..., in], packed by onednn.qlinear_prepack from int8 [out, in], the rest as above -> fp32 or bf16 [..., out]."""
+    y: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(x, x_scale, x_zero_point, packed, weight_scale, weight_zero,
+                                                                 bias, 1.0, 0, dtype, "none", [], "")
+    return y
+
+
+@torch.library.register_fake("sdtrt_backend::packed_conv2d", lib=LIBRARY)
+def _packed_conv2d_fake(x: torch.Tensor, x_scale: float, x_zero_point: int, packed: torch.Tensor, weight_scale: torch.Tensor,
+                        weight_zero: torch.Tensor, bias: torch.Tensor | None, stride: list[int], padding: list[int],
+                        dilation: list[int], dtype: torch.dtype) -> torch.Tensor:
+    y: torch.Tensor = _conv2d_fake(x, x_scale, x_zero_point, packed, weight_scale, bias, stride, padding, dilation, dtype)
+    return y
+
+
+@torch.library.register_fake("sdtrt_backend::packed_linear", lib=LIBRARY)
+def _packed_linear_fake(x: torch.Tensor, x_scale: float, x_zero_point: int, packed: torch.Tensor, weight_scale: torch.Tensor,
+                        weight_zero: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=dtype)
+
+
 # --- operators whose kernel is chosen by measurement: ``kernel`` names a row of KERNELS ---------------------------------
 LIBRARY.define("linear8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype, str kernel) -> Tensor")
 LIBRARY.define("conv8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "

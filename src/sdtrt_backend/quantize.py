@@ -63,7 +63,7 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
         quantized = _quantize_activation(gm, smoothed, members[0])
         key = (tuple(d.layer.name for d in members), members[0].precision)
         if key not in known:
-            known[key] = _quantized_weights(members, smoothing)
+            known[key] = quantized_weights(members, smoothing)
         for d, node, weight in zip(members, readers, known[key], strict=True):
             with gm.graph.inserting_before(node):
                 dequantized = _weight_constant(gm, d, *weight)
@@ -88,7 +88,7 @@ def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision
         return gm.graph.call_function(QD.dequantize_per_tensor.default, (q, *arguments), {"out_dtype": dtype})
 
 
-def _quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(codes, scale) of each weight: int8 and convolutions per output channel; fp8 linears that read one tensor share one
     scale, so that they can be one matrix product: a floating-point code loses nothing by it. The codes of such linears lie
     one behind the other in one tensor, those of convolutions are channels last."""

@@ -76,9 +76,9 @@ class Recipe:
             "layers": {name: asdict(layer) for name, layer in sorted(self.layers.items())},
             "tensors_sha256": hashlib.sha256(blob).hexdigest(),
         }
-        body["sha256"] = _digest(body)
-        _write(folder / TENSORS_NAME, blob)
-        _write(folder / JSON_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        body["sha256"] = digest(body)
+        write_atomically(folder / TENSORS_NAME, blob)
+        write_atomically(folder / JSON_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
         return folder
 
     @classmethod
@@ -101,7 +101,7 @@ class Recipe:
             raise RecipeError.unreadable(folder, f"{JSON_NAME} has no schema number")
         if body["schema"] > SCHEMA:
             raise RecipeError.newer(folder, body["schema"], SCHEMA)
-        if body.pop("sha256", None) != _digest(body):
+        if body.pop("sha256", None) != digest(body):
             raise RecipeError.unreadable(folder, f"{JSON_NAME} was edited or damaged (its checksum does not match)")
         if hashlib.sha256(blob).hexdigest() != body["tensors_sha256"]:
             raise RecipeError.unreadable(folder, f"{TENSORS_NAME} is truncated, edited or of another recipe")
@@ -145,12 +145,13 @@ def versions(names: Iterable[str] = ("sdtrt_backend", "torch", "torchao", "diffu
     return found
 
 
-def _digest(body: Mapping[str, Any]) -> str:
+def digest(body: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Atomic: a reader sees the old file or the new one, never half of it."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the new one, never half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(data)

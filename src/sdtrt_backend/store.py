@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -37,6 +38,17 @@ def device_key(device: torch.device) -> dict[str, str]:
             "cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version()), "driver": _driver(),
             "triton": _version("triton"), "nvidia-cudnn-frontend": _version("nvidia-cudnn-frontend"),
             "kernels": sources.hexdigest()[:16]}
+
+
+@cache
+def processor() -> str:
+    """Name of the CPU."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    return name
 
 
 def _version(package: str) -> str:
