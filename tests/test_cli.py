@@ -9,8 +9,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdtrt_backend import cli, demo
-from sdtrt_backend.enginecache import EngineCache, digest
+from sdtrt_backend.enginecache import EngineCache
 from sdtrt_backend.errors import SdtrtError
+from sdtrt_backend.recipe import digest
 
 run = CliRunner().invoke
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from sdtrt_backend.enginecache import EngineCache, digest
+from sdtrt_backend.enginecache import EngineCache
+from sdtrt_backend.recipe import digest
 
 KEY = {"part": "unet 0", "flavour": "tensorrt_rtx", "version": "1.4.0", "driver": "580.1", "scales": "a" * 64,
        "weights": "b" * 64, "shapes": "2x4x32x32"}

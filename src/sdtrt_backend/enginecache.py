@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .recipe import digest, write_atomically
 from .store import cache_folder
 
 log = logging.getLogger("sdtrt_backend")
@@ -52,7 +52,7 @@ class EngineCache:
         a build, no more."""
         from filelock import FileLock
 
-        name = digest(key)
+        name = digest(dict(key))
         with FileLock(self.folder / f"{name}.lock"):
             found = self._load(name, key)
             if isinstance(found, bytes):
@@ -136,18 +136,8 @@ class EngineCache:
         """The manifest last: an engine without one is not loaded."""
         body = {"key": dict(key), "bytes": len(engine), "sha256": hashlib.sha256(engine).hexdigest()}
         self._path(name, ".json").unlink(missing_ok=True)
-        self._write(self._path(name), engine)
-        self._write(self._path(name, ".json"), (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
-
-    def _write(self, path: Path, blob: bytes) -> None:
-        handle, partial = tempfile.mkstemp(dir=self.folder, prefix=path.name, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(blob)
-            os.replace(partial, path)
-        except OSError:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_atomically(self._path(name), engine)
+        write_atomically(self._path(name, ".json"), (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
 
     def _delete(self, name: str) -> None:
         for suffix in (".json", ".engine"):
@@ -163,11 +153,6 @@ class EngineCache:
                 self._delete(name)
                 log.info("an engine of %.1f GB was deleted: the cache holds %.1f GB at most (SDTRT_CACHE_GB)", size / 1e9,
                          self.limit / 1e9)
-
-
-def digest(key: Mapping[str, str]) -> str:
-    """SHA-256 of a key, whatever the order of its items."""
-    return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
 
 
 def _problem(engine: bytes, manifest: Mapping[str, Any]) -> str:
