@@ -77,8 +77,8 @@ class Recipe:
             "tensors_sha256": hashlib.sha256(blob).hexdigest(),
         }
         body["sha256"] = _digest(body)
-        _write(folder / TENSORS_NAME, blob)
-        _write(folder / JSON_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(folder / TENSORS_NAME, blob)
+        write_atomically(folder / JSON_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
         return folder
 
     @classmethod
@@ -149,7 +149,7 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Atomic: a reader sees the old file or the new one, never half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
