@@ -92,15 +92,15 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
     return finish(fx.GraphModule(root, graph)), nodes
 
 
-def trace(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
-          dynamic: tuple[Any, Any] | None = None) -> tuple[Captured, list[Any]]:
+def trace(module: torch.nn.Module, call: Mapping[str, Any],
+          dynamic: dict[str, Any] | None = None) -> tuple[Captured, list[Any]]:
     """What ``capture`` gives for torch.export's graph, and the values ``bind`` takes; no call is run.
 
-    Its inputs carry the names of the module's forward, and sizes may stay symbolic. args, kwargs: of one call;
-    dynamic: the dimensions that vary, as torch.export takes them for (args, kwargs). Buffers count as constants.
+    Its inputs carry the names of the module's forward, and sizes may stay symbolic. call: arguments of one call by name;
+    dynamic: the dimensions that vary, as torch.export takes them. Buffers count as constants.
     """
     with torch.no_grad():
-        program = torch.export.export(module, tuple(args), dict(kwargs), dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(module, (), dict(call), dynamic_shapes=dynamic, strict=False)
     signature = program.graph_signature
     held = {**program.state_dict, **program.constants}
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ExportError
+from .rules import ENGINE_MIN_SM
 
 # name of an input -> its smallest, usual and largest shape
 Ranges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -67,17 +68,35 @@ def command_line(flavour: str, model: Path, engine: Path, ranges: Ranges) -> str
     return line
 
 
-def build(flavour: str, model: Path, ranges: Ranges, sm: int | None) -> tuple[bytes, tuple[EngineLayer, ...]]:
+def check(flavour: str | None, precision: str, sm: int | None) -> Any:
+    """The Python module of a flavour that can build ``precision`` for ``sm`` (89 is 8.9; None: the GPU of this machine).
+
+    Raises ExportError: not installed, a capability that is unknown or lacks the precision, no GPU and none named.
+    """
+    import torch
+
+    if flavour is None or importlib.util.find_spec(flavour) is None:
+        wanted = [FLAVOURS[flavour]] if flavour is not None else FLAVOURS.values()
+        raise ExportError.not_installed("an engine", ", or ".join(row.install for row in wanted))
+    least = ENGINE_MIN_SM[precision]
+    if sm is not None and sm < least:
+        raise ExportError.sm_too_old(precision, sm, least)
+    if sm is None and not torch.cuda.is_available():
+        raise ExportError("this machine has no NVIDIA GPU to build an engine for: name one, for example --sm 89")
+    trt = importlib.import_module(flavour)
+    if sm is not None:
+        _capability(trt, flavour, sm)
+    return trt
+
+
+def build(flavour: str, precision: str, model: Path, ranges: Ranges,
+          sm: int | None) -> tuple[bytes, tuple[EngineLayer, ...], str]:
     """Build ``model``, strongly typed. sm: compute capability, 89 for 8.9; None for the GPU of this machine.
 
-    Returns the engine and its layers, as the builder lists them: reading an engine back needs the GPU.
-    Raises ExportError with TensorRT's own words when it refuses.
+    Returns the engine, its layers as the builder lists them (reading an engine back needs the GPU), and TensorRT's version.
+    Raises ExportError as ``check`` does, and with TensorRT's own words when it refuses.
     """
-    try:
-        trt = importlib.import_module(flavour)
-    except ImportError:
-        raise ExportError.not_installed("an engine", FLAVOURS[flavour].install) from None
-    target = None if sm is None else _capability(trt, flavour, sm)
+    trt = check(flavour, precision, sm)
     with _ONE_AT_A_TIME:
         logger = _logger(trt)
         logger.errors.clear()
@@ -91,9 +110,9 @@ def build(flavour: str, model: Path, ranges: Ranges, sm: int | None) -> tuple[by
             raise ExportError(f"{flavour} {trt.__version__} cannot read {model}: {reasons}")
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if target is not None:
+        if sm is not None:
             config.num_compute_capabilities = 1
-            config.set_compute_capability(target, 0)
+            config.set_compute_capability(_capability(trt, flavour, sm), 0)
         if any(least != most for least, _, most in ranges.values()):
             profile = builder.create_optimization_profile()
             for name, (least, usual, most) in ranges.items():
@@ -103,24 +122,25 @@ def build(flavour: str, model: Path, ranges: Ranges, sm: int | None) -> tuple[by
         if engine is None:
             where = "this machine's GPU" if sm is None else f"SM{sm}"
             raise ExportError(f"{flavour} {trt.__version__} built no engine of {model} for {where}: " + "; ".join(logger.errors))
-        return bytes(engine), read_layers("\n".join(logger.layers))
+        return bytes(engine), read_layers("\n".join(logger.layers)), trt.__version__
 
 
 def _capability(trt: Any, flavour: str, sm: int) -> Any:
     if not FLAVOURS[flavour].ahead:
         ahead = ", ".join(f"pip install {f.install}" for f in FLAVOURS.values() if f.ahead)
-        raise ExportError(f"{flavour} builds for the GPU of this machine only, so --sm {sm} cannot be named: leave it out, or {ahead}")
-    known = {name.removeprefix("SM"): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
-    if str(sm) not in known:
-        raise ExportError.unknown(f"--sm for {flavour} {trt.__version__}", sm, sorted(known, key=int))
-    return known[str(sm)]
+        raise ExportError(f"{flavour} builds only for the GPU of this machine, not for --sm {sm}: leave it out, or {ahead}")
+    members = trt.ComputeCapability.__members__
+    known = {int(name.removeprefix("SM")): value for name, value in members.items() if name.startswith("SM")}
+    if sm not in known:
+        raise ExportError.unknown(f"--sm for {flavour} {trt.__version__}", sm, sorted(known))
+    return known[sm]
 
 
 @cache
 def _logger(trt: Any) -> Any:
     """The one logger that TensorRT keeps for a whole process: collects errors and the list of layers."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []

@@ -23,7 +23,7 @@ from .capture import bind, trace
 from .errors import ExportError, ModelError
 from .lower import onnx
 from .quantize import insert, plan
-from .recipe import Recipe, fingerprint, versions, write_atomically
+from .recipe import Recipe, fingerprint, write_atomically
 from .rules import ENGINE_KEEP, ENGINE_MIN_SM, MODULES
 from .run import states
 from .timesteps import TIMESTEP_NAMES
@@ -119,8 +119,7 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
         recipe.check_model({n: fingerprint(m.get_parameter("weight")) for n, m in module.named_modules() if type(m) in MODULES})
         calls = [_call(pipe, module, s) for s in (size or Size(), largest) if s is not None]
         module, calls = _in_dtype(module, calls, dtype)
-        dynamic = _varying(calls)
-        captured, values = trace(module, (), calls[-1], dynamic)  # the largest: a size of 1 would become a constant
+        captured, values = trace(module, calls[-1], _varying(calls))  # the largest: a size of 1 would become a constant
         decisions = tuple(_decide(d, precision, flavour) for d in plan(captured.layers, recipe, exclude))
         graph, nodes = bind(captured, values)
         graph = insert(graph, nodes, decisions)
@@ -136,17 +135,14 @@ def build_engine(exported: Exported, sm: int | None = None) -> Engine:
     """Build the exported file with its TensorRT into the same folder: the engine, and a JSON manifest beside it.
 
     sm: compute capability to build for ahead of time (89 for 8.9), or None for the GPU of this machine.
-    Raises ExportError: not installed, a capability without this precision, or TensorRT's own refusal.
+    Raises ExportError: see ``engine.check``, and TensorRT's own refusal.
     """
-    least = ENGINE_MIN_SM[exported.precision]
-    if sm is not None and sm < least:
-        raise ExportError.sm_too_old(exported.precision, sm, least)
     model = exported.files[0]
-    blob, layers = engine.build(exported.flavour, model, exported.ranges, sm)
+    blob, layers, version = engine.build(exported.flavour, exported.precision, model, exported.ranges, sm)
     path = model.with_name(f"{exported.precision}_{'local' if sm is None else f'sm{sm}'}.engine")
     manifest = {
         "flavour": exported.flavour,
-        "version": versions([exported.flavour, *(f"{exported.flavour}_cu{n}" for n in (12, 13))]).popitem()[1],
+        "version": version,
         "sm": sm,
         "sha256": hashlib.sha256(blob).hexdigest(),
         "onnx_sha256": {f.name: _sha256(f) for f in exported.files},
@@ -155,7 +151,8 @@ def build_engine(exported: Exported, sm: int | None = None) -> Engine:
         "rest": exported.dtype,
         "quantized": dict(Counter(d.layer.op for d in exported.decisions if d.quantized)),
         "kept": exported.kept(),
-        "shapes": {name: dict(zip(("min", "opt", "max"), shapes, strict=True)) for name, shapes in exported.ranges.items()},
+        "shapes": {name: dict(zip(("min", "opt", "max"), map(shape, shapes), strict=True))
+                   for name, shapes in exported.ranges.items()},
         "layers": engine.count_types(layers),
     }
     write_atomically(path, blob)
@@ -201,8 +198,8 @@ def _in_dtype(module: torch.nn.Module, calls: Sequence[dict[str, Any]],
         return module, list(calls)
 
     def cast(path: Any, value: Any) -> Any:
-        name = getattr(path[0], "key", "")
-        return value.to(wanted) if isinstance(value, torch.Tensor) and value.dtype == own and name not in TIMESTEP_NAMES else value
+        fits = isinstance(value, torch.Tensor) and value.dtype == own and path[0].key not in TIMESTEP_NAMES
+        return value.to(wanted) if fits else value
 
     clone = copy.deepcopy(module)
     torch.nn.Module.to(clone, wanted)  # diffusers' own prints a warning about what the model should keep in fp32, also if nothing
@@ -213,7 +210,7 @@ def _dtype_name(module: torch.nn.Module) -> str:
     return str(next(p.dtype for p in module.parameters() if p.is_floating_point())).removeprefix("torch.")
 
 
-def _varying(calls: Sequence[dict[str, Any]]) -> tuple[Any, Any] | None:
+def _varying(calls: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The dimensions that differ between the calls, as torch.export takes them; None when none does."""
     def axes(least: Any, most: Any) -> Any:
         if not isinstance(most, torch.Tensor):
@@ -221,7 +218,7 @@ def _varying(calls: Sequence[dict[str, Any]]) -> tuple[Any, Any] | None:
         return {i: torch.export.Dim.DYNAMIC for i, (a, b) in enumerate(zip(least.shape, most.shape, strict=True)) if a != b}
 
     found = pytree.tree_map(axes, calls[0], calls[-1])
-    return ((), found) if any(pytree.tree_leaves(found)) else None
+    return found if pytree.tree_leaves(found) else None
 
 
 def _axes(inputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, dict[int, str]] | None:

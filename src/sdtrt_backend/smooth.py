@@ -7,7 +7,6 @@ from torch import fx
 
 from .fx import add_constant, inserting_after
 
-
 LAYER_NORMS = (torch.nn.functional.layer_norm, torch.ops.aten.layer_norm.default)  # Dynamo's and torch.export's
 
 

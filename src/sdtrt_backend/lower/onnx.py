@@ -43,7 +43,7 @@ def write(gm: fx.GraphModule, inputs: Mapping[str, torch.Tensor], outputs: Seque
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(gm.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
                                     input_names=list(inputs), output_names=list(outputs), custom_translation_table=table,
-                                    dynamic_shapes=dynamic and {name: dict(dynamic.get(name, {})) for name in inputs})
+                                    dynamic_shapes=None if dynamic is None else {n: dict(dynamic.get(n, {})) for n in inputs})
     assert program is not None
     constants = sum(t.numel() * t.element_size() for t in gm.buffers())
     folder.mkdir(parents=True, exist_ok=True)
