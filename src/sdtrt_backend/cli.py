@@ -124,6 +124,7 @@ def export(
     from . import engine
     from .errors import ExportError
     from .export import Size, build_engine, export_onnx
+    from .recipe import Recipe
 
     if to not in ("onnx", "engine"):
         raise ExportError.unknown("--to", to, ("onnx", "engine"))
@@ -132,8 +133,9 @@ def export(
     precision = "int8" if int8 else "fp8"
     if to == "engine":
         engine.check(flavour or engine.installed(), precision, sm)  # before minutes of work
+    ranges = Recipe.load(recipe)
     size, largest = Size(batch, height, width), Size(max_batch or batch, max_height or height, max_width or width)
-    exported = export_onnx(_load(model), recipe, folder, precision=precision, dtype=dtype, flavour=flavour, size=size,
+    exported = export_onnx(_load(model), ranges, folder, precision=precision, dtype=dtype, flavour=flavour, size=size,
                            largest=None if largest == size else largest)
     console.print(str(exported), highlight=False, markup=False, soft_wrap=True)
     if to == "engine":

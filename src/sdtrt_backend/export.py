@@ -181,12 +181,14 @@ def _call(pipe: Any, module: torch.nn.Module, size: Size) -> dict[str, Any]:
     pixels = {k: v for k, v in (("height", size.height), ("width", size.width)) if v is not None}
     try:
         with torch.no_grad():
-            pipe([""] * size.batch, num_inference_steps=1, output_type="latent", **pixels)
+            noise = [torch.Generator("cpu").manual_seed(i) for i in range(size.batch)]  # the user's own stays where it is
+            pipe([""] * size.batch, num_inference_steps=1, generator=noise, output_type="latent", **pixels)
     finally:
         handle.remove()
     if not seen:
         raise ModelError(f"{type(pipe).__name__} drew a step without calling its {type(module).__name__}: nothing to export")
-    return {k: v for k, v in seen[0].items() if v is not None} | {"return_dict": False}
+    call = {k: v for k, v in seen[0].items() if v is not None}
+    return call | {"return_dict": False} if "return_dict" in signature.parameters else call
 
 
 def _in_dtype(module: torch.nn.Module, calls: Sequence[dict[str, Any]],
