@@ -68,7 +68,7 @@ class Exported:
         layers = Counter(d.layer.op for d in self.decisions if d.quantized)
         lines = [f"{self.files[0]}: {sum(f.stat().st_size for f in self.files) / 1e6:.1f} MB, {self.precision}: "
                  + ", ".join(f"{n} {op}" for op, n in sorted(layers.items())) + f"; the rest {self.dtype}"]
-        lines += [f"  {n} layers stay {self.dtype}: {reason}" for reason, n in self.kept().items()]
+        lines += [f"  kept in {self.dtype}: {n} x {reason}" for reason, n in self.kept().items()]
         lines += [f"  input {name}: " + (shape(usual) if least == most else f"{shape(least)} to {shape(most)}")
                   for name, (least, usual, most) in self.ranges.items()]
         return "\n".join([*lines, self.command])
