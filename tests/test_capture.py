@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import grab
 
-from sdtrt_backend.capture import bind, tensor_inputs
+from sdtrt_backend.capture import bind, tensor_inputs, trace
 
 
 def test_every_linear_and_convolution_is_found_under_its_module_path(denoiser, graph):
@@ -43,6 +43,27 @@ def test_sizes_that_dynamo_makes_symbolic_become_literals(denoiser, inputs):
     bound, _ = bind(captured, args)
     with torch.no_grad():
         torch.testing.assert_close(bound(*tensor_inputs(captured, args))[0], denoiser(*more))
+
+
+def test_torch_export_gives_the_layers_that_dynamo_gives_and_the_names_of_the_forward(denoiser, graph, inputs):
+    call = dict(zip(("sample", "timestep", "encoder_hidden_states"), inputs, strict=True))
+    captured, values = trace(denoiser, call)
+    assert captured.fingerprints() == graph[0].fingerprints()
+    bound, _ = bind(captured, values)
+    assert [n.name for n in bound.graph.find_nodes(op="placeholder")] == list(call)
+    with torch.no_grad():
+        assert torch.equal(bound(*inputs)[0], denoiser(*inputs))
+
+
+def test_a_dimension_that_torch_export_keeps_symbolic_fits_every_size(denoiser, inputs):
+    sample, timestep, context = inputs
+    batch = {0: torch.export.Dim.DYNAMIC}
+    captured, values = trace(denoiser, {"sample": sample, "timestep": timestep, "encoder_hidden_states": context},
+                             {"sample": batch, "timestep": None, "encoder_hidden_states": batch})
+    bound, _ = bind(captured, values)
+    more = (torch.cat([sample] * 3), timestep, torch.cat([context] * 3))
+    with torch.no_grad():
+        torch.testing.assert_close(bound(*more)[0], denoiser(*more))
 
 
 def test_dynamos_own_graph_is_left_alone(graph):

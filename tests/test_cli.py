@@ -25,7 +25,7 @@ def prompts(tmp_path):
 
 def test_help_names_every_command():
     text = run(cli.app, ["--help"]).output
-    assert all(command in text for command in ("demo", "calibrate", "generate", "cache", "doctor"))
+    assert all(command in text for command in ("demo", "calibrate", "generate", "export", "cache", "doctor"))
 
 
 def test_doctor_counts_what_would_be_quantised():

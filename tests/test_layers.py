@@ -17,10 +17,10 @@ LAYERS = (
     {"kernels"},
     {"latency", "capture", "calibrate", "smooth", "quantize", "assign"},
     {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
-     "lower.attention", "lower.reference"},
+     "lower.attention", "lower.onnx", "lower.reference", "engine"},
     {"run"},
     {"backend"},
-    {"pipeline", "torchao_config", "autoquant"},
+    {"pipeline", "torchao_config", "autoquant", "export"},
     {"demo"},
     {"cli", "__init__"},
 )
@@ -47,7 +47,8 @@ SIDEWAYS = {
     ("kernels.triton_candidates", "kernels.triton_conv"): "the kernels it adapts",
     ("report", "metrics"): "the type of pictures",
 }
-HEAVY = ("diffusers", "transformers", "tensorrt", "torch_tensorrt", "modelopt", "torchao", "onnx")
+HEAVY = ("diffusers", "transformers", "tensorrt", "torch_tensorrt", "modelopt", "torchao", "onnx",
+         "onnxscript", "onnxruntime", "tensorrt_rtx")
 
 
 def module_name(path):

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import fx
 
 from sdtrt_backend.fx import finish
-from sdtrt_backend.smooth import fold_into_norm, smooth_source
+from sdtrt_backend.smooth import LAYER_NORMS, fold_into_norm, smooth_source
 
 CHANNELS = 64
 FACTOR = torch.rand(CHANNELS, generator=torch.Generator().manual_seed(0)) + 0.5
 
 
-def make(affine=True, outsider=False, dtype=torch.float32):
+def make(affine=True, outsider=False, dtype=torch.float32, layer_norm=F.layer_norm):
     """(graph of relu(norm(x)), its norm, its relu); an outsider reads the norm as well."""
     root, graph = torch.nn.Module(), fx.Graph()
     generator = torch.Generator().manual_seed(1)
@@ -21,7 +21,7 @@ def make(affine=True, outsider=False, dtype=torch.float32):
     x = graph.placeholder("x")
     graph.placeholder("timestep")
     affine = (graph.get_attr("w"), graph.get_attr("b")) if affine else (None, None)
-    norm = graph.call_function(F.layer_norm, (x, (CHANNELS,), *affine, 1e-5))
+    norm = graph.call_function(layer_norm, (x, (CHANNELS,), *affine, 1e-5))
     reader = graph.call_function(F.relu, (norm,))
     graph.output((norm if outsider else x, reader))
     return fx.GraphModule(root, graph), norm, reader
@@ -45,8 +45,9 @@ def smoothed(gm, source, reader, x):
     return finish(gm)(x, None)
 
 
-def test_a_norm_that_only_the_readers_read_carries_the_factor_itself(x):
-    gm, norm, reader = make()
+@pytest.mark.parametrize("layer_norm", LAYER_NORMS)
+def test_a_norm_that_only_the_readers_read_carries_the_factor_itself(x, layer_norm):
+    gm, norm, reader = make(layer_norm=layer_norm)
     expected = F.layer_norm(x, (CHANNELS,), gm.w, gm.b) / FACTOR
     _, carried = smoothed(gm, norm, reader, x)
     assert muls(gm) == 0

@@ -203,7 +203,7 @@ def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[
 
 
 @contextlib.contextmanager
-def _uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
+def uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
     """The pipeline with its plain denoiser, whatever torch.compile made of it; put back afterwards."""
     compiled = getattr(pipe, name)
     module: torch.nn.Module = getattr(compiled, "_orig_mod", compiled)
@@ -243,7 +243,7 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
     try:
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
-        with torch.no_grad(), _uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
+        with torch.no_grad(), uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
             for start in range(0, len(prompts), batch_size):
                 part = list(prompts[start : start + batch_size])
                 noise = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]

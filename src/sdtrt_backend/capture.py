@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,23 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
             env[node] = graph.node_copy(node, lambda n: env[n])
     nodes = {node.name: new for node, new in env.items() if isinstance(new, fx.Node)}
     return finish(fx.GraphModule(root, graph)), nodes
+
+
+def trace(module: torch.nn.Module, call: Mapping[str, Any],
+          dynamic: dict[str, Any] | None = None) -> tuple[Captured, list[Any]]:
+    """What ``capture`` gives for torch.export's graph, and the values ``bind`` takes; no call is run.
+
+    Its inputs carry the names of the module's forward, and sizes may stay symbolic. call: arguments of one call by name;
+    dynamic: the dimensions that vary, as torch.export takes them. Buffers count as constants.
+    """
+    with torch.no_grad():
+        program = torch.export.export(module, (), dict(call), dynamic_shapes=dynamic, strict=False)
+    signature = program.graph_signature
+    held = {**program.state_dict, **program.constants}
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    values = [torch.nn.Parameter(held[lifted[n.name]], requires_grad=False) if n.name in lifted else n.meta["val"]
+              for n in program.graph.find_nodes(op="placeholder")]
+    return capture(program.graph_module, values), values
 
 
 def tensor_inputs(captured: Captured, args: Sequence[Any]) -> list[torch.Tensor]:

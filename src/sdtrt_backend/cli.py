@@ -1,4 +1,4 @@
-"""``sdtrt``: demo, calibrate, generate, doctor."""
+"""``sdtrt``: demo, calibrate, generate, export, cache, doctor."""
 
 from __future__ import annotations
 
@@ -128,6 +128,45 @@ def generate(
     else:
         console.print(f"no latency: none of the {count} pictures came after calibrating and building; raise --count")
     console.print(f"written: {out}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder for model.onnx, and for the engine and its manifest.")],
+    to: Annotated[str, typer.Option(help="onnx, or engine: the ONNX file and a TensorRT engine built from it.")] = "onnx",
+    recipe: Annotated[Path | None, typer.Option(help="A saved recipe of this model (sdtrt calibrate).")] = None,
+    model: Model = None,
+    int8: Annotated[bool, typer.Option("--int8/--fp8", help="The 8-bit type.")] = True,
+    dtype: Annotated[str, typer.Option(help="The rest: float16, bfloat16 (where float16 overflows) or float32.")] = "float16",
+    flavour: Annotated[str | None, typer.Option(help="tensorrt or tensorrt_rtx; the installed one when omitted.")] = None,
+    sm: Annotated[int | None, typer.Option(help="Build ahead of time for this compute capability: 89 for 8.9.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    height: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own when omitted.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own when omitted.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Makes the batch dynamic, up to this.")] = None,
+    max_height: Annotated[int | None, typer.Option(min=8, help="Makes the height dynamic, up to this.")] = None,
+    max_width: Annotated[int | None, typer.Option(min=8, help="Makes the width dynamic, up to this.")] = None,
+) -> None:
+    """Write the denoiser in 8 bits as Q/DQ ONNX, or build a TensorRT engine of it; a GPU is not needed for --sm."""
+    from . import engine
+    from .errors import ExportError
+    from .export import Size, build_engine, export_onnx
+    from .recipe import Recipe
+
+    if to not in ("onnx", "engine"):
+        raise ExportError.unknown("--to", to, ("onnx", "engine"))
+    if recipe is None:
+        raise ExportError("an export needs a recipe: sdtrt calibrate prompts.txt --out recipe, then --recipe recipe")
+    precision = "int8" if int8 else "fp8"
+    if to == "engine":
+        engine.check(flavour or engine.installed(), precision, sm)  # before minutes of work
+    ranges = Recipe.load(recipe)
+    size, largest = Size(batch, height, width), Size(max_batch or batch, max_height or height, max_width or width)
+    exported = export_onnx(_load(model), ranges, folder, precision=precision, dtype=dtype, flavour=flavour, size=size,
+                           largest=None if largest == size else largest)
+    console.print(str(exported), highlight=False, markup=False, soft_wrap=True)
+    if to == "engine":
+        console.print(str(build_engine(exported, sm)), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

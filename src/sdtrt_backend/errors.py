@@ -77,6 +77,23 @@ class RecipeError(SdtrtError):
                    f"their path; use quantize_(module, {config}.for_module(module, recipe), filter_fn=None), which names them")
 
 
+class ExportError(SdtrtError):
+    """A model cannot be exported, or an engine cannot be built."""
+
+    @classmethod
+    def unknown(cls, what: str, given: object, valid: Iterable[object]) -> ExportError:
+        return cls(f"unknown {what} {given!r}; valid: {', '.join(map(str, valid))}")
+
+    @classmethod
+    def not_installed(cls, what: str, install: str) -> ExportError:
+        return cls(f"{what} needs packages that are not installed: pip install {install}")
+
+    @classmethod
+    def sm_too_old(cls, precision: str, sm: int, least: int) -> ExportError:
+        return cls(f"{precision} needs compute capability {least} or newer, got --sm {sm}: name a newer one, or use the other "
+                   "precision")
+
+
 class CalibrationError(SdtrtError):
     """Calibration could not produce usable statistics."""
 

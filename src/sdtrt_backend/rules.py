@@ -30,8 +30,12 @@ _CONV2D = OpRule(
     1,
     (("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)),
 )
+# torch.export's overload takes lists only
+_ATEN_CONV2D = OpRule("conv2d", 1, (*_CONV2D.arguments[:3], ("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)),
+                                    ("groups", 1)))
 OPS: dict[Any, OpRule] = {torch._C._nn.linear: _LINEAR, torch.nn.functional.linear: _LINEAR, torch.conv2d: _CONV2D,
-                          torch.nn.functional.conv2d: _CONV2D}
+                          torch.nn.functional.conv2d: _CONV2D, torch.ops.aten.linear.default: _LINEAR,
+                          torch.ops.aten.conv2d.default: _ATEN_CONV2D}
 MODULES: dict[type[torch.nn.Module], OpRule] = {torch.nn.Linear: _LINEAR, torch.nn.Conv2d: _CONV2D}
 
 ENGINES = ("auto", "inductor", "reference")
@@ -50,6 +54,13 @@ KEEP: tuple[tuple[str, str], ...] = (
     ("context_embedder", "first projection of the text: a negligible share of the work"),
     ("norm_out*", "final modulation: a negligible share of the work"),
 )
+# What an engine builder refuses: (flavour, precision, operation): reason. An exported file keeps these in 16 bits.
+ENGINE_KEEP: dict[tuple[str, str, str], str] = {
+    ("tensorrt_rtx", "int8", "conv2d"): "TensorRT-RTX before 1.7 refuses to build an int8 convolution; 1.7 builds it, but none "
+                                        "was seen to run yet",
+}
+# precision: the least compute capability (89 is 8.9) whose tensor cores have it
+ENGINE_MIN_SM = {"int8": 75, "fp8": 89}
 MIN_CHANNELS = 32
 CHANNEL_MULTIPLE = 16  # int8 dot products of every target work on 16 channels or more at a time
 

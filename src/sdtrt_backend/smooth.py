@@ -7,6 +7,8 @@ from torch import fx
 
 from .fx import add_constant, inserting_after
 
+LAYER_NORMS = (torch.nn.functional.layer_norm, torch.ops.aten.layer_norm.default)  # Dynamo's and torch.export's
+
 
 def smooth_source(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], factor: torch.Tensor) -> fx.Node:
     """The node that carries source / factor (factor: fp32 [channels], over the last dimension).
@@ -19,7 +21,7 @@ def smooth_source(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], fa
 
 def fold_into_norm(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], factor: torch.Tensor) -> fx.Node | None:
     """norm(x) * w + b over s is norm(x) * (w / s) + b / s. None when the pattern does not hold."""
-    if source.target is not torch.nn.functional.layer_norm or not set(source.users) <= readers or len(source.args) < 4:
+    if source.target not in LAYER_NORMS or not set(source.users) <= readers or len(source.args) < 4:
         return None
     weight, bias = source.args[2], source.args[3]
     if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and isinstance(bias, fx.Node) and bias.op == "get_attr"):
