@@ -15,13 +15,14 @@ from . import measure
 from .assign import assign, attentions_in_fp8, kernels_ms
 from .calibrate import Observer
 from .capture import Captured, bind, capture, tensor_inputs
+from .engine import installed
 from .errors import ModelError
 from .fx import propagate
 from .graphs import Graphed, Memory
 from .kernels import chooser
 from .lower import LOWERINGS, choose
 from .options import Options
-from .quantize import insert, plan
+from .quantize import for_engine, insert, plan
 from .recipe import Recipe
 from .run import Built, ModuleState, Step, state_of
 from .values import Decision, LayerReport
@@ -103,7 +104,9 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     timings: dict[str, float] = {}
     bar = _progress(options)
     graph, nodes = bind(captured, args)
-    if target == "inductor-cuda":
+    if target == "tensorrt":
+        decisions = tuple(for_engine(d, options.precision, installed() or "") for d in decisions)
+    elif target == "inductor-cuda":
         propagate(graph, tensors)
         measured = chooser(tensors[0].device)
         decisions = assign(decisions, nodes, measured, options.precision, options.engine == "inductor", bar.update)
@@ -119,13 +122,28 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     bar.set_description(f"sd_{options.precision}: compiling")
     quantized = insert(graph, nodes, decisions, memory.codes)
     step = LOWERINGS[target](quantized, tensors, options)
+    engines = getattr(step, "engines", {})
+    where = {d.layer.node: engines.get(nodes[d.layer.node].name, target) for d in decisions}
     timings["build_s"] = time.perf_counter() - start
     bar.n = 2
     bar.set_description(f"sd_{options.precision}: comparing with full precision")
-    built = _judge(captured, args, decisions, step, target, options, timings, memory)
+    built = _judge(captured, args, decisions, step, target, where, options, timings, memory)
+    built = replace(built, notes=(*_lane(options, tensors[0].device), *getattr(step, "notes", ())))
     bar.n = bar.total
     bar.close()
     return built
+
+
+def _lane(options: Options, device: torch.device) -> tuple[str, ...]:
+    """Which way the step takes, where that was left to us."""
+    if options.engine != "auto":
+        return ()
+    why = "TensorRT engines are built where engine='tensorrt' asks for them"
+    if device.type != "cuda":
+        why = "TensorRT engines run on NVIDIA GPUs only"
+    elif installed() is None:
+        why = "no TensorRT is installed"
+    return (f"the step runs through Inductor: {why}",)
 
 
 def _progress(options: Options) -> Any:
@@ -137,11 +155,11 @@ def _progress(options: Options) -> Any:
 
 
 def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision], step: Callable[..., Any], target: str,
-           options: Options, timings: dict[str, float], memory: Memory) -> Built:
+           where: Mapping[str, str], options: Options, timings: dict[str, float], memory: Memory) -> Built:
     """Use the step only if its first output is finite and inside ``max_error``, and its time beats the 16-bit step."""
     tensors = tensor_inputs(captured, args)
     with torch.no_grad():
-        layers = _layer_reports(captured, args, decisions, target)
+        layers = _layer_reports(captured, args, decisions, where)
         full = captured.graph(*args)
         with measure.CountInt8() as counted:
             first = step(*tensors)
@@ -152,8 +170,10 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
         what = "is not finite" if error == float("inf") else f"differs by {error:.3f}"
         return Built(None, f"the first 8-bit output {what} from the full-precision output on the same input, "
                            f"max_error is {options.max_error}", layers, error)
+    # what runs inside an engine is not seen from outside: its layers count as planned
+    counted.flops += sum(layer.flops for layer in layers if layer.engine == "tensorrt")
     share = counted.flops / max(1, sum(layer.flops for layer in layers))
-    if target == "inductor-cuda":
+    if target in ("inductor-cuda", "tensorrt"):
         step = Graphed(step, tensors, memory)
     replaced = tuple(d.layer.weight for d in decisions if d.quantized)
     built = Built(step, None, layers, error, share if target != "reference" else 0.0, timings, replaced)
@@ -185,7 +205,7 @@ def _may_be_slower(timings: Mapping[str, float], mine: str, target: str) -> bool
 
 
 def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision],
-                   target: str) -> tuple[LayerReport, ...]:
+                   where: Mapping[str, str]) -> tuple[LayerReport, ...]:
     """One row per layer, its noise measured on the input that the unquantised graph feeds it."""
     by_node = {d.layer.node: d for d in decisions}
     rows: list[LayerReport] = []
@@ -196,10 +216,11 @@ def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[
             return super().run_node(n)
 
     def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
-        d = by_node[observer.current.name]
+        n = observer.current.name
+        d = by_node[n]
         sqnr, flops = measure.layer_noise(d, arguments, observer.current.target)  # type: ignore[arg-type]
         precision = d.precision if d.quantized else str(d.layer.weight.dtype).removeprefix("torch.")
-        rows.append(LayerReport(name, op, tuple(d.layer.weight.shape), precision, target if d.quantized else "inductor",
+        rows.append(LayerReport(name, op, tuple(d.layer.weight.shape), precision, where[n] if d.quantized else "inductor",
                                 d.reason, d.amax if d.quantized else None, sqnr, flops))
 
     observer = Measure(captured.graph, captured.layer_names(), see)

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,6 +54,11 @@ class EngineLayer:
 def installed() -> str | None:
     """The flavour that is installed, or None."""
     return next((name for name in FLAVOURS if importlib.util.find_spec(name) is not None), None)
+
+
+def version(flavour: str) -> str:
+    """Of the installed package."""
+    return str(importlib.import_module(flavour).__version__)
 
 
 def command_line(flavour: str, model: Path, engine: Path, ranges: Ranges) -> str:
@@ -173,3 +178,44 @@ def count_types(layers: tuple[EngineLayer, ...]) -> dict[str, dict[str, int]]:
         if layer.inputs:
             counts.setdefault(layer.kind, Counter())[layer.inputs[0]] += 1
     return {kind: dict(sorted(types.items())) for kind, types in sorted(counts.items())}
+
+
+class Runner:
+    """A built engine of fixed shapes on the current GPU: tensors in, tensors out, on the current stream.
+
+    inputs, outputs: names of its tensors in the order of the call. Raises ExportError where the engine cannot be read or its
+    context cannot be created, as when it holds a kernel that this card lacks.
+    """
+
+    def __init__(self, flavour: str, blob: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        import torch
+
+        trt = importlib.import_module(flavour)
+        self.logger = logger = _logger(trt)
+        logger.errors.clear()
+        self.runtime = trt.Runtime(logger)
+        self.engine = self.runtime.deserialize_cuda_engine(blob)
+        if self.engine is None:
+            raise ExportError(f"{flavour} {trt.__version__} cannot read the engine: " + "; ".join(logger.errors))
+        self.context = self.engine.create_execution_context()
+        if self.context is None:
+            raise ExportError(f"{flavour} {trt.__version__} has no execution context for the engine on this GPU: "
+                              + "; ".join(logger.errors))
+        kinds = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16,
+                 trt.DataType.INT32: torch.int32, trt.DataType.INT64: torch.int64, trt.DataType.BOOL: torch.bool}
+        self.inputs = tuple(inputs)
+        self.outputs = [(name, tuple(self.engine.get_tensor_shape(name)), kinds[self.engine.get_tensor_dtype(name)])
+                        for name in outputs]
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        """The engine's outputs, newly allocated."""
+        import torch
+
+        device = inputs[0].device
+        results = [torch.empty(shape, dtype=dtype, device=device) for _, shape, dtype in self.outputs]
+        names = (*self.inputs, *(name for name, _, _ in self.outputs))
+        for name, t in zip(names, (*inputs, *results), strict=True):
+            self.context.set_tensor_address(name, t.data_ptr())
+        if not self.context.execute_async_v3(torch.cuda.current_stream(device).cuda_stream):
+            raise ExportError("TensorRT did not run the engine: " + "; ".join(self.logger.errors))
+        return results

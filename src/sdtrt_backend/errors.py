@@ -23,6 +23,11 @@ class OptionError(SdtrtError):
         return cls(f"option {name!r} expects {expected}, got {actual!r} ({type(actual).__name__}); change it in options={{...}}")
 
     @classmethod
+    def no_tensorrt(cls) -> OptionError:
+        return cls("option 'engine' is 'tensorrt', and no TensorRT is installed: pip install 'sdtrt_backend[engine]' "
+                   "(TensorRT-RTX) or pip install 'sdtrt_backend[tensorrt]', or leave the option out")
+
+    @classmethod
     def candidate(cls, name: str, valid: Iterable[str], elsewhere: Container[str]) -> OptionError:
         if name in elsewhere:
             return cls(f"candidate {name!r} has no kernels on this hardware; candidates here: {', '.join(sorted(valid))}")

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from .calibrate import denoiser_name, uncompiled
 from .capture import bind, trace
 from .errors import ExportError, ModelError
 from .lower import onnx
-from .quantize import insert, plan
+from .quantize import for_engine, insert, plan
 from .recipe import Recipe, fingerprint, write_atomically
-from .rules import ENGINE_KEEP, ENGINE_MIN_SM, MODULES
+from .rules import ENGINE_MIN_SM, MODULES
 from .run import states
 from .timesteps import TIMESTEP_NAMES
 from .values import Decision
@@ -120,7 +120,7 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
         calls = [_call(pipe, module, s) for s in (size or Size(), largest) if s is not None]
         module, calls = _in_dtype(module, calls, dtype)
         captured, values = trace(module, calls[-1], _varying(calls))  # the largest: a size of 1 would become a constant
-        decisions = tuple(_decide(d, precision, flavour) for d in plan(captured.layers, recipe, exclude))
+        decisions = tuple(for_engine(d, precision, flavour) for d in plan(captured.layers, recipe, exclude))
         graph, nodes = bind(captured, values)
         graph = insert(graph, nodes, decisions)
         inputs = [_tensors(call) for call in calls]
@@ -236,14 +236,6 @@ def _tensors(call: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     leaves = pytree.tree_flatten_with_path(dict(call))[0]
     return {"_".join(str(getattr(k, "key", getattr(k, "idx", ""))) for k in path): value for path, value in leaves
             if isinstance(value, torch.Tensor)}
-
-
-def _decide(decision: Decision, precision: str, flavour: str) -> Decision:
-    """The plan's decision, in ``precision``, or in 16 bits where ``rules.ENGINE_KEEP`` says so."""
-    if not decision.quantized:
-        return decision
-    reason = ENGINE_KEEP.get((flavour, precision, decision.layer.op))
-    return replace(decision, precision=precision) if reason is None else Decision(decision.layer, "16-bit", reason)
 
 
 def _sha256(path: Path) -> str:

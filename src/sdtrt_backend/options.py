@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .errors import OptionError
-from .rules import ENGINES, LEVELS, RANGE_RULES, RESTS
+from .rules import ENGINES, LEVELS, RANGE_RULES, RESTS, TENSORRT
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Options:
     max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step.
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
     engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a
-        comparison of pictures say; "reference" the Q/DQ graph in plain torch, slow.
+        comparison of pictures say; "tensorrt" builds TensorRT engines of the parts that it takes, without measuring what is
+        faster; "reference" the Q/DQ graph in plain torch, slow.
     exclude: glob patterns of module paths that stay unquantised.
     level: what is quantised (``rules.LEVEL_OF``): 1 convolutions, 2 and feed-forward linears, 2.5 and projections to q, k and v,
         3 and every other linear, 4 and attention (sd_fp8 only, where it is faster).
@@ -75,6 +77,8 @@ class Options:
         check("max_error", number("max_error") and values["max_error"] > 0, "a number > 0")
         check("rest", values.get("rest") in RESTS, f"one of {', '.join(RESTS)}")
         check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")
+        if values.get("engine") == "tensorrt" and not any(find_spec(name) for name in TENSORRT):
+            raise OptionError.no_tensorrt()
         check("level", number("level") and values["level"] in LEVELS, f"one of {', '.join(f'{n:g}' for n in LEVELS)}")
         check("weights", values.get("weights") in ("keep", "release"), "'keep' or 'release'")
         patterns = values.get("exclude")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -11,7 +12,7 @@ from torch import fx
 from . import ops
 from .fx import add_constant, call_arguments, finish, inserting_after
 from .recipe import Recipe
-from .rules import LEVELS, reason_to_keep
+from .rules import ENGINE_KEEP, LEVELS, reason_to_keep
 from .smooth import smooth_source
 from .stats import TINY_AMAX, quantize_weight, weight_scale
 from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
@@ -24,6 +25,14 @@ FP8_HEADROOM = 2.0
 def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], level: float = LEVELS[-1]) -> tuple[Decision, ...]:
     """One decision per layer, in graph order: int8 with its scale, or the user's precision with the reason."""
     return tuple(_decide(layer, recipe, exclude, level) for layer in layers)
+
+
+def for_engine(decision: Decision, precision: str, flavour: str) -> Decision:
+    """The plan's decision, in ``precision``, or in 16 bits where ``rules.ENGINE_KEEP`` says so."""
+    if not decision.quantized:
+        return decision
+    reason = ENGINE_KEEP.get((flavour, precision, decision.layer.op))
+    return replace(decision, precision=precision) if reason is None else Decision(decision.layer, "16-bit", reason)
 
 
 def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float) -> Decision:

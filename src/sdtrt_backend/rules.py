@@ -38,7 +38,8 @@ OPS: dict[Any, OpRule] = {torch._C._nn.linear: _LINEAR, torch.nn.functional.line
                           torch.ops.aten.conv2d.default: _ATEN_CONV2D}
 MODULES: dict[type[torch.nn.Module], OpRule] = {torch.nn.Linear: _LINEAR, torch.nn.Conv2d: _CONV2D}
 
-ENGINES = ("auto", "inductor", "reference")
+ENGINES = ("auto", "inductor", "tensorrt", "reference")
+TENSORRT = ("tensorrt_rtx", "tensorrt")  # modules, either of which is a TensorRT
 RESTS = ("auto", "float32", "bfloat16")
 
 # Module paths that stay in the user's precision. They hold about 1 % of the FLOPs and much of the error.

@@ -45,6 +45,7 @@ class Built:
     quantized_flops_share: float | None = None
     timings: dict[str, float] = field(default_factory=dict)
     replaced: tuple[torch.Tensor, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ModuleState:
@@ -213,6 +214,8 @@ class Step:
             state.status = CALIBRATING  # Ctrl-C: the next call tries again
             raise
         built.timings["cold_start_s"] = time.perf_counter() - start
+        for note in built.notes:
+            state.say(state.notes, note)
         step = built.step
         if step is None and state.built is None:
             state.built = built

@@ -9,13 +9,14 @@ from torch import fx
 
 from ..kernels import missing
 from ..options import Options
-from . import inductor_cpu, inductor_cuda, reference
+from . import inductor_cpu, inductor_cuda, reference, tensorrt
 
 # target -> function(graph with Q/DQ, example tensors, options) -> callable on the same tensors
 LOWERINGS: dict[str, Callable[[fx.GraphModule, Sequence[torch.Tensor], Options], Callable[..., tuple[torch.Tensor, ...]]]] = {
     "inductor": inductor_cpu.lower,
     "inductor-cuda": inductor_cuda.lower,
     "reference": reference.lower,
+    "tensorrt": tensorrt.lower,
 }
 
 
@@ -23,9 +24,11 @@ def choose(options: Options, device: torch.device) -> tuple[str, str | None]:
     """(target, None) for the engine the user named, or ("", the reason why no lowering takes this device)."""
     if options.engine == "reference":
         return "reference", None
+    if options.engine == "tensorrt" and device.type != "cuda":
+        return "", f"TensorRT engines run on NVIDIA GPUs, the module is on the {device.type}: use engine='auto'"
     if device.type == "cuda":
         reason = missing(options.precision, torch.cuda.get_device_capability(device))
-        return ("", reason) if reason else ("inductor-cuda", None)
+        return ("", reason) if reason else ("tensorrt" if options.engine == "tensorrt" else "inductor-cuda", None)
     if device.type != "cpu":
         return "", f"this version has 8-bit kernels for the CPU and NVIDIA GPUs, not for {device.type}"
     if options.precision != "int8":

@@ -1,0 +1,125 @@
+"""Q/DQ graph -> TensorRT engines for the parts that TensorRT takes, Inductor for the others.
+
+An engine is built from the part's ONNX file (the one that ``sdtrt export`` writes), kept in the engine cache, and trusted
+only after it ran on a real input and gave what the part's Q/DQ graph gives in plain torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import engine
+from ..enginecache import EngineCache
+from ..errors import ExportError
+from ..fx import propagate
+from ..measure import compare
+from ..options import Options
+from ..partition import ENGINE, REST, Part, Parts, partition
+from ..store import device_key
+from . import inductor_cuda, onnx
+
+log = logging.getLogger("sdtrt_backend")
+# relative error of an engine's output to the part's graph in plain torch: a cosine of 0.999. Rounding ties that fall to the
+# other side add up over the layers of a part
+TRUST = 0.045
+
+
+class Lowered(Parts):
+    """The parts, compiled. engines: name of a layer's node -> target; notes: a sentence per part."""
+
+    engines: dict[str, str]
+    notes: list[str]
+
+
+def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
+    """Compile ``gm`` for the shapes of ``example``, whose values each engine is tried on."""
+    flavour = engine.installed()
+    if flavour is None:
+        raise ExportError.not_installed("engine='tensorrt'", "'sdtrt_backend[engine]'")
+    propagate(gm, example)
+    parts, cache = partition(gm), EngineCache()
+    values = {n.name: t.contiguous() for n, t in zip(gm.graph.find_nodes(op="placeholder"), example, strict=True)}
+    steps, engines, notes = [], {}, []
+    for number, part in enumerate(parts):
+        inputs = [values[name] for name in part.inputs]
+        with torch.no_grad():
+            expected = part.graph(*inputs)
+        values.update((name, t.contiguous()) for name, t in zip(part.outputs, expected, strict=True))
+        run, said, target = None, part.reason, REST
+        if part.target == ENGINE:
+            run, said = _trusted(part, inputs, expected, flavour, options.precision, cache)
+            target = REST if run is None else ENGINE
+        steps.append((run or inductor_cuda.lower(part.graph, inputs, options), part.inputs, part.outputs))
+        engines.update(dict.fromkeys(part.layers, target))
+        notes.append(f"part {number + 1} of {len(parts)}, {len(part.layers)} layers, runs through {target}: {said}")
+    lowered = Lowered(gm, steps)
+    lowered.engines, lowered.notes = engines, notes
+    return lowered
+
+
+def _trusted(part: Part, inputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], flavour: str, precision: str,
+             cache: EngineCache) -> tuple[Callable[..., Any] | None, str]:
+    """(the part as an engine, where it came from), or (None, why it is not trusted)."""
+    try:
+        blob, said = cache.get(key(part, inputs, flavour), lambda: _build(part, inputs, flavour, precision))
+        run = engine.Runner(flavour, blob, *_names(part))
+        error = compare(run(*inputs), expected)
+    except Exception as failure:  # whatever a builder, a parser or a driver raises: this part has another way to run
+        log.debug("no engine", exc_info=True)
+        return None, f"no engine: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+    if not error < TRUST:
+        return None, f"the engine's output differs from the reference by {error:.3f}, {TRUST} is allowed"
+    return run, f"{said}; relative error to the reference {error:.4f}"
+
+
+def _names(part: Part) -> tuple[list[str], list[str]]:
+    return [f"in_{i}" for i in range(len(part.inputs))], [f"out_{i}" for i in range(len(part.outputs))]
+
+
+def _build(part: Part, inputs: Sequence[torch.Tensor], flavour: str, precision: str) -> bytes:
+    names, outputs = _names(part)
+    named = dict(zip(names, inputs, strict=True))
+    ranges = {name: (tuple(t.shape),) * 3 for name, t in named.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        files = onnx.write(_renamed(part.graph, names), named, outputs, Path(folder))
+        return engine.build(flavour, precision, files[0], ranges, None)[0]
+
+
+def _renamed(gm: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy whose placeholders have these names."""
+    graph = fx.Graph()
+    result = graph.graph_copy(gm.graph, {})
+    graph.output(result)
+    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
+        node.name = node.target = name
+    return fx.GraphModule(gm, graph)
+
+
+def key(part: Part, inputs: Sequence[torch.Tensor], flavour: str) -> dict[str, str]:
+    """Everything the engine depends on: see ``EngineCache``."""
+    here = device_key(inputs[0].device)
+    nodes = list(part.graph.graph.nodes)
+    numbers = [repr([a for a in n.args if isinstance(a, int | float)]) for n in nodes]
+    return {"part": _sha256(*(f"{n.op} {n.target if n.op != 'get_attr' else ''}" for n in nodes)), "scales": _sha256(*numbers),
+            "weights": _sha256(*part.graph.buffers()), "flavour": flavour, "version": engine.version(flavour),
+            "torch": here["torch"], "cuda": here["cuda"], "driver": here["driver"], "gpu": here["gpu"],
+            "sm": here["capability"], "shapes": " ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in inputs)}
+
+
+def _sha256(*parts: str | torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            raw = part.encode()
+        else:
+            raw = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""Which part runs where and why, with engines and Inductor stood in for by plain torch; no TensorRT is needed."""
+
+import pytest
+import torch
+from fragments import planned
+from test_partition import ATTEND
+
+from sdtrt_backend import engine, measure
+from sdtrt_backend.capture import bind
+from sdtrt_backend.enginecache import EngineCache
+from sdtrt_backend.errors import ExportError, OptionError
+from sdtrt_backend.fx import propagate
+from sdtrt_backend.lower import choose, inductor_cuda, tensorrt
+from sdtrt_backend.options import Options
+from sdtrt_backend.partition import partition
+from sdtrt_backend.quantize import insert
+
+OPTIONS = Options(engine="tensorrt")
+
+
+class Stand:
+    """What ``engine.Runner`` is: runs the part that the "engine" names, times ``factor``."""
+
+    parts: dict[bytes, torch.fx.GraphModule]
+    factor = 1.0
+
+    def __init__(self, flavour, blob, inputs, outputs):
+        self.graph = self.parts[blob]
+
+    def __call__(self, *inputs):
+        return [t * self.factor for t in self.graph(*inputs)]
+
+
+@pytest.fixture
+def stand(monkeypatch, tmp_path):
+    monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
+    Stand.parts, Stand.factor, Stand.built = {}, 1.0, 0
+
+    def build(part, inputs, flavour, precision):
+        Stand.built += 1
+        Stand.parts[part.outputs[0].encode()] = part.graph
+        return part.outputs[0].encode()
+
+    here = {"torch": "2", "cuda": "13", "driver": "580", "gpu": "made here", "capability": "9.0"}
+    monkeypatch.setattr(engine, "installed", lambda: "tensorrt_rtx")
+    monkeypatch.setattr(engine, "version", lambda flavour: "1.4.0")
+    monkeypatch.setattr(engine, "Runner", Stand)
+    monkeypatch.setattr(tensorrt, "_build", build)
+    monkeypatch.setattr(tensorrt, "device_key", lambda device: here)
+    monkeypatch.setattr(inductor_cuda, "lower", lambda gm, inputs, options: gm.forward)
+    return Stand
+
+
+def quantised():
+    captured, args, decisions, tensors = planned(*ATTEND)
+    return insert(*bind(captured, args), decisions), tensors
+
+
+def test_engines_run_what_they_take_and_inductor_the_rest(stand):
+    gm, tensors = quantised()
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+    assert sorted(step.engines.values()) == ["tensorrt"] * 6
+    assert stand.built == 2
+    assert "3 layers, runs through tensorrt: the engine was built in" in step.notes[0]
+    assert "runs through inductor: attention stays in 16 bits" in step.notes[1]
+
+
+def test_the_second_time_engines_come_from_the_cache(stand):
+    tensorrt.lower(*quantised(), OPTIONS)
+    again = tensorrt.lower(*quantised(), OPTIONS)
+    assert stand.built == 2
+    assert "the engine came from the cache" in again.notes[0]
+    assert len(EngineCache().entries()) == 2
+
+
+def test_an_engine_that_is_wrong_is_not_used_and_the_sentence_says_by_how_much(stand):
+    stand.factor = 1.1
+    gm, tensors = quantised()
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+    assert set(step.engines.values()) == {"inductor"}
+    assert "runs through inductor: the engine's output differs from the reference by 0.100, 0.045 is allowed" in step.notes[0]
+
+
+def test_an_engine_without_a_context_falls_back(stand, monkeypatch):
+    def fail(*arguments):
+        raise ExportError("no execution context for the engine on this GPU")
+
+    monkeypatch.setattr(engine, "Runner", fail)
+    gm, tensors = quantised()
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    assert "runs through inductor: no engine: ExportError: no execution context" in step.notes[0]
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+
+
+def test_another_weight_scale_or_shape_is_another_engine(stand):
+    def keys(change=lambda gm: None, repeat=1):
+        gm, tensors = quantised()
+        change(gm)
+        propagate(gm, tensors)
+        part = partition(gm)[0]
+        return tensorrt.key(part, [t.repeat(repeat, 1, 1) for t in tensors], "tensorrt_rtx")
+
+    def weight(gm):
+        next(b for n, b in gm.named_buffers() if n.endswith("weight_int8"))[0, 0] += 1
+
+    def scale(gm):
+        for n in gm.graph.nodes:
+            n.args = tuple(a * 2 if isinstance(a, float) else a for a in n.args)
+
+    def differ(a, b):
+        return {name for name in a if a[name] != b[name]}
+
+    assert differ(keys(), keys()) == set()
+    assert differ(keys(), keys(weight)) == {"weights"}
+    assert differ(keys(), keys(scale)) == {"scales"}
+    assert differ(keys(), keys(repeat=2)) == {"shapes"}
+
+
+def test_a_part_builds_into_a_real_engine_ahead_of_time(tmp_path):
+    """The part's ONNX file, as ``_build`` writes it, is one that TensorRT takes; for a named card, as none is here."""
+    pytest.importorskip("tensorrt_rtx", reason="builds engines without a GPU: pip install tensorrt_rtx")
+    pytest.importorskip("onnxscript", reason="writes ONNX: pip install onnxscript")
+    gm, tensors = quantised()
+    propagate(gm, tensors)
+    part = partition(gm)[0]
+    names, outputs = tensorrt._names(part)
+    named = dict(zip(names, tensors, strict=True))
+    files = tensorrt.onnx.write(tensorrt._renamed(part.graph, names), named, outputs, tmp_path)
+    blob, layers, _ = engine.build("tensorrt_rtx", "int8", files[0], {n: (tuple(t.shape),) * 3 for n, t in named.items()}, 89)
+    assert len(blob) > 0
+    assert engine.count_types(layers)["gemm"].get("Int8", 0) >= 1
+
+
+def test_without_tensorrt_the_option_raises_with_the_install_line(monkeypatch):
+    monkeypatch.setattr("sdtrt_backend.options.find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="no TensorRT is installed: pip install 'sdtrt_backend"):
+        Options.parse({"engine": "tensorrt"})
+    assert Options.parse({"engine": "auto"}).engine == "auto"
+
+
+def test_engines_are_for_gpus():
+    target, reason = choose(OPTIONS, torch.device("cpu"))
+    assert not target
+    assert "TensorRT engines run on NVIDIA GPUs, the module is on the cpu" in reason

@@ -1,0 +1,92 @@
+"""A graph in parts: run one behind the other they are the graph; what goes where, and why."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fragments import PIXELS, TOKENS, Fragment, conv, linear, planned
+
+from sdtrt_backend.capture import bind
+from sdtrt_backend.fx import propagate
+from sdtrt_backend.partition import ATTENTION_REASON, ENGINE, REST, SMALL_REASON, Parts, partition
+from sdtrt_backend.quantize import insert
+
+
+def cut(module, *inputs, **settings):
+    """(Q/DQ graph, its parts, tensors)."""
+    captured, args, decisions, tensors = planned(module, *inputs)
+    gm = insert(*bind(captured, args), decisions)
+    propagate(gm, tensors)
+    return gm, partition(gm, **settings), tensors
+
+
+def heads(x):
+    return x.view(2, -1, 4, 16).transpose(1, 2)
+
+
+def attend(m, x):
+    y = F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))
+    y = m.o(y.transpose(1, 2).reshape(2, -1, 64))
+    a, b = m.up(F.silu(y) + x).chunk(2, dim=-1)
+    return m.down(a * b), y
+
+
+ATTEND = Fragment(attend, q=linear, k=linear, v=linear, o=linear, up=lambda: linear(128), down=linear), TOKENS
+
+
+def run(gm, parts, tensors):
+    with torch.no_grad():
+        return Parts(gm, [(p.graph, p.inputs, p.outputs) for p in parts])(*tensors), gm(*tensors)
+
+
+def test_attention_is_cut_out_and_the_parts_give_what_the_graph_gives():
+    gm, parts, tensors = cut(*ATTEND)
+    assert [p.target for p in parts] == [ENGINE, REST, ENGINE]
+    assert [len(p.layers) for p in parts] == [3, 0, 3]
+    assert parts[1].reason == ATTENTION_REASON
+    mine, theirs = run(gm, parts, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert all(not isinstance(t, tuple) for t in run(gm, parts, tensors)[0])
+
+
+def test_every_call_is_in_one_part_and_only_tensors_cross_a_border():
+    gm, parts, _ = cut(*ATTEND)
+    names = [n.name for p in parts for n in p.graph.graph.nodes if n.op.startswith("call")]
+    assert len(names) == len(set(names)) == sum(n.op.startswith("call") for n in gm.graph.nodes)
+    values = {n.name: n.meta["val"] for n in gm.graph.nodes if "val" in n.meta}
+    assert all(isinstance(values[name], torch.Tensor) for p in parts for name in (*p.inputs, *p.outputs))
+    # constants stay inside: what a part holds is not handed to it
+    assert all(not name.endswith("_scale") for p in parts for name in p.inputs)
+
+
+def test_a_graph_without_a_refusal_is_one_part():
+    gm, parts, tensors = cut(Fragment(lambda m, x: m.b(F.silu(m.a(x))), a=conv, b=conv), PIXELS)
+    assert [(p.target, len(p.layers)) for p in parts] == [(ENGINE, 2)]
+    assert torch.equal(*(t[0] for t in run(gm, parts, tensors)))
+
+
+def test_independent_branches_share_a_part():
+    def two(m, x):
+        first = F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(x)), heads(m.v(x))).transpose(1, 2).reshape(2, -1, 64)
+        second = F.scaled_dot_product_attention(heads(m.o(first)), heads(m.up(x)), heads(m.down(x)))
+        return m.last(m.before(second.transpose(1, 2).reshape(2, -1, 64)))
+
+    names = ("q", "k", "v", "o", "up", "down", "last", "before")
+    _, parts, _ = cut(Fragment(two, **dict.fromkeys(names, linear)), TOKENS)
+    # the second attention's keys and values depend on the input alone: they are made with the first part
+    assert [p.target for p in parts] == [ENGINE, REST, ENGINE]
+    assert [len(p.layers) for p in parts] == [5, 1, 2]
+
+
+def test_what_lies_alone_between_two_cuts_is_no_engine():
+    gm, parts, tensors = cut(Fragment(lambda m, x: m.a(x) * 2.0, a=linear), TOKENS)
+    assert [(p.target, p.reason) for p in parts] == [(REST, SMALL_REASON)]
+    assert torch.equal(*(t[0] for t in run(gm, parts, tensors)))
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_refusal_of_everything_or_nothing(everything):
+    gm, parts, tensors = cut(*ATTEND, refuses=lambda node: "never" if everything else None)
+    assert [p.target for p in parts] == [REST if everything else ENGINE]
+    assert parts[0].reason == ("never" if everything else "every operation has a converter")
+    mine, theirs = run(gm, parts, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
