@@ -76,6 +76,26 @@ def test_demo_writes_picture_page_and_numbers(tmp_path, prompts, monkeypatch):
     assert Image.open(tmp_path / "demo.png").size[0] > 256
 
 
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--int8", "--fp8"], "one of --int8, --fp8 and --full"), (["--full", "--engine-dir", "e"], "not for --full"),
+    (["--onnx-dir", "o"], "--onnx-dir needs a recipe"), (["--recipe", "nowhere"], "nowhere"),
+    (["--quantization-level", "5"], "option 'level' expects one of 1, 2, 2.5, 3, 4")])
+def test_generate_refuses_what_does_not_go_together(flags, says):
+    result = run(cli.app, ["generate", "owl, fluent style", "--steps", "1", *flags])
+    assert says in str(result.exception)
+
+
+def test_generate_calibrates_and_tells_the_latency_of_warm_pictures_only(tmp_path):
+    result = run(cli.app, ["generate", "owl, fluent style", "--steps", "2", "--count", "1", "--out", str(tmp_path / "a.png")])
+    assert result.exit_code == 0, result.output
+    assert "state: calibrating" in result.output
+    assert "none of the 1 pictures came after calibrating" in result.output
+    result = run(cli.app, ["generate", "owl, fluent style", "--full", "--steps", "3", "--count", "3",
+                           "--out", str(tmp_path / "a.png")])
+    assert "latency of 2 pictures, 3 steps each" in result.output
+    assert all(part in result.output for part in ("text_encoder", "denoiser step", "vae decoder", "pipeline"))
+
+
 def test_cache_lists_engines_deletes_damaged_ones_and_clears(tmp_path, monkeypatch):
     monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
     assert "0 engines" in run(cli.app, ["cache"]).output

@@ -88,6 +88,8 @@ def generate(
     int8: Annotated[bool, typer.Option("--int8", help="sd_int8; the default.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="sd_fp8, on NVIDIA GPUs of capability 8.9 or newer.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The model's own precision.")] = False,
+    onnx_dir: Annotated[Path | None, typer.Option(help="Also write the denoiser there as Q/DQ ONNX (needs a recipe).")] = None,
+    engine_dir: Annotated[Path | None, typer.Option(help="Run through TensorRT engines, kept in this folder.")] = None,
     quantization_level: Annotated[float, typer.Option(help="1, 2, 2.5, 3 or 4: see the option level.")] = Options.level,
 ) -> None:
     """Draw pictures of one prompt, in 8 bits by default, and print the latency of each part."""
@@ -100,10 +102,20 @@ def generate(
 
     if int8 + fp8 + full > 1:
         raise SdtrtError("name one of --int8, --fp8 and --full, not several")
+    if (onnx_dir or engine_dir) and full:
+        raise SdtrtError("--onnx-dir and --engine-dir are for --int8 and --fp8, not for --full")
     pipe = _load(model)
     backend = None if full else "sd_fp8" if fp8 else "sd_int8"
+    if onnx_dir:
+        if recipe is None:
+            raise SdtrtError("--onnx-dir needs a recipe: sdtrt calibrate prompts.txt --out recipe, then --recipe recipe")
+        from .export import export_onnx
+
+        console.print(str(export_onnx(pipe, recipe, onnx_dir, precision="fp8" if fp8 else "int8", level=quantization_level)),
+                      highlight=False, markup=False, soft_wrap=True)
     if backend:
-        accelerate(pipe, recipe=recipe, backend=backend, level=quantization_level)
+        engines = {"engine": "tensorrt", "engine_dir": engine_dir} if engine_dir else {}
+        accelerate(pipe, recipe=recipe, backend=backend, level=quantization_level, **engines)
     watch, warm = Stopwatch(pipe), []
     pictures: list[Any] = []
     for i in range(count):

@@ -24,7 +24,7 @@ from .errors import ExportError, ModelError
 from .lower import onnx
 from .quantize import for_engine, insert, plan
 from .recipe import Recipe, fingerprint, write_atomically
-from .rules import ENGINE_MIN_SM, MODULES
+from .rules import ENGINE_MIN_SM, LEVELS, MODULES
 from .run import states
 from .timesteps import TIMESTEP_NAMES
 from .values import Decision
@@ -97,7 +97,7 @@ def shape(sizes: Sequence[int]) -> str:
 
 def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str | os.PathLike[str], *, precision: str = "int8",
                 dtype: str | None = None, flavour: str | None = None, size: Size | None = None, largest: Size | None = None,
-                exclude: tuple[str, ...] = ()) -> Exported:
+                exclude: tuple[str, ...] = (), level: float = LEVELS[-1]) -> Exported:
     """Write the pipeline's denoiser as Q/DQ ONNX into ``folder``: ``model.onnx``, beyond 2 GB with ``model.onnx.data``.
 
     pipe: a diffusers pipeline; it draws one step per size, which shows the shapes, and is left as it was.
@@ -105,7 +105,7 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
     None for the pipeline's own. float16 is what GPUs are fastest in, bfloat16 for models that overflow it (Flux), float32 to
     compare with. flavour: the TensorRT that will read the file ("tensorrt", "tensorrt_rtx"), which decides what must stay in
     16 bits; None: the installed one, or tensorrt_rtx, which refuses most. largest: dimensions that differ from those of
-    ``size`` become dynamic, up to these. exclude: glob patterns of layers that stay in 16 bits.
+    ``size`` become dynamic, up to these. exclude: glob patterns of layers that stay in 16 bits; level: see ``Options``.
     Raises ExportError, ModelError, RecipeError.
     """
     flavour = flavour or engine.installed() or next(iter(engine.FLAVOURS))
@@ -120,7 +120,7 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
         calls = [_call(pipe, module, s) for s in (size or Size(), largest) if s is not None]
         module, calls = _in_dtype(module, calls, dtype)
         captured, values = trace(module, calls[-1], _varying(calls))  # the largest: a size of 1 would become a constant
-        decisions = tuple(for_engine(d, precision, flavour) for d in plan(captured.layers, recipe, exclude))
+        decisions = tuple(for_engine(d, precision, flavour) for d in plan(captured.layers, recipe, exclude, level))
         graph, nodes = bind(captured, values)
         graph = insert(graph, nodes, decisions)
         inputs = [_tensors(call) for call in calls]

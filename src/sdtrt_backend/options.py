@@ -27,6 +27,7 @@ class Options:
         comparison of pictures say; "tensorrt" builds TensorRT engines of the parts that it takes, without measuring what is
         faster; "reference" the Q/DQ graph in plain torch, slow.
     exclude: glob patterns of module paths that stay unquantised.
+    engine_dir: folder of the TensorRT engines, or None for the one in the user's cache directory.
     level: what is quantised (``rules.LEVEL_OF``): 1 convolutions, 2 and feed-forward linears, 2.5 and projections to q, k and v,
         3 and every other linear, 4 and attention (sd_fp8 only, where it is faster).
     weights: "keep", or "release": the 16-bit weights of quantised layers leave the GPU once the 8-bit step is in use; until
@@ -43,6 +44,7 @@ class Options:
     rest: str = "auto"
     engine: str = "auto"
     exclude: tuple[str, ...] = ()
+    engine_dir: str | None = None
     level: float = LEVELS[-1]
     weights: str = "keep"
     precision: str = "int8"
@@ -63,11 +65,13 @@ class Options:
         def number(name: str) -> bool:
             return isinstance(values.get(name), int | float) and not isinstance(values.get(name), bool)
 
-        if isinstance(values.get("recipe"), Path):
-            values["recipe"] = str(values["recipe"])
+        for name in ("recipe", "engine_dir"):
+            if isinstance(values.get(name), Path):
+                values[name] = str(values[name])
         if isinstance(values.get("exclude"), list):
             values["exclude"] = tuple(values["exclude"])
         check("recipe", values.get("recipe") is None or isinstance(values["recipe"], str), "the path of a recipe folder")
+        check("engine_dir", values.get("engine_dir") is None or isinstance(values["engine_dir"], str), "the path of a folder")
         runs = values.get("calibration_runs")
         check("calibration_runs", isinstance(runs, int) and not isinstance(runs, bool) and runs >= 1, "an integer >= 1")
         check("rule", isinstance(values.get("rule"), str) and values["rule"] in RANGE_RULES, f"one of {', '.join(RANGE_RULES)}")

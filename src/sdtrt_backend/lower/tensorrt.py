@@ -45,7 +45,8 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     if flavour is None:
         raise ExportError.not_installed("engine='tensorrt'", "'sdtrt_backend[engine]'")
     propagate(gm, example)
-    parts, cache = partition(gm), EngineCache()
+    parts = partition(gm)
+    cache = EngineCache(None if options.engine_dir is None else Path(options.engine_dir))
     values = {n.name: t.contiguous() for n, t in zip(gm.graph.find_nodes(op="placeholder"), example, strict=True)}
     steps, engines, notes = [], {}, []
     for number, part in enumerate(parts):
