@@ -32,9 +32,10 @@ def prepared(tmp_path_factory):
     return pipe, recipe.save(tmp_path_factory.mktemp("recipe")), args, last.kwargs["encoder_hidden_states"]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(scope="module", params=BACKENDS)
 def compiled(request, prepared):
-    """(compiled copy of the UNet, the unquantised UNet, arguments, text); every layer that can runs in 8 bits."""
+    """(compiled copy of the UNet, the unquantised UNet, arguments, text); every layer that can runs in 8 bits. One for all
+    tests of a backend, because it compiles once per shape: tests that reset Dynamo come last."""
     torch._dynamo.reset()
     pipe, recipe, args, text = prepared
     unet = torch.compile(copy.deepcopy(pipe.unet), backend=request.param, dynamic=False,
@@ -82,6 +83,16 @@ def test_streams_and_inference_mode_give_the_same(compiled):
         assert torch.equal(calls(unet, args, text, 2), first)
 
 
+@torch.no_grad()
+def test_two_pipelines_in_turn_share_one_unet(compiled):
+    unet, _, args, text = compiled
+    other = text.roll(1, 0)
+    mine, theirs = calls(unet, args, text, 1), calls(unet, args, other, 1)
+    for _ in range(10):
+        assert torch.equal(calls(unet, args, text, 1), mine)
+        assert torch.equal(calls(unet, args, other, 1), theirs)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_leave_the_gpu_and_come_back_to_the_bit(prepared, backend):
     torch._dynamo.reset()
@@ -107,16 +118,6 @@ def test_weights_leave_the_gpu_and_come_back_to_the_bit(prepared, backend):
         sdtrt_backend.restore(mine)
         assert all(torch.equal(v.cpu(), before[k]) for k, v in mine.unet.state_dict().items())
         assert torch.equal(calls(mine.unet, args, text, 1), calls(pipe.unet, args, text, 1))
-
-
-@torch.no_grad()
-def test_two_pipelines_in_turn_share_one_unet(compiled):
-    unet, _, args, text = compiled
-    other = text.roll(1, 0)
-    mine, theirs = calls(unet, args, text, 1), calls(unet, args, other, 1)
-    for _ in range(10):
-        assert torch.equal(calls(unet, args, text, 1), mine)
-        assert torch.equal(calls(unet, args, other, 1), theirs)
 
 
 @torch.no_grad()

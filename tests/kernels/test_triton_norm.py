@@ -74,14 +74,14 @@ def test_group_norm_with_any_tile(config):
 
 @on_device
 @pytest.mark.parametrize("std", [1.0, 1e-2])
-def test_group_norm_survives_a_large_mean_as_torch_does(std):
+def test_group_norm_survives_a_large_mean(std):
     from sdtrt_backend.kernels.triton_norm import group_norm
 
     x = tensor(2, 64, 17, 19, mean=100.0, std=std).contiguous(**LAST)
     exact = torch.nn.functional.group_norm(x.double(), 8, None, None, 1e-6)
-    ours = (group_norm(x, None, 8, None, None, 1e-6, False, None, FP32) - exact).abs().max()
-    torchs = (torch.nn.functional.group_norm(x, 8, None, None, 1e-6) - exact).abs().max()
-    assert ours <= 1.5 * torchs + 1e-6
+    error = (group_norm(x, None, 8, None, None, 1e-6, False, None, FP32) - exact).abs().max()
+    # three roundings of the size of the mean: a chunk's mean, the group's, and the sum that subtracts it
+    assert error <= 3 * (torch.finfo(FP32).eps / 2) * 100.0 / std + 1e-6
 
 
 @on_device

@@ -196,14 +196,14 @@ def _normalise(x_ptr: tl.tensor, x2_ptr: tl.tensor, shift_ptr: tl.tensor, partia
         one += size * away
         two += spread + size * away * away
     total = tl.sum(one, 0)
-    share = total / pixels.to(tl.float32)
+    share = total / pixels  # no .to(): Triton hands a 1 over as a constant
     means = pivot + share
     spread = tl.sum(two, 0) - total * share
     g = tl.arange(0, GROUPS)[:, None]
     member = (i // width)[None, :] == g  # [GROUPS, SPAN]
     mean = tl.sum(tl.where(member, means[None, :], 0.0), 1) / width
     away = means[None, :] - mean[:, None]
-    variance = tl.sum(tl.where(member, spread[None, :] / pixels.to(tl.float32) + away * away, 0.0), 1) / width
+    variance = tl.sum(tl.where(member, spread[None, :] / pixels + away * away, 0.0), 1) / width
     mine = (c_y // width - group)[None, :] == g  # [GROUPS, BLOCK_C]
     factor = tl.sum(tl.where(mine, tl.rsqrt(tl.maximum(variance, 0.0) + eps)[:, None], 0.0), 0)
     if weight_ptr is not None:
