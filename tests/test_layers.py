@@ -15,7 +15,7 @@ LAYERS = (
     {"fx", "measure", "enginecache", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
      "kernels.triton_norm", "kernels.triton_attention", "kernels.triton_rope", "kernels.triton_candidates"},
     {"kernels"},
-    {"latency", "capture", "calibrate", "smooth", "quantize", "assign", "partition", "engine"},
+    {"latency", "capture", "calibrate", "tune", "smooth", "quantize", "assign", "partition", "engine"},
     {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
      "lower.attention", "lower.onnx", "lower.tensorrt", "lower.reference"},
     {"run"},
@@ -29,6 +29,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {
     ("options", "rules"): "options are checked against the tables",
     ("quantize", "smooth"): "smoothing is part of inserting Q/DQ",
+    ("tune", "quantize"): "a strength is tried on the decision it leads to",
+    ("calibrate", "tune"): "the recipe of a pipeline is tuned",
     ("lower", "lower.inductor_cpu"): "the table of lowerings",
     ("lower", "lower.inductor_cuda"): "the table of lowerings",
     ("lower", "lower.reference"): "the table of lowerings",

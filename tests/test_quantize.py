@@ -66,19 +66,22 @@ def test_an_unquantised_layer_pays_for_no_smoothing(denoiser, graph, recipe, inp
         assert torch.equal(gm(*tensors)[0], denoiser(*inputs))
 
 
+@pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("name", ["conv1", "to_q", "ff_out"])
-def test_one_layer_alone_equals_fake_quantisation_written_by_hand(denoiser, graph, recipe, inputs, name):
+def test_one_layer_alone_equals_fake_quantisation_written_by_hand(denoiser, graph, recipe, inputs, name, free):
     others = [layer.name for layer in graph[0].layers if layer.name != name]
-    decisions = plan(graph[0].layers, recipe, tuple(others))
+    decisions = plan(graph[0].layers, recipe, tuple(others), free_convs=free)
     (decision,) = [d for d in decisions if d.quantized]
+    assert (decision.int8_range[1] != 0) == (decision.layer.op == "conv2d" and free)
+    assert (decision.smoothing is None) == (decision.layer.op == "conv2d" and not free)
     gm, tensors = quantised(graph, decisions)
     layer = denoiser.get_submodule(name)
-    s = torch.ones(1) if decision.smoothing is None else decision.smoothing
+    s = torch.ones(1) if decision.smoothing is None else stats.over_channels(decision.smoothing, layer.weight)
     weight = layer.weight.detach() * s
     scale = stats.weight_scale(weight)
     with torch.no_grad():
         layer.weight.copy_(stats.quantize_weight(weight, scale) * scale.view(-1, *[1] * (weight.dim() - 1)))
-        hook = layer.register_forward_pre_hook(lambda m, a: (stats.fake_quantize(a[0] / s, decision.amax),))
+        hook = layer.register_forward_pre_hook(lambda m, a: (stats.fake_quantize(a[0] / s, *decision.int8_range),))
         expected = denoiser(*inputs)
         hook.remove()
         # a rounding tie may fall to the other side where the norm carries the factor

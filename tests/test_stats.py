@@ -1,10 +1,12 @@
 """Laws of the arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sdtrt_backend import stats
-from sdtrt_backend.values import INT8_MAX
+from sdtrt_backend.values import INT8_MAX, Decision, Layer
 
 
 @pytest.fixture
@@ -14,15 +16,25 @@ def noise():
 
 def test_quantisation_inside_the_range_is_off_by_half_a_step_at_most(noise):
     amax = float(noise.abs().max())
-    error = (stats.fake_quantize(noise, amax) - noise).abs().max()
+    error = (stats.fake_quantize(noise, amax / INT8_MAX) - noise).abs().max()
     assert error <= amax / INT8_MAX / 2 * (1 + 1e-5)
     assert error > 0
 
 
 def test_what_lies_outside_the_range_is_clipped(noise):
-    clipped = stats.fake_quantize(noise, 0.5)
+    clipped = stats.fake_quantize(noise, 0.5 / INT8_MAX)
     assert clipped.max() == pytest.approx(0.5)
     assert clipped.min() >= -0.5 * 128 / 127 - 1e-6
+
+
+def test_a_zero_point_spends_every_code_on_a_one_sided_range_and_keeps_zero_exact(noise):
+    x = torch.nn.functional.silu(noise)
+    low, high = float(x.min()), float(x.max())
+    decision = Decision(Layer("", "conv2d", "", "", noise), "int8", "", high, low=low, high=high)
+    one_sided, symmetric = (stats.fake_quantize(x, *d.int8_range) for d in (decision, replace(decision, low=None)))
+    assert stats.fake_quantize(torch.zeros(1), *decision.int8_range) == 0
+    assert stats.sqnr_db(one_sided, x) > stats.sqnr_db(symmetric, x) + 4
+    assert replace(decision, low=None).int8_range == (high / INT8_MAX, 0)
 
 
 def test_weight_codes_fill_the_range_of_every_channel_and_zero_channels_are_safe():
@@ -54,9 +66,9 @@ def test_channels_that_are_zero_are_not_smoothed():
 
 
 @pytest.mark.parametrize("axis", [1, -1])
-def test_channel_amax_is_the_largest_magnitude_of_each_channel(noise, axis):
+def test_channel_range_is_the_smallest_and_the_largest_value_of_each_channel(noise, axis):
     dims = [d for d in range(3) if d != axis % 3]
-    assert torch.equal(stats.channel_amax(noise, axis), noise.abs().amax(dims))
+    assert all(map(torch.equal, stats.channel_range(noise, axis), (noise.amin(dims), noise.amax(dims))))
 
 
 def test_a_histogram_counts_every_sampled_element_in_the_bin_of_its_octave():

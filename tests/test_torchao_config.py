@@ -21,7 +21,8 @@ from sdtrt_backend.demo import draw
 from sdtrt_backend.kernels import Choice
 from sdtrt_backend.measure import compare
 from sdtrt_backend.options import Options
-from sdtrt_backend.values import DTYPES
+from sdtrt_backend.quantize import plan
+from sdtrt_backend.values import DTYPES, Layer
 
 pytest.importorskip("torchao", reason="the configurations are TorchAO's: pip install torchao")
 from torchao.core.config import config_to_dict
@@ -64,8 +65,20 @@ def test_layers_that_the_rules_keep_stay_and_the_others_are_quantised(denoiser, 
     assert type(denoiser.conv_in) is nn.Conv2d
 
 
+def fake_quantized(layer, name, recipe, x):
+    """The formula of the reference lowering, written out: x / s in int8 steps, W * s per output channel."""
+    w, op = layer.weight.detach(), "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+    (decision,) = plan((Layer(name, op, name, name, w),), recipe, (), free_convs=True)
+    s = torch.ones(1) if decision.smoothing is None else stats.over_channels(decision.smoothing, w)
+    scale = stats.weight_scale(w * s)
+    w8 = stats.quantize_weight(w * s, scale).float() * scale.view(-1, *[1] * (w.dim() - 1))
+    x8 = stats.fake_quantize(x * s.reciprocal(), *decision.int8_range)
+    if op == "conv2d":
+        return nn.functional.conv2d(x8, w8, layer.bias, layer.stride, layer.padding)
+    return nn.functional.linear(x8, w8, layer.bias)
+
+
 def test_every_layer_gives_what_fake_quantisation_gives(denoiser, recipe, quantized):
-    """The formula of the reference lowering, written out: x / s in steps of amax / 127, W * s per output channel."""
     noise = torch.Generator().manual_seed(1)
     for name, plain in denoiser.named_modules():
         mine = quantized.get_submodule(name)
@@ -73,12 +86,7 @@ def test_every_layer_gives_what_fake_quantisation_gives(denoiser, recipe, quanti
             continue
         shape = (2, 64, 8, 8) if isinstance(plain, nn.Conv2d) else (2, 5, plain.in_features)
         x = torch.randn(shape, generator=noise)
-        s = recipe.smoothing.get(recipe.layers[name].group, torch.ones(1))
-        w = plain.weight.detach() if isinstance(plain, nn.Conv2d) else plain.weight.detach() * s
-        scale = stats.weight_scale(w)
-        w8 = stats.quantize_weight(w, scale).float() * scale.view(-1, *[1] * (w.dim() - 1))
-        x8 = stats.fake_quantize(x if isinstance(plain, nn.Conv2d) else x * s.reciprocal(), recipe.layers[name].amax)
-        expected = nn.functional.conv2d(x8, w8, plain.bias, 1, 1) if w.dim() == 4 else nn.functional.linear(x8, w8, plain.bias)
+        expected = fake_quantized(plain, name, recipe, x)
         assert compare(mine(x), expected) < TOLERANCES["rounding_ties"], name
         assert mine(x.bfloat16()).dtype is torch.bfloat16
         assert mine(x.half()).dtype is torch.float16
@@ -286,14 +294,7 @@ def test_the_bundled_unet_has_the_numerics_of_the_backend_on_every_step_of_a_pic
 
     def beside(name, layer):
         def hook(_, args, y):
-            mine, r, w = unet.get_submodule(name), recipe.layers[name], layer.weight.detach()
-            s = recipe.smoothing.get(r.group)
-            x8 = stats.fake_quantize(args[0] if s is None else args[0] * s.reciprocal(), r.amax)
-            w = w if s is None else w * s
-            scale = stats.weight_scale(w)
-            w8 = stats.quantize_weight(w, scale).float() * scale.view(-1, *[1] * (w.dim() - 1))
-            geometry = (layer.stride, layer.padding) if w.dim() == 4 else ()
-            expected = (nn.functional.conv2d if w.dim() == 4 else nn.functional.linear)(x8, w8, layer.bias, *geometry)
+            mine, expected = unet.get_submodule(name), fake_quantized(layer, name, recipe, args[0])
             worst.append(float(nn.functional.cosine_similarity(mine(args[0]).flatten().double(), expected.flatten().double(), 0)))
         return hook
 

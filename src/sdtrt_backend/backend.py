@@ -22,7 +22,7 @@ from .graphs import Graphed, Memory
 from .kernels import chooser
 from .lower import LOWERINGS, choose
 from .options import Options
-from .quantize import for_engine, insert, plan
+from .quantize import for_engine, free_convs, insert, plan
 from .recipe import Recipe
 from .run import Built, ModuleState, Step, state_of
 from .values import Decision, LayerReport
@@ -95,7 +95,8 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     """Recipe and graph -> an 8-bit step for the shapes of ``args``, measured on ``args``, or the reason why not."""
     tensors = tensor_inputs(captured, args)
     start = time.perf_counter()
-    decisions = plan(captured.layers, recipe, options.exclude, options.level)
+    free = free_convs(tensors[0].device, options.precision)
+    decisions = plan(captured.layers, recipe, options.exclude, options.level, free)
     if not any(d.quantized for d in decisions):
         return Built(None, f"no layer can be quantised ({decisions[0].layer.name}: {decisions[0].reason})")
     target, refusal = choose(options, tensors[0].device)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import stats
-from .values import FP8_MAX, INT8_MAX, Decision, Layer
+from .values import Decision, Layer
 
 REPEATS = 3
 
@@ -84,14 +84,6 @@ def layer_noise(decision: Decision, arguments: tuple[Any, ...], call: Callable[.
     flops = layer_flops(decision.layer, y)
     if not decision.quantized:
         return None, flops
-    s = None if decision.smoothing is None else decision.smoothing.to(x.device)
-    w = weight.detach().float() if s is None else weight.detach().float() * s
-    scale = stats.weight_scale(w)
-    if decision.precision == "fp8":
-        w8 = stats.fake_quantize_fp8(w, scale.view(-1, *[1] * (w.dim() - 1)) * (INT8_MAX / FP8_MAX))
-        x8 = stats.fake_quantize_fp8(x if s is None else x / s, decision.amax / FP8_MAX)
-    else:
-        w8 = stats.quantize_weight(w, scale).float() * scale.view(-1, *[1] * (w.dim() - 1))
-        x8 = stats.fake_quantize(x if s is None else x / s, decision.amax)
+    x8, w8 = stats.fake_quantize_input(decision, x), stats.fake_quantize_weight(decision, weight)
     bias, *geometry = rest
     return stats.sqnr_db(call(x8, w8, None if bias is None else bias.float(), *geometry), y), flops

@@ -20,7 +20,8 @@ class Options:
     calibration_runs: complete denoising trajectories to observe before building.
     rule: name of a range rule (``rules.RANGE_RULES``).
     percentile: share of the timesteps, from the noisy end, that the range rule looks at; 0 < p <= 1.
-    alpha: SmoothQuant migration strength, 0..1; None switches smoothing off.
+    alpha: SmoothQuant migration strength of linears, 0..1; None switches their smoothing off.
+    alpha_conv: the same of convolutions, which are smoothed on the CPU only.
     max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step.
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
     engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a
@@ -40,6 +41,7 @@ class Options:
     rule: str = "mean_max"
     percentile: float = 1.0
     alpha: float | None = 0.35
+    alpha_conv: float | None = 0.5
     max_error: float = 0.2
     rest: str = "auto"
     engine: str = "auto"
@@ -76,8 +78,9 @@ class Options:
         check("calibration_runs", isinstance(runs, int) and not isinstance(runs, bool) and runs >= 1, "an integer >= 1")
         check("rule", isinstance(values.get("rule"), str) and values["rule"] in RANGE_RULES, f"one of {', '.join(RANGE_RULES)}")
         check("percentile", number("percentile") and 0 < values["percentile"] <= 1, "a number in (0, 1]")
-        strength = values.get("alpha") is None or (number("alpha") and 0 <= values["alpha"] <= 1)
-        check("alpha", strength, "a number in [0, 1] or None")
+        for name in ("alpha", "alpha_conv"):
+            strength = values.get(name) is None or (number(name) and 0 <= values[name] <= 1)
+            check(name, strength, "a number in [0, 1] or None")
         check("max_error", number("max_error") and values["max_error"] > 0, "a number > 0")
         check("rest", values.get("rest") in RESTS, f"one of {', '.join(RESTS)}")
         check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")

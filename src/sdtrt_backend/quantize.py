@@ -12,9 +12,9 @@ from torch import fx
 from . import ops
 from .fx import add_constant, call_arguments, finish, inserting_after
 from .recipe import Recipe
-from .rules import ENGINE_KEEP, LEVELS, reason_to_keep
+from .rules import ENGINE_KEEP, FREE_CONVS, LEVELS, reason_to_keep
 from .smooth import smooth_source
-from .stats import TINY_AMAX, quantize_weight, weight_scale
+from .stats import TINY_AMAX, over_channels, quantize_weight, weight_scale
 from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
 
 QD = torch.ops.quantized_decomposed
@@ -22,9 +22,18 @@ QD = torch.ops.quantized_decomposed
 FP8_HEADROOM = 2.0
 
 
-def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], level: float = LEVELS[-1]) -> tuple[Decision, ...]:
-    """One decision per layer, in graph order: int8 with its scale, or the user's precision with the reason."""
-    return tuple(_decide(layer, recipe, exclude, level) for layer in layers)
+def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], level: float = LEVELS[-1],
+         free_convs: bool = False) -> tuple[Decision, ...]:
+    """One decision per layer, in graph order: int8 with its range, or the user's precision with the reason.
+
+    free_convs: convolutions may be smoothed and have a zero point, see ``free_convs``.
+    """
+    return tuple(_decide(layer, recipe, exclude, level, free_convs) for layer in layers)
+
+
+def free_convs(device: torch.device, precision: str) -> bool:
+    """Whether convolutions of ``precision`` on ``device`` are free to be smoothed and to have a zero point."""
+    return precision == "int8" and device.type in FREE_CONVS
 
 
 def for_engine(decision: Decision, precision: str, flavour: str) -> Decision:
@@ -35,7 +44,7 @@ def for_engine(decision: Decision, precision: str, flavour: str) -> Decision:
     return replace(decision, precision=precision) if reason is None else Decision(decision.layer, "16-bit", reason)
 
 
-def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float) -> Decision:
+def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float, free: bool) -> Decision:
     reason = reason_to_keep(layer, exclude, level)
     calibrated = recipe.layers.get(layer.name)
     if reason is None and calibrated is None:
@@ -44,7 +53,12 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
         reason = "its input was zero throughout calibration"
     if reason is not None or calibrated is None:
         return Decision(layer, "16-bit", reason or "")
-    return Decision(layer, "int8", "", calibrated.amax, recipe.smoothing.get(calibrated.group), calibrated.group)
+    decision = Decision(layer, "int8", "", calibrated.amax, recipe.smoothing.get(calibrated.group), calibrated.group)
+    if layer.op != "conv2d":
+        return decision
+    if free:
+        return replace(decision, low=calibrated.low, high=calibrated.high)
+    return decision if calibrated.plain_amax is None else replace(decision, amax=calibrated.plain_amax, smoothing=None)
 
 
 Codes = dict[tuple[tuple[str, ...], str], list[tuple[torch.Tensor, torch.Tensor]]]
@@ -65,9 +79,9 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
     for (source_name, _), members in by_source.items():
         source = nodes[source_name]
         readers = [nodes[d.layer.node] for d in members]
-        smoothing = members[0].smoothing
+        smoothing, weight = members[0].smoothing, members[0].layer.weight
         if smoothing is not None:
-            smoothing = smoothing.to(members[0].layer.weight.device)
+            smoothing = over_channels(smoothing.to(weight.device), weight)
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
         quantized = _quantize_activation(gm, smoothed, members[0])
         key = (tuple(d.layer.name for d in members), members[0].precision)
@@ -90,7 +104,7 @@ def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision
             constant = add_constant(gm, f"{q.name}_scale", torch.tensor([scale], device=decision.layer.weight.device))
         with gm.graph.inserting_after(constant):
             return gm.graph.call_function(ops.dequantize_fp8, (q, constant, dtype))
-    arguments = (decision.amax / INT8_MAX, 0, -INT8_MAX - 1, INT8_MAX, torch.int8)
+    arguments = (*decision.int8_range, -INT8_MAX - 1, INT8_MAX, torch.int8)
     with inserting_after(source):
         q = gm.graph.call_function(QD.quantize_per_tensor.default, (source, *arguments))
     with gm.graph.inserting_after(q):
@@ -98,11 +112,10 @@ def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision
 
 
 def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(codes, scale) of each weight: int8 and convolutions per output channel; fp8 linears that read one tensor share one
+    """(codes, scale) of each weight, smoothing shaped by ``stats.over_channels``: int8 and convolutions per output channel; fp8 linears that read one tensor share one
     scale, so that they can be one matrix product: a floating-point code loses nothing by it. The codes of such linears lie
     one behind the other in one tensor, those of convolutions are channels last."""
     linears = [d for d in members if d.layer.op == "linear"]
-    # [out, in] * [in]: only linears are smoothed
     weights = [d.layer.weight if smoothing is None else d.layer.weight.float() * smoothing for d in members]
     shared = torch.stack([w.abs().max() for w in weights]).max().float().clamp_min(TINY_AMAX).view(1) / FP8_MAX
     joined = torch.empty((sum(d.layer.weight.shape[0] for d in linears), *(linears or members)[0].layer.weight.shape[1:]),

@@ -55,6 +55,10 @@ KEEP: tuple[tuple[str, str], ...] = (
     ("context_embedder", "first projection of the text: a negligible share of the work"),
     ("norm_out*", "final modulation: a negligible share of the work"),
 )
+# Where convolutions are smoothed and their input has a zero point: in int8 on these devices neither costs anything. Most of them
+# read SiLU's output, which is never below -0.28, so half of the codes of a symmetric range would be lost. Elsewhere kernels
+# take one factor per tensor, and pad with the code 0
+FREE_CONVS = ("cpu",)
 # What an engine builder refuses: (flavour, precision, operation): reason. An exported file keeps these in 16 bits.
 ENGINE_KEEP: dict[tuple[str, str, str], str] = {
     ("tensorrt_rtx", "int8", "conv2d"): "TensorRT-RTX before 1.7 refuses to build an int8 convolution; 1.7 builds it, but none "

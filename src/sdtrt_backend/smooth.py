@@ -11,7 +11,7 @@ LAYER_NORMS = (torch.nn.functional.layer_norm, torch.ops.aten.layer_norm.default
 
 
 def smooth_source(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], factor: torch.Tensor) -> fx.Node:
-    """The node that carries source / factor (factor: fp32 [channels], over the last dimension).
+    """The node that carries source / factor (factor: fp32, shaped by ``stats.over_channels``).
 
     Folded into the layer norm when ``source`` is one and nobody but ``readers`` reads it; else one multiplication,
     which compilers fuse into the quantisation that follows.

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .values import FP8_MAX, INT8_MAX
+from .values import FP8_MAX, INT8_MAX, Decision
 
 # Histogram of |x|: 8 bins per octave from 2^-16 to 2^12; the first and last bin take what lies outside.
 OCTAVES = (-16, 12)
@@ -25,12 +25,12 @@ def log_histogram(x: torch.Tensor) -> torch.Tensor:
     return torch.bincount(index.cpu(), minlength=BINS)
 
 
-def channel_amax(x: torch.Tensor, channel_axis: int) -> torch.Tensor:
-    """max |x| of every channel, fp32 [channels] on the CPU."""
+def channel_range(x: torch.Tensor, channel_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(min x, max x) of every channel, fp32 [channels] on the CPU."""
     axis = channel_axis % x.dim()
     dims = [d for d in range(x.dim()) if d != axis]
     low, high = torch.aminmax(x.detach().transpose(0, axis).reshape(x.shape[axis], -1), dim=1) if dims else (x, x)
-    return torch.maximum(low.abs(), high.abs()).float().cpu()
+    return low.float().cpu(), high.float().cpu()
 
 
 def weight_scale(weight: torch.Tensor) -> torch.Tensor:
@@ -45,15 +45,19 @@ def quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (weight.detach().float() / s).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
-def fake_quantize(x: torch.Tensor, amax: float) -> torch.Tensor:
-    """Symmetric per-tensor int8 and back, fp32: s = amax / 127, x_hat = s * clamp(round(x / s), -128, 127)."""
-    s = max(amax, TINY_AMAX) / INT8_MAX
-    return (x.float() / s).round().clamp(-INT8_MAX - 1, INT8_MAX) * s
+def fake_quantize(x: torch.Tensor, scale: float, zero_point: int = 0) -> torch.Tensor:
+    """Per-tensor int8 and back, fp32: x_hat = s * (clamp(round(x / s) + z, -128, 127) - z)."""
+    return ((x.float() / scale).round() + zero_point).clamp(-INT8_MAX - 1, INT8_MAX).sub(zero_point) * scale
 
 
 def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """To float8_e4m3fn and back, fp32: s * fp8(clamp(x / s, -448, 448))."""
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+def over_channels(s: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A factor per input channel [in], shaped to be multiplied with the weight and with the input: [in] or [in, 1, 1]."""
+    return s.view(-1, *[1] * (weight.dim() - 2))
 
 
 def smoothing_factor(act_amax: torch.Tensor, weight_amax: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -64,6 +68,27 @@ def smoothing_factor(act_amax: torch.Tensor, weight_amax: torch.Tensor, alpha: f
     s = act_amax.clamp_min(TINY_AMAX).pow(alpha) / weight_amax.clamp_min(TINY_AMAX).pow(1 - alpha)
     live = (act_amax > TINY_AMAX) & (weight_amax > TINY_AMAX)
     return torch.where(live, s.clamp(1e-4, 1e4), torch.ones_like(s))
+
+
+def fake_quantize_input(decision: Decision, x: torch.Tensor) -> torch.Tensor:
+    """A layer's input, smoothed, in 8 bits and back, fp32."""
+    if decision.smoothing is not None:
+        x = x / over_channels(decision.smoothing.to(x.device), decision.layer.weight)
+    if decision.precision == "fp8":
+        return fake_quantize_fp8(x, decision.amax / FP8_MAX)
+    return fake_quantize(x, *decision.int8_range)
+
+
+def fake_quantize_weight(decision: Decision, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight, times its smoothing factor, in 8 bits and back, fp32."""
+    w = weight.detach().float()
+    if decision.smoothing is not None:
+        w = w * over_channels(decision.smoothing.to(w.device), w)
+    s = weight_scale(w)
+    column = s.view(-1, *[1] * (w.dim() - 1))
+    if decision.precision == "fp8":
+        return fake_quantize_fp8(w, column * (INT8_MAX / FP8_MAX))
+    return quantize_weight(w, s).float() * column
 
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:

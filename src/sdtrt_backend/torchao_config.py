@@ -29,9 +29,10 @@ from . import ops
 from .errors import ModelError, RecipeError
 from .fx import pair
 from .kernels import NARROW, Problem, chooser, missing, provider
-from .quantize import FP8_HEADROOM, plan, quantized_weights
+from .quantize import FP8_HEADROOM, free_convs, plan, quantized_weights
 from .recipe import Recipe, fingerprint
 from .rules import MODULES
+from .stats import over_channels
 from .values import DTYPES, FP8_MAX, INT8_MAX, UINT8_ZERO, Decision, Layer
 
 log = logging.getLogger("sdtrt_backend")
@@ -70,7 +71,7 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         layers, smoothing = self._recipe.layers, self._recipe.smoothing
         first, second = (smoothing.get(layers[n].group) for n in (a, b))
         same = first is second or (first is not None and second is not None and torch.equal(first, second))
-        return same and (layers[a].op, layers[a].amax) == (layers[b].op, layers[b].amax)
+        return same and all(getattr(layers[a], key) == getattr(layers[b], key) for key in ("op", "amax", "low", "high"))
 
     @classmethod
     def for_module(cls, module: torch.nn.Module, recipe: Recipe | str | os.PathLike[str], *,
@@ -113,7 +114,8 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         layer = self._layer(module)
         if layer is None:
             return None
-        decision = plan((layer,), self._recipe, tuple(self.exclude))[0]
+        free = free_convs(layer.weight.device, self.precision)
+        decision = plan((layer,), self._recipe, tuple(self.exclude), free_convs=free)[0]
         reason = decision.reason or _own_reason(module)
         self._decisions[layer.name] = reason or self.precision
         log.info("%s: %s", layer.name, self._decisions[layer.name])
@@ -148,12 +150,12 @@ def transform(module: torch.nn.Module, config: SDInt8Config, *, parameter_name: 
     decision = config._decide(module)
     if decision is None:
         return module
-    smoothing = None if decision.smoothing is None else decision.smoothing.to(decision.layer.weight.device)
+    smoothing = None if decision.smoothing is None else over_channels(decision.smoothing.to(weight.device), weight)
     decision = replace(decision, precision=config.precision)
     codes, scale = quantized_weights([decision], smoothing)[0]
     device, fp8 = codes.device, config.precision == "fp8"
-    step = decision.amax * FP8_HEADROOM / FP8_MAX if fp8 else decision.amax / INT8_MAX
-    return _become(module, codes.contiguous(), scale, torch.tensor([step], dtype=torch.float64, device=device),
+    step, zero = (decision.amax * FP8_HEADROOM / FP8_MAX, 0) if fp8 else decision.int8_range
+    return _become(module, codes.contiguous(), scale, torch.tensor([step, zero], dtype=torch.float64, device=device),
                    None if smoothing is None else smoothing.reciprocal())
 
 
@@ -194,8 +196,9 @@ def _become(module: torch.nn.Module, codes: torch.Tensor, scale: torch.Tensor, s
 class QuantizedLayer(torch.nn.Module):
     """What the quantised linear and convolution share.
 
-    codes: int8 or float8_e4m3fn, shaped like the weight; weight_scale: fp32 [out] or [1]; input_scale: fp64 [1];
-    inverse_smoothing: fp32 [in] or None, linears only; bias as it was. ``prepare`` derives the other attributes from these.
+    codes: int8 or float8_e4m3fn, shaped like the weight; weight_scale: fp32 [out] or [1]; input_scale: fp64 [2], the scale and
+    the zero point in -128..127;
+    inverse_smoothing: fp32 [in] (of a convolution [in, 1, 1]) or None; bias as it was. ``prepare`` derives the other attributes from these.
     """
 
     codes: torch.Tensor
@@ -209,7 +212,7 @@ class QuantizedLayer(torch.nn.Module):
         self.packed = self.factor = self.scale = self.step = self.zeros = None
         if self.codes.is_meta:
             return
-        self.step = float(self.input_scale)
+        self.step, self.zero_point = float(self.input_scale[0]), int(self.input_scale[1])
         inverse = torch.ones(1, device=self.codes.device) if self.inverse_smoothing is None else self.inverse_smoothing
         self.factor = _shared(inverse * (1 / self.step))
         if self.codes.device.type == "cpu" and self.codes.dtype is torch.int8:
@@ -230,7 +233,7 @@ class QuantizedLayer(torch.nn.Module):
         y: torch.Tensor = x * factor
         if self.codes.dtype is not torch.int8:
             return y.clamp(-FP8_MAX, FP8_MAX).to(self.codes.dtype)
-        y = y.round().clamp(-INT8_MAX - 1, INT8_MAX)
+        y = (y.round() + self.zero_point).clamp(-INT8_MAX - 1, INT8_MAX)
         return (y + UINT8_ZERO).to(torch.uint8) if self.packed is not None else y.to(torch.int8)
 
     def bias_fp32(self) -> torch.Tensor | None:
@@ -310,8 +313,8 @@ class QuantizedConv2d(QuantizedLayer):
         return [pair(self.stride), pair(self.padding), pair(self.dilation)]
 
     def pack(self) -> torch.Tensor:
-        packed: torch.Tensor = torch.ops.onednn.qconv_prepack(self.codes, self.weight_scale, self.step, UINT8_ZERO,
-                                                              *self.geometry(), 1, None)
+        packed: torch.Tensor = torch.ops.onednn.qconv_prepack(self.codes, self.weight_scale, self.step,
+                                                              UINT8_ZERO + self.zero_point, *self.geometry(), 1, None)
         return packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -323,7 +326,7 @@ class QuantizedConv2d(QuantizedLayer):
             y = ops.conv8(code, self.codes, self.scale, bias, None, stride, padding, input.dtype, MEASURED)
             return y
         out = input.dtype if input.dtype in ONEDNN_OUTPUTS else torch.float32
-        y = ops.packed_conv2d(code, self.step, UINT8_ZERO, self.packed, self.weight_scale, self.zeros, bias, stride, padding,
+        y = ops.packed_conv2d(code, self.step, UINT8_ZERO + self.zero_point, self.packed, self.weight_scale, self.zeros, bias, stride, padding,
                               dilation, out)
         return y.to(input.dtype)
 

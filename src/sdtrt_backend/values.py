@@ -8,6 +8,9 @@ import torch
 
 INT8_MAX = 127  # symmetric int8: amax maps to 127; -128 is not produced by amax itself
 FP8_MAX = 448  # float8_e4m3fn: the largest finite value
+# A range is one-sided when its other side ends below this share of amax; that side is widened by a margin, because what was
+# seen there while calibrating may be exceeded, and it is cheap
+ONE_SIDED, MARGIN = 0.5, 1.25
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 UINT8_ZERO = 128  # oneDNN takes unsigned activations: int8 value + 128
 
@@ -32,7 +35,8 @@ class Layer:
 class Decision:
     """What happens to one layer: "int8" or "fp8" with these scales, or "16-bit", the user's precision, for a written reason.
 
-    amax: clipping value of the (smoothed) input; smoothing: divisor of the input per channel [in] or None.
+    amax: clipping value of the (smoothed) input; smoothing: divisor of the input per channel [in] or None; low, high: smallest
+    and largest value seen, where int8 may have a zero point, else None.
     """
 
     layer: Layer
@@ -41,10 +45,22 @@ class Decision:
     amax: float = 0.0
     smoothing: torch.Tensor | None = None
     group: str = ""
+    low: float | None = None
+    high: float | None = None
 
     @property
     def quantized(self) -> bool:
         return self.precision != "16-bit"
+
+    @property
+    def int8_range(self) -> tuple[float, int]:
+        """(scale, zero point in -128..127) of the input: symmetric, amax at 127, unless low and high narrow it."""
+        low, high = (self.amax if end is None or abs(end) > ONE_SIDED * self.amax else abs(end) * MARGIN
+                     for end in (self.low, self.high))
+        if low == high == self.amax:
+            return self.amax / INT8_MAX, 0
+        scale = (low + high) / (2 * INT8_MAX + 1)
+        return scale, round(low / scale) - INT8_MAX - 1
 
 
 @dataclass(frozen=True)

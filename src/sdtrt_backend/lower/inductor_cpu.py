@@ -50,8 +50,8 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
 
 
 def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:
-    """dequantize(x) , dequantize(w) -> conv/linear becomes int8_conv2d/int8_linear. Activations become uint8 with zero
-    point 128, the only signedness oneDNN's convolution takes: the same numbers.
+    """dequantize(x) , dequantize(w) -> conv/linear becomes int8_conv2d/int8_linear. Activations become uint8, code and
+    zero point plus 128, the only signedness oneDNN's convolution takes: the same numbers.
 
     narrow: dtype that the 8-bit kernels write, None for the dtype the graph has. Their accumulator is int32; rounding
     its scaled value to bf16 adds 1/10 of the noise that int8 has already brought and halves the bytes written.
@@ -63,11 +63,11 @@ def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.Grap
         x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
         if weight.target is not QD.dequantize_per_channel.default:
             continue
-        scale, dtype = x.args[1], x.kwargs["out_dtype"]
+        scale, zero, dtype = x.args[1], UINT8_ZERO + x.args[2], x.kwargs["out_dtype"]
         out = narrow or (dtype if dtype in KERNEL_OUTPUTS else torch.float32)
         unsigned = _unsigned(gm, x.args[0])
         with gm.graph.inserting_before(node):
-            common = (unsigned, scale, UINT8_ZERO, weight.args[0], weight.args[1], _as_float(gm, bias))
+            common = (unsigned, scale, zero, weight.args[0], weight.args[1], _as_float(gm, bias))
             if OPS[node.target].name == "conv2d":
                 geometry = [pair(arguments[k]) for k in ("stride", "padding", "dilation")]
                 new = gm.graph.call_function(ops.int8_conv2d, (*common, *geometry, out))
@@ -87,13 +87,13 @@ def _unsigned(gm: fx.GraphModule, quantize: fx.Node) -> fx.Node:
     """
     if "unsigned" in quantize.meta:
         return quantize.meta["unsigned"]  # type: ignore[no-any-return]
-    source, scale, zero = quantize.args[0], torch.tensor(1 / quantize.args[1]), UINT8_ZERO
+    source, scale, zero = quantize.args[0], torch.tensor(1 / quantize.args[1]), UINT8_ZERO + quantize.args[2]
     if "smoothing" in source.meta and len(source.users) == 1:
         # an unfolded smoothing factor and the scale are one multiplication
         source, scale = source.args[0], getattr(gm, str(source.args[1].target)) * scale
     with gm.graph.inserting_before(quantize):
-        # two dimensions: Inductor would write a smaller constant into the kernel's source
-        factor = add_constant(gm, f"{quantize.name}_inverse_scale", scale.view(1, -1))
+        # at least two dimensions: Inductor would write a smaller constant into the kernel's source
+        factor = add_constant(gm, f"{quantize.name}_inverse_scale", scale.unsqueeze(0) if scale.dim() else scale.view(1, 1))
         scaled = gm.graph.call_function(torch.mul, (source, factor))
         code = gm.graph.call_function(torch.clamp, (gm.graph.call_function(torch.round, (scaled,)), -zero, 255 - zero))
         unsigned = gm.graph.call_function(torch.add, (code, zero))

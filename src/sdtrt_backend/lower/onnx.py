@@ -87,6 +87,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Constant(value=ir.tensor(np.array(value, np.float32)))
 
     def quantize_int8(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
+        assert zero_point == 0
         return op.QuantizeLinear(op.Cast(x, to=fp32), number(scale), zeros((), np.int8))
 
     def dequantize_int8(q: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int,
