@@ -11,7 +11,7 @@ import sdtrt_backend
 ROOT = Path(sdtrt_backend.__file__).parent
 LAYERS = (
     {"errors", "values", "weights"},
-    {"rules", "options", "recipe", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs"},
+    {"rules", "options", "recipe", "modelopt", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs"},
     {"fx", "measure", "enginecache", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
      "kernels.triton_norm", "kernels.triton_attention", "kernels.triton_rope", "kernels.triton_candidates"},
     {"kernels"},
@@ -28,6 +28,10 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # neighbours of one level that may be imported: (importer, imported): reason
 SIDEWAYS = {
     ("options", "rules"): "options are checked against the tables",
+    ("recipe", "modelopt"): "Recipe.from_modelopt and to_modelopt, when they are called",
+    ("modelopt", "recipe"): "it reads and writes recipes",
+    ("modelopt", "rules"): "the kinds of layers",
+    ("modelopt", "stats"): "how far two weights are apart",
     ("quantize", "smooth"): "smoothing is part of inserting Q/DQ",
     ("tune", "quantize"): "a strength is tried on the decision it leads to",
     ("calibrate", "tune"): "the recipe of a pipeline is tuned",

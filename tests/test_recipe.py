@@ -80,3 +80,10 @@ def test_a_model_hash_does_not_depend_on_order():
 def test_the_path_of_a_file_is_refused_with_a_sentence(recipe, tmp_path):
     with pytest.raises(RecipeError):
         Recipe.load(recipe.save(tmp_path) / JSON_NAME)
+
+
+def test_without_modelopt_the_install_line_is_given(recipe, monkeypatch):
+    monkeypatch.setattr("sdtrt_backend.errors.find_spec", lambda name: None)
+    for use in (Recipe.from_modelopt, recipe.to_modelopt):
+        with pytest.raises(ImportError, match=r"modelopt needs nvidia-modelopt.*pip install 'sdtrt_backend\[modelopt\]'"):
+            use(torch.nn.Linear(2, 2))

@@ -82,3 +82,16 @@ def test_a_folded_norm_keeps_its_dtype():
     assert fold_into_norm(gm, norm, {reader}, FACTOR) is norm
     assert {getattr(gm, a.target).dtype for a in norm.args[2:4]} == {torch.bfloat16}
     torch.testing.assert_close(getattr(gm, norm.args[2].target), (gm.w.float() / FACTOR).bfloat16())
+
+
+def test_one_tensor_may_have_a_factor_for_each_reader(x):
+    """Recipes of other tools have one for every layer, and q, k and v read one tensor."""
+    gm, norm, reader = make(outsider=True)
+    outsider = next(n for n in norm.users if n is not reader)
+    for node, factor in ((reader, FACTOR), (outsider, 3 * FACTOR)):
+        node.replace_input_with(norm, smooth_source(gm, norm, {node}, factor))
+    finish(gm)
+    normed = F.layer_norm(x, (CHANNELS,), gm.w, gm.b)
+    outside, carried = gm(x, None)
+    torch.testing.assert_close(carried, (normed / FACTOR).relu())
+    torch.testing.assert_close(outside, normed / (3 * FACTOR))

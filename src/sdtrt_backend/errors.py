@@ -81,6 +81,16 @@ class RecipeError(SdtrtError):
         return cls(f"{first} and {second} have one weight and different calibrated ranges, and TorchAO hands over layers without "
                    f"their path; use quantize_(module, {config}.for_module(module, recipe), filter_fn=None), which names them")
 
+    @classmethod
+    def not_expressible(cls, name: str, what: str) -> RecipeError:
+        return cls(f"a recipe cannot hold {name}: {what}; expected int8 with one calibrated range for the input and max |W| per "
+                   "output channel: quantise it with mtq.INT8_DEFAULT_CFG or mtq.INT8_SMOOTHQUANT_CFG, or disable its quantizers")
+
+    @classmethod
+    def rounded(cls, name: str, dtype: object) -> RecipeError:
+        return cls(f"{name} was smoothed and its weight rounded to {dtype}, so the fingerprint of the original weight cannot be "
+                   "told for sure; pass original=, the module as it was before mtq.quantize, loaded afresh")
+
 
 class ExportError(SdtrtError):
     """A model cannot be exported, or an engine cannot be built."""
@@ -131,6 +141,11 @@ class ModelError(SdtrtError):
                    "on the CPU (int8 only), float16 or bfloat16 on an NVIDIA GPU; convert with .to(...)")
 
     @classmethod
+    def no_quantizers(cls, module: object) -> ModelError:
+        return cls(f"{type(module).__name__} has no nn.Linear or nn.Conv2d with an enabled modelopt quantizer; expected what "
+                   "mtq.quantize(module, mtq.INT8_DEFAULT_CFG, forward_loop) or mto.restore returns")
+
+    @classmethod
     def does_not_fit(cls, file: object, name: str, found: object) -> ModelError:
         return cls(f"{file} does not belong to this module: it differs at {name!r} (here: {found}); load it into a freshly made, "
                    "unquantised module of the model it was saved from")
@@ -140,3 +155,9 @@ def require_torchao(what: str) -> None:
     """Raise ImportError with the install line where TorchAO is missing."""
     if find_spec("torchao") is None:
         raise ImportError(f"{what} needs TorchAO, which is not installed: pip install 'sdtrt_backend[torchao]'")
+
+
+def require_modelopt(what: str) -> None:
+    """Raise ImportError with the install line where NVIDIA's Model Optimizer is missing."""
+    if find_spec("modelopt") is None:
+        raise ImportError(f"{what} needs nvidia-modelopt, which is not installed: pip install 'sdtrt_backend[modelopt]'")

@@ -62,8 +62,13 @@ def propagate(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> None:
 
 
 def add_constant(gm: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:
-    """Register ``value`` as a buffer of ``gm`` and return a get_attr node at the current insertion point."""
-    name = re.sub(r"\W", "_", name)
+    """Register ``value`` as a buffer of ``gm`` and return a get_attr node at the current insertion point. A name that is taken
+    gets a number: one tensor may have several factors, and they are named after it."""
+    wanted = name = re.sub(r"\W", "_", name)
+    taken = 0
+    while hasattr(gm, name):
+        taken += 1
+        name = f"{wanted}_{taken}"
     gm.register_buffer(name, value)
     return gm.graph.get_attr(name)
 

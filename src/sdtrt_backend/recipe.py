@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import RecipeError
+from .errors import RecipeError, require_modelopt
 
 SCHEMA = 1
 JSON_NAME, TENSORS_NAME = "recipe.json", "recipe.safetensors"
@@ -64,6 +64,22 @@ class Recipe:
         for name in known:
             if fingerprints[name] != self.layers[name].fingerprint:
                 raise RecipeError.other_model(f"the weight of {name} differs from the calibrated one")
+
+    def to_modelopt(self, module: torch.nn.Module, *, original: torch.nn.Module | None = None,
+                    exclude: Iterable[str] = ()) -> None:
+        """Write the recipe into a module that modelopt quantised, in place: see ``modelopt.to_modelopt``."""
+        require_modelopt("Recipe.to_modelopt")
+        from . import modelopt
+
+        modelopt.to_modelopt(self, module, original, exclude)
+
+    @classmethod
+    def from_modelopt(cls, module: torch.nn.Module, *, original: torch.nn.Module | None = None) -> Recipe:
+        """The recipe of a module that modelopt quantised: see ``modelopt.from_modelopt``."""
+        require_modelopt("Recipe.from_modelopt")
+        from . import modelopt
+
+        return modelopt.from_modelopt(module, original)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, each atomically."""
