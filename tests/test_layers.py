@@ -18,6 +18,7 @@ LAYERS = (
     {"latency", "capture", "calibrate", "smooth", "quantize", "assign", "partition", "engine"},
     {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
      "lower.attention", "lower.onnx", "lower.tensorrt", "lower.reference"},
+    {"drift"},
     {"run"},
     {"backend"},
     {"pipeline", "torchao_config", "autoquant", "export"},

@@ -23,6 +23,21 @@ WIDTH = 118
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What the drift watch counted. groups: layers that read one tensor -> shares (0..1) of its values beyond everything that
+    calibration saw, on the build's input and on the last sampled calls."""
+
+    calls: int
+    samples: int
+    groups: Mapping[tuple[str, ...], tuple[float, float]]
+
+    def __str__(self) -> str:
+        layers, (built, lately) = max(self.groups.items(), key=lambda group: group[1][1])
+        return (f"{self.calls} calls in 8 bits watched, {self.samples} sampled: at most {lately:.2%} of what a layer reads lay "
+                f"beyond its calibrated range ({layers[0]}, {built:.2%} when it was built)")
+
+
+@dataclass(frozen=True)
 class Report:
     """What became of a module. Times in ms per step or seconds; error is relative to the user's precision."""
 
@@ -34,6 +49,7 @@ class Report:
     error: float | None = None
     quantized_flops_share: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    watched: Watched | None = None
 
     def __str__(self) -> str:
         return render_text(self)
@@ -47,6 +63,8 @@ def render_text(report: Report) -> str:
     if report.quantized_flops_share:
         lines.append(f"FLOPs of convolutions and linears that run in 8 bits: {report.quantized_flops_share:.1%}")
     lines += [f"{name}: {value:.2f}" for name, value in report.timings.items()]
+    if report.watched is not None:
+        lines.append(str(report.watched))
     lines += [f"fallback: {sentence}" for sentence in report.fallbacks]
     lines += [f"note: {sentence}" for sentence in report.notes]
     if report.layers:
