@@ -153,6 +153,26 @@ def test_a_sample_counts_what_the_graph_feeds_each_group(ready, denoiser, steps)
         assert shares[group] == pytest.approx(float((seen[name].abs() > limit).float().mean()), abs=2e-3)
 
 
+def test_a_sample_reads_no_16_bit_weight_of_a_quantised_layer(ready, steps):
+    """They may have left the GPU."""
+    ready()
+    (built,) = (v for v in steps[-1].watches.values())
+    held = {t.data_ptr() for t in built.counter.shares.__self__.buffers()}
+    quantised = {name for group in built.counter.groups for name in group}
+    assert quantised == {layer.name for layer in steps[-1].state.report().layers if layer.precision == "int8"}
+    assert not any(layer.weight.data_ptr() in held for layer in steps[-1].captured.layers if layer.name in quantised)
+
+
+def test_a_graph_that_quantises_in_an_unknown_way_still_has_its_outputs_watched(ready, broken, monkeypatch):
+    monkeypatch.setattr(drift, "QUANTIZE", ())
+    compiled = ready()
+    for i in range(6):
+        call(compiled, seed=i)
+    assert sdtrt_backend.explain(compiled).watched.groups == {}
+    broken.spoil = lambda y: y * float("nan")
+    assert call(compiled).isfinite().all()
+
+
 @pytest.mark.parametrize(("spoil", "words"), [
     (lambda y: y * float("nan"), "NaN or infinite values"), (lambda y: y / 0, "NaN or infinite values"),
     (torch.zeros_like, "nothing but zeros")])

@@ -21,7 +21,7 @@ LAYERS = (
     {"drift"},
     {"run"},
     {"backend"},
-    {"pipeline", "torchao_config", "autoquant", "export"},
+    {"heatmaps", "pipeline", "torchao_config", "autoquant", "export"},
     {"demo"},
     {"cli", "__init__"},
 )

@@ -87,6 +87,8 @@ def counter(gm: fx.GraphModule, decisions: Mapping[str, Decision], recipe: Recip
             with graph.inserting_after(copies[quantize]):
                 same_dtype = graph.call_method("to", (source, members[0].layer.weight.dtype))
             copies[dequantize].replace_all_uses_with(same_dtype)
+    if not shares:  # quantised in a way that is not in QUANTIZE: outputs are watched all the same
+        return Counter((), lambda *_: torch.zeros(0))
     graph.output(graph.call_function(torch.stack, (shares,)))
     graph.eliminate_dead_code()
     graph.lint()
