@@ -183,8 +183,8 @@ def heat_map(grid: Grid, title: str, unit: str, low: float, high: float, colours
     ink.text((left - 8, top - 10), "layer", fill=INK, font=_font(12), anchor="rm")
     for y in range(160):
         ink.line((bar, top + y, bar + 16, top + y), fill=_colour(1 - y / 159, colours))
-    for part in range(5):
-        value, tick = low + (high - low) * part / 4, top + 159 - 159 * part / 4
+    for value in np.arange(low, high * (1 + 1e-9), _round_up((high - low) / 6)):
+        tick = top + 159 - 159 * (value - low) / (high - low)
         ink.line((bar + 16, tick, bar + 20, tick), fill=INK)
         ink.text((bar + 24, tick), label(value), fill=INK, font=_font(11), anchor="lm")
     ink.text((bar, top - 10), unit, fill=INK, font=_font(12), anchor="lm")

@@ -159,7 +159,7 @@ def result_html(result: Mapping[str, Any], report: Report, picture: Image.Image,
         (la.name, "x".join(map(str, la.shape)), la.precision, la.engine, "" if la.sqnr_db is None else f"{la.sqnr_db:.1f}",
          f"{la.flops / 1e6:.1f}", la.reason) for la in report.layers])
     watched = f"<p>{html.escape(str(report.watched))}</p>" if report.watched else ""
-    pictures = Chart("demo", "Pictures", "The same prompts, side by side.", picture)
+    pictures = Chart("demo", "Pictures", "The same prompts, side by side; the last row names how much it is amplified.", picture)
     return _page(result["title"], f"""<p>{html.escape(result["machine"])}; {html.escape(versions)}</p>
 {facts}{"".join(map(_section, (pictures, *charts)))}
 <h2>Fallbacks and notes</h2><ul>{said}</ul>{watched}<h2>Layers</h2>{layers}
