@@ -32,7 +32,7 @@ CALIBRATION_PROMPTS = ("strawberry, fluent style", "dog face, noto style", "airp
 GUIDANCE = 5.0
 STEP_REPEATS = 15
 AMPLIFIED = 8  # differences of a few levels in 255 are not seen otherwise
-NOISE_TIMESTEPS = 13  # of a picture's: each costs about ten steps of the model
+NOISE_TIMESTEPS = 13  # of a picture's: each costs about five steps of the model
 
 
 def draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int, tick: Callable[[], None] = lambda: None) -> metrics.Pictures:
