@@ -25,7 +25,7 @@ def prompts(tmp_path):
 
 def test_help_names_every_command():
     text = run(cli.app, ["--help"]).output
-    assert all(command in text for command in ("demo", "calibrate", "generate", "export", "cache", "doctor"))
+    assert all(command in text for command in ("demo", "calibrate", "show", "generate", "export", "cache", "doctor"))
 
 
 def test_doctor_counts_what_would_be_quantised():
@@ -35,10 +35,15 @@ def test_doctor_counts_what_would_be_quantised():
     assert "does not fit" not in result.output
 
 
-def test_calibrate_writes_a_recipe_that_generate_takes(prompts, tmp_path):
+def test_calibrate_writes_a_recipe_that_show_draws(prompts, tmp_path):
     result = run(cli.app, ["calibrate", str(prompts), "--out", str(tmp_path / "recipe"), "--steps", "2"])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "recipe" / "recipe.json").read_text())["provenance"]["prompts"] == 2
+    shown = run(cli.app, ["show", str(tmp_path / "recipe"), "--layer", "*.attn1.to_q", "--out", str(tmp_path / "shown")])
+    assert shown.exit_code == 0, shown.output
+    assert sorted(f.name for f in (tmp_path / "shown").iterdir()) == ["layers.png", "ranges.html", "ranges.png"]
+    assert "http" not in (tmp_path / "shown" / "ranges.html").read_text()
+    assert "no layer matches" in str(run(cli.app, ["show", str(tmp_path / "recipe"), "--layer", "nothing"]).exception)
 
 
 def test_generate_draws_a_picture(tmp_path):
@@ -71,6 +76,8 @@ def test_demo_writes_picture_page_and_numbers(tmp_path, prompts, monkeypatch):
     assert body["layers"]
     assert body["fallbacks"] == []
     page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4  # the pictures, noise, ranges, single layers
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("noise", "ranges", "layers"))
     assert "data:image/png;base64," in page
     assert "src=\"http" not in page
     assert Image.open(tmp_path / "demo.png").size[0] > 256

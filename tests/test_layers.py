@@ -18,9 +18,10 @@ LAYERS = (
     {"latency", "capture", "calibrate", "tune", "smooth", "quantize", "assign", "partition", "engine"},
     {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
      "lower.attention", "lower.onnx", "lower.tensorrt", "lower.reference"},
+    {"drift"},
     {"run"},
     {"backend"},
-    {"pipeline", "torchao_config", "autoquant", "export"},
+    {"heatmaps", "pipeline", "torchao_config", "autoquant", "export"},
     {"demo"},
     {"cli", "__init__"},
 )

@@ -1,11 +1,12 @@
 """What is said in a report reaches the reader, in text and in HTML."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from sdtrt_backend.report import Report, comparison_picture, render_text, result_html, result_json
+from sdtrt_backend.report import Chart, Report, Watched, comparison_picture, render_text, result_html, result_json
 from sdtrt_backend.values import LayerReport
 
 LAYERS = (LayerReport("noisy", "linear", (64, 64), "int8", "inductor", "", 1.5, 12.0, 100),
@@ -40,6 +41,19 @@ def test_html_is_self_contained_and_escaped(report):
     assert "a &lt;title&gt;" in page
     assert "2.00x" in page
     assert "http" not in page
+
+
+def test_charts_and_the_drift_watch_are_on_the_page(report):
+    picture = comparison_picture([("a", np.zeros((1, 8, 8, 3), np.float32))], ["b"])
+    watched = Watched(40, 3, {("first",): (0.0, 0.001), ("worst", "twin"): (0.002, 0.05)})
+    page = result_html(RESULT, replace(report, watched=watched), picture, [Chart("noise", "Noise <dB>", "What it is.", picture)])
+    assert page.count("data:image/png;base64,") == 2
+    assert "Noise &lt;dB&gt;" in page
+    assert "What it is." in page
+    said = "3 sampled: at most 5.00% of what a layer reads lay beyond its calibrated range (worst, 0.20% when it was built)"
+    assert said in page
+    assert said in render_text(replace(report, watched=watched))
+    assert str(Watched(40, 0, {})) == "40 calls in 8 bits watched, 0 sampled"
 
 
 def test_json_holds_every_layer(report):

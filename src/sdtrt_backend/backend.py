@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from . import measure
+from . import drift, measure
 from .assign import assign, attentions_in_fp8, kernels_ms
 from .calibrate import Observer
 from .capture import Captured, bind, capture, tensor_inputs
@@ -122,6 +122,8 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
         decisions = tuple(replace(d, precision="fp8") if d.quantized else d for d in decisions)
     bar.set_description(f"sd_{options.precision}: compiling")
     quantized = insert(graph, nodes, decisions, memory.codes)
+    by_node = {nodes[d.layer.node].name: d for d in decisions if d.quantized}
+    counter = drift.counter(quantized, by_node, recipe) if options.watch else None  # before a lowering changes the graph
     step = LOWERINGS[target](quantized, tensors, options)
     engines = getattr(step, "engines", {})
     where = {d.layer.node: engines.get(nodes[d.layer.node].name, target) for d in decisions}
@@ -130,6 +132,8 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     bar.set_description(f"sd_{options.precision}: comparing with full precision")
     built = _judge(captured, args, decisions, step, target, where, options, timings, memory)
     built = replace(built, notes=(*_lane(options, tensors[0].device), *getattr(step, "notes", ())))
+    if counter is not None and built.step is not None:
+        built = replace(built, watch=drift.watch(counter, tensors, timings.get(f"sd_{options.precision}_ms")))
     bar.n = bar.total
     bar.close()
     return built

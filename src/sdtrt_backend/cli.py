@@ -1,4 +1,4 @@
-"""``sdtrt``: demo, calibrate, generate, export, cache, doctor."""
+"""``sdtrt``: demo, calibrate, show, generate, export, cache, doctor."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def demo(
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line.")] = None,
     steps: Steps = 25,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option(help="Folder for demo.png, report.html and report.json.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for demo.png, report.html, report.json and charts.")] = Path("out"),
     model: Model = None,
 ) -> None:
     """Draw the same prompts in full precision and in 8 bits and compare. Exit code 3 when 8 bits were refused."""
@@ -74,6 +74,24 @@ def calibrate(
                  options={"rule": rule})
     recipe.save(out)
     console.print(f"{len(recipe.layers)} layers over {len(recipe.timesteps)} timesteps -> {out}")
+
+
+@app.command()
+def show(
+    recipe: Annotated[Path, typer.Argument(help="A saved recipe (sdtrt calibrate).")],
+    layer: Annotated[str | None, typer.Option(help="A glob of layers: '*.to_q'. Those that change most when omitted.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for ranges.html, ranges.png and layers.png.")] = Path("ranges"),
+) -> None:
+    """Draw the ranges of a recipe by layer and timestep; no model is needed."""
+    from .heatmaps import range_pages
+    from .recipe import Recipe
+    from .report import charts_html, save_charts
+
+    charts = range_pages(Recipe.load(recipe), layer)
+    files = save_charts(out, charts)
+    page = out / "ranges.html"
+    page.write_text(charts_html(f"Ranges of {recipe}", charts))
+    console.print("written: " + ", ".join(map(str, (page, *files))), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -17,10 +17,12 @@ from rich.console import Console
 
 from . import metrics
 from .calibrate import denoiser_name
+from .heatmaps import noise_by_timestep, noise_chart, range_pages
 from .measure import step_ms
 from .pipeline import explain
 from .recipe import versions
 from .report import comparison_picture, summary_table, write_result
+from .run import states
 from .store import processor
 
 PROMPTS = ("hot pepper, noto style", "rocket, fluent style", "red apple, noto style", "owl, fluent style",
@@ -29,6 +31,8 @@ CALIBRATION_PROMPTS = ("strawberry, fluent style", "dog face, noto style", "airp
                        "pizza, fluent style", "snowman, noto style", "umbrella, fluent style", "fish, noto style")
 GUIDANCE = 5.0
 STEP_REPEATS = 15
+AMPLIFIED = 8  # differences of a few levels in 255 are not seen otherwise
+NOISE_TIMESTEPS = 13  # of a picture's: each costs about five steps of the model
 
 
 def draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int, tick: Callable[[], None] = lambda: None) -> metrics.Pictures:
@@ -46,15 +50,20 @@ def draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int, tick: Callabl
 
 
 class LastCall:
-    """Remembers the denoiser's last arguments while open, so that a step can be timed on real inputs."""
+    """Remembers the denoiser's last arguments while open, so that a step can be timed on real inputs, and those of its
+    first ``first`` calls."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, first: int = 0) -> None:
         self.handle = module.register_forward_pre_hook(self.keep, with_kwargs=True)
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
+        self.first = first
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
+        if len(self.calls) < self.first:
+            self.calls.append((args, kwargs))
 
     def close(self) -> None:
         self.handle.remove()
@@ -73,7 +82,7 @@ def run(pipe: Any, prompts: Sequence[str], calibration_prompts: Sequence[str], s
             task = bar.add_task(what, total=total)
             return lambda: bar.advance(task)
 
-        last = LastCall(plain)
+        last = LastCall(plain, first=steps)
         tick = stage("pictures in full precision", len(prompts) * steps)
         reference = draw(pipe, prompts, steps, seed, tick)
         last.close()
@@ -93,7 +102,14 @@ def run(pipe: Any, prompts: Sequence[str], calibration_prompts: Sequence[str], s
             tick()
             steps_of = [partial(f, *last.args, **last.kwargs) for f in (plain, compiled, quantized)]
             eager_ms, compile_ms, int8_ms = step_ms(*steps_of, repeats=STEP_REPEATS)
-    report = explain(pipe)
+        report = explain(pipe)
+        recipe = states(plain)[-1].recipe
+        tick = stage("noise of each layer", 1)
+        charts = []
+        if recipe is not None and report.state == "ready":
+            calls = last.calls[:: -(-len(last.calls) // NOISE_TIMESTEPS)]
+            charts = [noise_chart(noise_by_timestep(plain, recipe, report.layers, calls)), *range_pages(recipe)]
+        tick()
     psnr, ssim = metrics.psnr(pictures, reference), metrics.ssim(pictures, reference)
     result: dict[str, Any] = {
         "title": f"sd_int8 on {label}: {len(prompts)} pictures, {steps} steps, {str(next(plain.parameters()).dtype)[6:]} before",
@@ -114,8 +130,8 @@ def run(pipe: Any, prompts: Sequence[str], calibration_prompts: Sequence[str], s
         "state": report.state,
     }
     sheet = comparison_picture([("full precision", reference), ("sd_int8", pictures),
-                                ("difference x8", np.clip(np.abs(pictures - reference) * 8, 0, 1))], prompts)
-    files = write_result(out, result, report, sheet)
+                                (f"difference x{AMPLIFIED}", np.clip(np.abs(pictures - reference) * AMPLIFIED, 0, 1))], prompts)
+    files = write_result(out, result, report, sheet, charts)
     console.print(summary_table(result))
     for sentence in report.fallbacks:
         console.print(f"fallback: {sentence}", style="yellow")

@@ -33,6 +33,7 @@ class Options:
         3 and every other linear, 4 and attention (sd_fp8 only, where it is faster).
     weights: "keep", or "release": the 16-bit weights of quantised layers leave the GPU once the 8-bit step is in use; until
         ``restore`` the module can then be called in its compiled form only.
+    watch: notice a step that left its calibrated ranges, or gives NaN or black, while it is in use (``drift.py``).
     precision: "int8" or "fp8"; not an option but the backend's name, ``sd_int8`` or ``sd_fp8``.
     """
 
@@ -49,6 +50,7 @@ class Options:
     engine_dir: str | None = None
     level: float = LEVELS[-1]
     weights: str = "keep"
+    watch: bool = True
     precision: str = "int8"
 
     @classmethod
@@ -88,6 +90,7 @@ class Options:
             raise OptionError.no_tensorrt()
         check("level", number("level") and values["level"] in LEVELS, f"one of {', '.join(f'{n:g}' for n in LEVELS)}")
         check("weights", values.get("weights") in ("keep", "release"), "'keep' or 'release'")
+        check("watch", isinstance(values.get("watch"), bool), "True or False")
         patterns = values.get("exclude")
         check("exclude", isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns), "a list of glob patterns")
         return cls(**values, precision=precision)

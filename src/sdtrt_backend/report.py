@@ -23,6 +23,34 @@ WIDTH = 118
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What the drift watch counted. groups: layers that read one tensor -> shares (0..1) of its values beyond everything that
+    calibration saw, on the build's input and on the last sampled calls."""
+
+    calls: int
+    samples: int
+    groups: Mapping[tuple[str, ...], tuple[float, float]]
+
+    def __str__(self) -> str:
+        counts = f"{self.calls} calls in 8 bits watched, {self.samples} sampled"
+        if not self.groups:
+            return counts
+        layers, (built, lately) = max(self.groups.items(), key=lambda group: group[1][1])
+        return (f"{counts}: at most {lately:.2%} of what a layer reads lay "
+                f"beyond its calibrated range ({layers[0]}, {built:.2%} when it was built)")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture of the report and what it shows. name: of its file, without the suffix."""
+
+    name: str
+    heading: str
+    text: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
 class Report:
     """What became of a module. Times in ms per step or seconds; error is relative to the user's precision."""
 
@@ -34,6 +62,7 @@ class Report:
     error: float | None = None
     quantized_flops_share: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    watched: Watched | None = None
 
     def __str__(self) -> str:
         return render_text(self)
@@ -47,6 +76,8 @@ def render_text(report: Report) -> str:
     if report.quantized_flops_share:
         lines.append(f"FLOPs of convolutions and linears that run in 8 bits: {report.quantized_flops_share:.1%}")
     lines += [f"{name}: {value:.2f}" for name, value in report.timings.items()]
+    if report.watched is not None:
+        lines.append(str(report.watched))
     lines += [f"fallback: {sentence}" for sentence in report.fallbacks]
     lines += [f"note: {sentence}" for sentence in report.notes]
     if report.layers:
@@ -111,10 +142,8 @@ def comparison_picture(rows: Sequence[tuple[str, Pictures]], captions: Sequence[
     return sheet
 
 
-def result_html(result: Mapping[str, Any], report: Report, picture: Image.Image) -> str:
-    """A page that needs no other file: summary, pictures, fallbacks, layers."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+def result_html(result: Mapping[str, Any], report: Report, picture: Image.Image, charts: Sequence[Chart] = ()) -> str:
+    """A page that needs no other file: summary, pictures, charts, fallbacks, layers."""
     said = "".join(f"<li>{html.escape(s)}</li>" for s in (*report.fallbacks, *report.notes)) or "<li>none</li>"
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     steps = result["step_ms"]
@@ -129,24 +158,50 @@ def result_html(result: Mapping[str, Any], report: Report, picture: Image.Image)
     layers = _html_table(("layer", "shape", "precision", "engine", "SQNR, dB", "MFLOP", "reason"), [
         (la.name, "x".join(map(str, la.shape)), la.precision, la.engine, "" if la.sqnr_db is None else f"{la.sqnr_db:.1f}",
          f"{la.flops / 1e6:.1f}", la.reason) for la in report.layers])
-    return f"""<!doctype html><meta charset="utf-8"><title>sd_int8 report</title>
-<style>body{{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid #ddd}}
-img{{max-width:100%}}h1{{font-size:1.5rem}}h2{{font-size:1.15rem;margin-top:2rem}}</style>
-<h1>{html.escape(result["title"])}</h1><p>{html.escape(result["machine"])}; {html.escape(versions)}</p>
-{facts}<h2>Pictures</h2><img alt="full precision and 8 bit side by side" src="data:image/png;base64,{
-    base64.b64encode(buffer.getvalue()).decode()}">
-<h2>Fallbacks and notes</h2><ul>{said}</ul><h2>Layers</h2>{layers}
-"""
+    watched = f"<p>{html.escape(str(report.watched))}</p>" if report.watched else ""
+    pictures = Chart("demo", "Pictures", "The same prompts, side by side; the last row names how much it is amplified.", picture)
+    return _page(result["title"], f"""<p>{html.escape(result["machine"])}; {html.escape(versions)}</p>
+{facts}{"".join(map(_section, (pictures, *charts)))}
+<h2>Fallbacks and notes</h2><ul>{said}</ul>{watched}<h2>Layers</h2>{layers}
+""")
 
 
-def write_result(folder: Path, result: Mapping[str, Any], report: Report, picture: Image.Image) -> list[Path]:
-    """``demo.png``, ``report.html`` and ``report.json`` in ``folder``; returns their paths."""
+def charts_html(title: str, charts: Sequence[Chart]) -> str:
+    """A page of charts that needs no other file."""
+    return _page(title, "".join(map(_section, charts)))
+
+
+def write_result(folder: Path, result: Mapping[str, Any], report: Report, picture: Image.Image,
+                 charts: Sequence[Chart] = ()) -> list[Path]:
+    """``demo.png``, ``report.html``, ``report.json`` and the charts in ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     picture.save(folder / "demo.png")
-    (folder / "report.html").write_text(result_html(result, report, picture))
+    (folder / "report.html").write_text(result_html(result, report, picture, charts))
     (folder / "report.json").write_text(result_json(result, report))
-    return [folder / name for name in ("demo.png", "report.html", "report.json")]
+    return [folder / name for name in ("demo.png", "report.html", "report.json")] + save_charts(folder, charts)
+
+
+def save_charts(folder: Path, charts: Sequence[Chart]) -> list[Path]:
+    """Each chart as a PNG in ``folder``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart in charts:
+        chart.image.save(folder / f"{chart.name}.png")
+    return [folder / f"{chart.name}.png" for chart in charts]
+
+
+def _page(title: str, body: str) -> str:
+    return f"""<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>body{{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:82rem;padding:0 1rem;color:#222}}
+table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid #ddd}}
+img{{max-width:100%}}h1{{font-size:1.5rem}}h2{{font-size:1.15rem;margin-top:2rem}}</style>
+<h1>{html.escape(title)}</h1>{body}"""
+
+
+def _section(chart: Chart) -> str:
+    buffer = io.BytesIO()
+    chart.image.save(buffer, "PNG")
+    return (f'<h2>{html.escape(chart.heading)}</h2><p>{html.escape(chart.text)}</p><img alt="{html.escape(chart.heading)}" '
+            f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ One thread at a time calibrates or builds; the others run unquantised meanwhile 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +19,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .calibrate import Calibration, Observer
 from .capture import Captured, tensor_inputs
+from .drift import KEPT_BYTES, ZEROS, Drift, Later, Watch, finite, peaks, trouble
 from .errors import CalibrationError
 from .graphs import Memory
+from .measure import outputs
 from .options import Options
 from .recipe import Recipe
 from .report import Report
@@ -35,7 +38,7 @@ CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "ref
 class Built:
     """A step for one set of shapes: the callable on tensor inputs, or None with the reason why it is not used.
 
-    replaced: the module's weights that the step holds in 8 bits and does not read.
+    replaced: the module's weights that the step holds in 8 bits and does not read; watch: what its drift is noticed by.
     """
 
     step: Callable[..., Any] | None
@@ -46,6 +49,7 @@ class Built:
     timings: dict[str, float] = field(default_factory=dict)
     replaced: tuple[torch.Tensor, ...] = ()
     notes: tuple[str, ...] = ()
+    watch: Watch | None = None
 
 
 class ModuleState:
@@ -61,6 +65,7 @@ class ModuleState:
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
         self.memory = Memory()
+        self.drift = Drift(lambda sentence: self.say(self.notes, sentence))
         self.unread: dict[int, torch.Tensor] | None = None  # weights that no step in use reads
 
     def refuse(self, reason: str) -> None:
@@ -82,10 +87,11 @@ class ModuleState:
             log.warning("sd_%s: %s", self.options.precision, sentence)
 
     def report(self) -> Report:
+        self.drift.look()
         built = self.built or Built(None, None)
         provenance = dict(self.recipe.provenance) if self.recipe else {}
         return Report(self.status, built.layers, tuple(self.fallbacks), tuple(self.notes), built.timings, built.error,
-                      built.quantized_flops_share if self.status == READY else 0.0, provenance)
+                      built.quantized_flops_share if self.status == READY else 0.0, provenance, self.drift.watched())
 
 
 # weight -> options -> state; entries die with the weights
@@ -136,6 +142,7 @@ class Step:
         self.build, self.unquantized, self.sibling = build, unquantized, sibling
         self.siblings: list[Step] = []
         self.variants: dict[Any, Callable[..., Any]] = {}
+        self.watches: dict[Any, Watch] = {}
         self.fallback: dict[Any, Callable[..., Any]] = {}
         self.weights = list(captured.constants.values())
         self.weights_version = self._version()
@@ -150,9 +157,13 @@ class Step:
                 self.siblings.append(self.sibling(args))
             return next(s for s in self.siblings if s.owns(args))(*args)
         sizes = shapes(self.captured, args)
+        if self.state.drift.waiting:
+            self.state.drift.look()
         if self.state.status != REFUSED and sizes in self.variants:
             if self._version() == self.weights_version:
-                return self.variants[sizes](*tensor_inputs(self.captured, args))
+                tensors = tensor_inputs(self.captured, args)
+                result = self.variants[sizes](*tensors)
+                return result if sizes not in self.watches else self._watched(self.watches[sizes], args, tensors, result)
             self.state.refuse("the weights were changed after the 8-bit step was built (a LoRA fused, a checkpoint loaded?): "
                               "restore and accelerate again to quantise the new ones")
         if self.state.status == REFUSED:
@@ -228,8 +239,55 @@ class Step:
         state.release(built.replaced)
         state.built = state.built or built
         self.variants[shape] = step
+        if step is built.step and built.watch is not None:
+            self.watches[shape] = built.watch
+            state.drift.expect(built.watch)
         self.weights_version = self._version()
         state.status = READY
+
+    def _watched(self, watch: Watch, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any) -> Any:
+        """``result`` of the 8-bit step, or the module's own where that one is not to be used and it is known already."""
+        drift = self.state.drift
+        drift.called = call = next(drift.calls)
+        if watch.due(call):
+            drift.sample(watch, tensors)
+        made, given = outputs(result), outputs(tensors)
+        if not made:
+            return result
+        keep = sum(t.numel() * t.element_size() for t in given) <= KEPT_BYTES
+        numbers = Later(peaks(made if keep else [*made, *(t for t in given if t.device == made[0].device)]))
+        if numbers.ready():
+            own = self._examine(call, args, len(made), numbers.values())
+            return result if own is None else own
+        kept = args if keep else None
+        drift.waiting.append((numbers, lambda values: self._examine(call, kept, len(made), values, late=True)))
+        return result
+
+    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, values: Sequence[float], late: bool = False) -> Any:
+        """The module's own result where the 8-bit step is to blame for a bad one, else None.
+
+        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs where ``args`` were not kept.
+        """
+        state, what = self.state, trouble(values[:outs])
+        if what is None or state.status == REFUSED or (what == ZEROS and state.drift.own_zeros):
+            return None
+        own, whose, at = None, "from finite inputs", ""
+        if not (finite(outputs(tensor_inputs(self.captured, args))) if args else all(map(math.isfinite, values[outs:]))):
+            state.say(state.notes, "the module was given NaN or infinite inputs, so its outputs are not finite either; the 8-bit "
+                                   "step goes on")
+            return None
+        if args:
+            with state.memory.weights.borrowed(), torch.no_grad():
+                own = self.captured.graph(*args)
+            if trouble(peaks(outputs(own)).tolist()) == what:
+                state.drift.own_zeros = what == ZEROS
+                state.say(state.notes, f"the module gave {what}, and gives the same in its own precision; the 8-bit step goes on")
+                return None
+            whose = "the module's own precision does not"
+            at = "" if self.captured.timestep is None else f" at timestep {timestep_value(args[self.captured.timestep]):g}"
+        since = "; results since that call are to be made again" if late else ""
+        state.refuse(f"the 8-bit step gave {what} on call {call}{at}, {whose}{since}")
+        return own
 
     def _refused(self, shape: Any, args: Sequence[Any]) -> Any:
         if shape not in self.fallback:

@@ -1,0 +1,82 @@
+"""The drift watch on a GPU: no call waits for the device, NaN is noticed on a later call, drift after a few sampled ones."""
+
+import copy
+
+import pytest
+import torch
+
+import sdtrt_backend
+from sdtrt_backend import backend, drift
+from sdtrt_backend.demo import CALIBRATION_PROMPTS, LastCall, draw
+from sdtrt_backend.run import Step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """(compiled UNet in use, its Step, the unquantised UNet, call of either with the text scaled)."""
+    made = []
+
+    class Recorded(Step):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(backend, "Step", Recorded)
+    torch._dynamo.reset()
+    pipe = sdtrt_backend.demo_pipeline(torch.float16).to("cuda")
+    recipe = sdtrt_backend.calibrate(pipe, CALIBRATION_PROMPTS[:2], guidance_scale=5.0, progress=False)
+    last = LastCall(pipe.unet)
+    draw(pipe, ["rocket, fluent style"], 5, 0)
+    last.close()
+    (sample, timestep), text = last.args[:2], last.kwargs["encoder_hidden_states"]
+
+    def call(unet, scale=1.0, of_sample=1.0):
+        with torch.no_grad():
+            return unet(sample * of_sample, timestep, text * scale, return_dict=False)[0]
+
+    unet = torch.compile(copy.deepcopy(pipe.unet), backend="sd_int8", dynamic=False,
+                         options={"recipe": str(recipe.save(tmp_path)), "engine": "inductor"})
+    call(unet)
+    assert sdtrt_backend.explain(unet).state == "ready"
+    return unet, made[-1], pipe.unet, call
+
+
+def test_watched_calls_wait_for_nothing_and_nan_is_noticed_on_a_later_one(built):
+    unet, step, plain, call = built
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(max(drift.FIRST) + 2):  # sampled calls among them
+            call(unet)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    watched = sdtrt_backend.explain(unet).watched
+    assert watched.samples == len(drift.FIRST)
+    assert max(lately for _, lately in watched.groups.values()) < drift.DRIFTED_SHARE
+
+    assert not call(unet, of_sample=float("nan")).isfinite().any()
+    torch.cuda.synchronize()
+    report = sdtrt_backend.explain(unet)
+    assert report.state == "ready"
+    assert any("was given NaN or infinite inputs" in n for n in report.notes)
+
+    (sizes, good), = step.variants.items()
+    step.variants[sizes] = lambda *tensors: [o * float("nan") for o in good(*tensors)]
+    assert not call(unet).isfinite().any()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(call(unet), call(plain), rtol=0.02, atol=0.02)
+    (said,) = sdtrt_backend.explain(unet).fallbacks
+    assert "the 8-bit step gave NaN or infinite values on call" in said
+    assert "results since that call are to be made again" in said
+
+
+def test_drift_is_said_once(built):
+    unet, _, _, call = built
+    for _ in range(max(drift.FIRST) + 2):
+        call(unet, scale=20.0)
+    torch.cuda.synchronize()
+    notes = [n for n in sdtrt_backend.explain(unet).notes if "calibrated ranges" in n]
+    assert len(notes) == 1
+    assert sdtrt_backend.explain(unet).state == "ready"

@@ -1,0 +1,155 @@
+"""Charts: their numbers are right, different numbers have different colours, names and scales are there to read."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageDraw
+
+from sdtrt_backend import heatmaps, stats
+from sdtrt_backend.calibrate import Calibration, observed
+from sdtrt_backend.errors import SdtrtError
+from sdtrt_backend.options import Options
+from sdtrt_backend.recipe import LayerRecipe, Recipe
+from sdtrt_backend.report import charts_html, save_charts
+from sdtrt_backend.values import LayerReport
+
+STEPS = (999.0, 500.0, 1.0)
+
+
+def make_recipe(**groups):
+    """group -> (rows of max, min, sum, count; amax)."""
+    tables = {g: torch.tensor(rows) for g, (rows, _) in groups.items()}
+    layers = {g: LayerRecipe("linear", "", g, amax) for g, (_, amax) in groups.items()}
+    layers["twin"] = LayerRecipe("linear", "", next(iter(groups)), groups[next(iter(groups))][1])
+    return Recipe("", layers, {}, tables, STEPS)
+
+
+@pytest.fixture
+def by_hand():
+    return make_recipe(narrow=([[2.0, 1.0, 6.0, 4.0]] * 3, 2.0),
+                       wide=([[8.0, 4.0, 24.0, 4.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.5, 3.0, 4.0]], 4.0))
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Every text that is drawn."""
+    texts, text = [], ImageDraw.ImageDraw.text
+
+    def noted(self, xy, said, *args, **kwargs):
+        texts.append(said)
+        return text(self, xy, said, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    return texts
+
+
+def test_ranges_are_those_of_the_recipe_and_a_timestep_that_did_not_run_is_empty(by_hand):
+    narrow, wide = heatmaps.ranges(by_hand)
+    assert narrow.layers == ("narrow", "twin")
+    assert (wide.clip, wide.timesteps) == (4.0, STEPS)
+    np.testing.assert_array_equal(wide.maximum, [8.0, math.nan, 1.0])
+    np.testing.assert_array_equal(wide.mean, [6.0, math.nan, 0.75])
+    np.testing.assert_array_equal(wide.minimum, [4.0, math.nan, 0.5])
+    assert [r.layers[0] for r in heatmaps.widest_first([narrow, wide])] == ["wide", "narrow"]
+    np.testing.assert_allclose(heatmaps.reach([narrow, wide]).values, [[0, 0, 0], [1, math.nan, -2]])
+
+
+def test_the_clipping_value_of_a_smoothed_input_is_that_of_its_widest_channel():
+    recipe = make_recipe(a=([[2.0, 1.0, 6.0, 4.0]] * 3, 0.5))
+    smoothed = Recipe("", recipe.layers, {"a": torch.tensor([1.0, 4.0])}, recipe.amax_by_timestep, STEPS)
+    (r,) = heatmaps.ranges(smoothed)
+    assert (r.clip, r.smoothed) == (2.0, True)
+
+
+def test_a_pattern_chooses_layers_and_a_wrong_one_says_what_there_is(by_hand):
+    (only,) = heatmaps.ranges(by_hand, "tw*")
+    assert only.layers == ("narrow", "twin")
+    with pytest.raises(SdtrtError, match=r"no layer matches 'x\*'.*for example narrow, wide"):
+        heatmaps.ranges(by_hand, "x*")
+    with pytest.raises(SdtrtError, match="no ranges by timestep"):
+        heatmaps.ranges(Recipe("", by_hand.layers))
+
+
+def test_layers_that_stay_unquantised_by_name_are_drawn_only_when_asked_for():
+    recipe = make_recipe(conv_in=([[2.0, 1.0, 6.0, 4.0]] * 3, 2.0), mid=([[2.0, 1.0, 6.0, 4.0]] * 3, 2.0))
+    del recipe.layers["twin"]
+    assert [r.layers for r in heatmaps.ranges(recipe)] == [("mid",)]
+    assert [r.layers for r in heatmaps.ranges(recipe, "conv_in")] == [("conv_in",)]
+
+
+def test_noise_is_that_of_each_layer_alone_at_each_timestep(denoiser):
+    def arguments(timestep):
+        noise = torch.Generator().manual_seed(timestep)
+        return (torch.randn(2, 4, 8, 8, generator=noise), torch.tensor(timestep)), {
+            "encoder_hidden_states": torch.randn(2, 5, 64, generator=noise)}
+
+    calls = [arguments(t) for t in (999, 500, 1)]
+    calibration = Calibration()
+    with torch.no_grad(), observed(denoiser, calibration):
+        for args, kwargs in calls:
+            denoiser(*args, **kwargs)
+    recipe = calibration.recipe(Options(alpha=None), {})
+    rows = [LayerReport(n, op, (), "int8", "", "", recipe.layers[n].amax) for n, op in (("conv1", "conv2d"), ("to_q", "linear"))]
+    kept = [LayerReport("conv_in", "conv2d", (), "float32", "", "first"), LayerReport("gone", "linear", (), "int8", "", "", 1.0)]
+    grid = heatmaps.noise_by_timestep(denoiser, recipe, [*rows, *kept], calls)
+    assert (grid.rows, grid.columns) == (("conv1", "to_q"), (999.0, 500.0, 1.0))
+    assert not any(m._forward_pre_hooks for m in denoiser.modules())
+
+    seen = {}
+    handle = denoiser.to_q.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+    with torch.no_grad():
+        denoiser(*calls[1][0], **calls[1][1])
+    handle.remove()
+    w = denoiser.to_q.weight.detach()
+    scale = stats.weight_scale(w)
+    y8 = stats.fake_quantize(seen["x"], recipe.layers["to_q"].amax) @ (stats.quantize_weight(w, scale) * scale[:, None]).T
+    assert grid.values[1, 1] == pytest.approx(stats.sqnr_db(y8, seen["x"] @ w.T), abs=0.01)
+    assert heatmaps.noise_chart(grid).image.size[0] > 200
+
+
+def test_a_heat_map_colours_by_value_and_writes_names_timesteps_and_scale(written):
+    grid = heatmaps.Grid(("one.layer", "another"), STEPS, np.array([[10.0, 20.0, 30.0], [10.0, math.nan, 50.0]]))
+    image = heatmaps.heat_map(grid, "a title", "dB", 10, 30)
+    left = 18 + int(heatmaps._font(11).getlength("one.layer"))
+    colours = [[image.getpixel((left + 5 + 40 * x, 58 + 5 + 13 * y)) for x in range(3)] for y in range(2)]
+    assert len(set(colours[0])) == 3
+    assert colours[1] == [colours[0][0], heatmaps.GAP, colours[0][2]]  # beyond the scale as at its end
+    assert colours[0][0] == heatmaps.VIRIDIS[0]
+    assert colours[0][2] == heatmaps.VIRIDIS[-1]
+    assert {"one.layer", "another", "a title", "dB", "999", "500", "1", "10", "30", "timestep, noisiest first"} <= set(written)
+
+
+def test_of_too_many_layers_the_lowest_are_shown_and_the_title_says_so(written):
+    rows = heatmaps.MAX_ROWS + 5
+    grid = heatmaps.Grid(tuple(f"layer{r}" for r in range(rows)), (1.0,), np.arange(rows, dtype=float)[::-1, None])
+    heatmaps.heat_map(grid, "noise", "dB", 0, 1)
+    assert f"noise; the lowest {heatmaps.MAX_ROWS} of {rows} layers" in written
+    assert "layer0" not in written
+    assert f"layer{rows - 1}" in written
+
+
+def test_a_range_chart_shows_the_three_lines_the_clipping_value_and_its_axes(by_hand, written):
+    image = heatmaps.range_charts(heatmaps.ranges(by_hand))
+    drawn = {colour for _, colour in image.getcolors(1 << 20)}
+    assert {heatmaps.MAXIMUM, heatmaps.MEAN, heatmaps.MINIMUM, heatmaps.CLIP} <= drawn
+    assert {"narrow and 1 more", "wide", "max over calls", "mean", "min", "clipped beyond", "999", "8", "0"} <= set(written)
+
+
+@pytest.mark.parametrize(("value", "up"), [(0.9, 1.0), (1.0, 1.0), (1.1, 2.0), (0.021, 0.025), (30.0, 50.0), (70.0, 100.0)])
+def test_an_axis_ends_at_a_round_number(value, up):
+    assert heatmaps._round_up(value) == pytest.approx(up)
+
+
+def test_a_page_of_charts_needs_nothing_else(by_hand, tmp_path):
+    charts = heatmaps.range_pages(by_hand)
+    page = charts_html("Ranges of <mine>", charts)
+    assert page.count("data:image/png;base64,") == len(charts) == 2
+    assert "http" not in page
+    assert "&lt;mine&gt;" in page
+    assert all(f.stat().st_size > 1000 for f in save_charts(tmp_path, charts))
+    asked = heatmaps.range_pages(by_hand, "wide")
+    assert "a name matches wide" in asked[1].text
