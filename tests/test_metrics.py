@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from sdtrt_backend.metrics import BEST_PSNR, psnr, ssim
+from sdtrt_backend.metrics import BEST_PSNR, feature_distance, mean_interval, psnr, ssim
 
 
 @pytest.fixture
@@ -30,3 +31,42 @@ def test_both_fall_with_more_noise(pictures):
 def test_ssim_ignores_neither_contrast_nor_structure(pictures):
     assert max(ssim(0.5 * pictures, pictures)) < 0.9
     assert max(ssim(pictures[:, ::-1].copy(), pictures)) < 0.5
+
+
+@pytest.fixture
+def stages():
+    torch.manual_seed(0)
+    return [torch.randn(2, 8, 6, 6), torch.randn(2, 16, 3, 3)]
+
+
+def test_features_of_equal_direction_have_no_distance(stages):
+    assert feature_distance(stages, stages) == [0.0] * 2
+    assert feature_distance([3 * s for s in stages], stages) == pytest.approx([0.0] * 2, abs=1e-6)
+
+
+def test_opposite_features_have_the_largest_distance(stages):
+    assert feature_distance([-s for s in stages], stages) == pytest.approx([4.0] * 2)
+
+
+def test_feature_distance_of_a_picture_does_not_depend_on_the_others(stages):
+    other = [s + torch.arange(1.0, 3)[:, None, None, None] for s in stages]
+    both = feature_distance(other, stages)
+    assert [feature_distance([s[i : i + 1] for s in other], [s[i : i + 1] for s in stages])[0] for i in range(2)] == both
+    assert both[1] > both[0] > 0
+
+
+def test_stages_count_alike(stages):
+    first, second = (feature_distance([-s if i == j else s for j, s in enumerate(stages)], stages) for i in range(2))
+    assert first == pytest.approx([2.0] * 2)
+    assert second == pytest.approx([2.0] * 2)
+
+
+def test_interval_of_the_mean_is_close_to_the_normal_one():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    half = 1.96 * values.std() / 20
+    assert mean_interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert mean_interval(values) == mean_interval(values)
+
+
+def test_interval_of_equal_values_is_a_point():
+    assert mean_interval([3.0] * 5) == (3.0, 3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,3 +34,24 @@ def ssim(pictures: Pictures, reference: Pictures) -> list[float]:
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return [float(s) for s in score.flatten(1).mean(1)]
+
+
+def feature_distance(features: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> list[float]:
+    """Perceptual distance of each picture (the unweighted form of LPIPS: Zhang et al. 2018, eq. 1 with w = 1).
+
+    features, reference: activations of a network at several stages, [N, channels, height, width] each, the same shapes on both
+    sides. Every position's channels are scaled to unit length; squared differences are summed over channels and averaged over
+    positions and stages. 0 is equal, 4 the largest possible.
+    """
+    stages = [(F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).flatten(1).mean(1)
+              for a, b in zip(features, reference, strict=True)]
+    return [float(d) for d in torch.stack(stages).mean(0)]
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000,
+                  seed: int = 0) -> tuple[float, float]:
+    """Confidence interval of the mean, in the unit of ``values``: percentile bootstrap (Efron 1979), reproducible by its seed."""
+    data = np.asarray(values, np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))
+    low, high = np.quantile(data[drawn].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
