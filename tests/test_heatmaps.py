@@ -15,7 +15,7 @@ from sdtrt_backend.errors import SdtrtError
 from sdtrt_backend.options import Options
 from sdtrt_backend.recipe import LayerRecipe, Recipe
 from sdtrt_backend.report import charts_html, save_charts
-from sdtrt_backend.values import LayerReport
+from sdtrt_backend.values import INT8_MAX, LayerReport
 
 STEPS = (999.0, 500.0, 1.0)
 
@@ -106,7 +106,7 @@ def test_noise_is_that_of_each_layer_alone_at_each_timestep(denoiser):
     handle.remove()
     w = denoiser.to_q.weight.detach()
     scale = stats.weight_scale(w)
-    y8 = stats.fake_quantize(seen["x"], recipe.layers["to_q"].amax) @ (stats.quantize_weight(w, scale) * scale[:, None]).T
+    y8 = stats.fake_quantize(seen["x"], recipe.layers["to_q"].amax / INT8_MAX) @ (stats.quantize_weight(w, scale) * scale[:, None]).T
     assert grid.values[1, 1] == pytest.approx(stats.sqnr_db(y8, seen["x"] @ w.T), abs=0.01)
     assert heatmaps.noise_chart(grid).image.size[0] > 200
 

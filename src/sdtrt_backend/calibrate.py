@@ -11,11 +11,10 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from . import stats
 from .errors import CalibrationError, ModelError
@@ -23,10 +22,8 @@ from .options import Options
 from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
 from .rules import MODULES, OPS, RANGE_RULES, AmaxByTimestep
 from .timesteps import TIMESTEP_NAMES, Buckets, Trajectories, timestep_value
-from .tune import ALPHAS, Tuned, tune
 
 log = logging.getLogger(__name__)
-SAMPLES = 6  # denoiser calls that tuning looks at
 ALPHA_OPTIONS = {"linear": "alpha", "conv2d": "alpha_conv"}
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 
@@ -59,7 +56,8 @@ class InputStats:
 class Calibration:
     """Streaming statistics: memory grows with layers and timesteps, not with samples.
 
-    inputs: group -> timestep -> InputStats; ranges: group -> (smallest, largest value) [channels] of all calls; group_of: layer -> group (the first layer that reads the same tensor).
+    inputs: group -> timestep -> InputStats; ranges: group -> (smallest, largest value) [channels] over all calls;
+    group_of: layer -> group (the first layer that reads the same tensor).
     """
 
     inputs: dict[str, dict[float, InputStats]] = field(default_factory=dict)
@@ -126,9 +124,8 @@ class Calibration:
                                  torch.stack([r.channel_sum for r in rows]), count)
         return tensor, channel
 
-    def recipe(self, options: Options, provenance: Mapping[str, Any], tuned: Tuned = Tuned({}, {})) -> Recipe:
-        """Apply the range rule and SmoothQuant (one factor per group) to what was observed; ``tuned`` goes before the
-        options' alpha."""
+    def recipe(self, options: Options, provenance: Mapping[str, Any]) -> Recipe:
+        """Apply the range rule and SmoothQuant (one factor per group) to what was observed."""
         if not self.ops:
             raise CalibrationError("no quantisable layer ran during calibration: is this the pipeline's denoiser?")
         blind = sorted(name for name, group in self.group_of.items() if group not in self.inputs)
@@ -147,7 +144,6 @@ class Calibration:
             amax = plain = float(rule(tensor.prefix(options.percentile)))
             ops = {self.ops[m] for m in members}
             alpha = getattr(options, ALPHA_OPTIONS[ops.pop()]) if len(ops) == 1 else None
-            alpha = tuned.alphas.get(group, alpha)
             s = torch.ones_like(channel.maximum[0])
             if alpha is not None:
                 channel_amax = rule(channel.prefix(options.percentile))
@@ -156,10 +152,10 @@ class Calibration:
                 amax = float((channel_amax / s).max())
             low, high = float((self.ranges[group][0] / s).min()), float((self.ranges[group][1] / s).max())
             for name in members:
-                layers[name] = LayerRecipe(self.ops[name], self.fingerprints[name], group, amax, alpha, plain, low, high,
-                                           tuned.noise.get(group))
+                layers[name] = LayerRecipe(self.ops[name], self.fingerprints[name], group, amax, alpha, plain, low, high)
         facts = {"rule": options.rule, "percentile": options.percentile, "alpha": options.alpha,
-                 "alpha_conv": options.alpha_conv, "tuned": bool(tuned.noise), "versions": versions(), "skipped_nonfinite": dict(sorted(self.nonfinite.items())), **provenance}
+                 "alpha_conv": options.alpha_conv, "versions": versions(),
+                 "skipped_nonfinite": dict(sorted(self.nonfinite.items())), **provenance}
         return Recipe(model_hash(self.fingerprints.items()), layers, smoothing, amaxes, tuple(self.timesteps()), facts)
 
 
@@ -189,16 +185,13 @@ def denoiser_name(pipe: Any) -> str:
 
 
 @contextlib.contextmanager
-def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[], None] = lambda: None,
-             see: Callable[[tuple[Any, ...], dict[str, Any]], None] = lambda args, kwargs: None) -> Iterator[None]:
-    """Forward hooks on every quantisable submodule while the context is open; removed however it ends. tick: called after
-    each call of the module; see: before, with its arguments."""
+def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Forward hooks on every quantisable submodule while the context is open; removed however it ends."""
     signature = inspect.signature(module.forward)
 
     def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}  # kwargs: a forward may collect them
         calibration.start_call(timestep_value(next((given[n] for n in TIMESTEP_NAMES if n in given), None)))
-        see(args, kwargs)
 
     def after(*_: Any) -> None:
         tick()
@@ -237,15 +230,13 @@ def uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
 
 
 def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 25, guidance_scale: float | None = None,
-              seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, tuning: bool = True,
-              progress: bool = True, **pipe_kwargs: Any) -> Recipe:
+              seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, progress: bool = True,
+              **pipe_kwargs: Any) -> Recipe:
     """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe.
 
     pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer`` and a call that takes prompts).
     guidance_scale: None for the pipeline's default; seed: prompt i starts from noise of seed + i, so the same call
-    gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``); tuning:
-    choose SmoothQuant's alpha for each of the layers that make most of the noise (``tune``), but for those of a kind whose
-    alpha is in the options;
+    gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``);
     pipe_kwargs: anything else the pipeline takes (height, width, image, ...).
     Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
     """
@@ -256,16 +247,14 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
     if any(p.is_meta for p in getattr(pipe, name).parameters()):
         raise ModelError.on_meta(name)
     calibration = Calibration()
-    batches = len(range(0, len(prompts), batch_size))
-    sample = Sample(batches, num_inference_steps if tuning else 0)
-    bar = _progress(batches * num_inference_steps, progress)
+    bar = _progress(len(range(0, len(prompts), batch_size)) * num_inference_steps, progress)
     quiet = getattr(pipe, "_progress_bar_config", None)
     if guidance_scale is not None:
         pipe_kwargs["guidance_scale"] = guidance_scale
     try:
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
-        with torch.no_grad(), uncompiled(pipe, name) as module, observed(module, calibration, bar.update, sample.see):
+        with torch.no_grad(), uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
             for start in range(0, len(prompts), batch_size):
                 part = list(prompts[start : start + batch_size])
                 noise = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]
@@ -288,40 +277,10 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
         provenance["note"] = (f"asked for {num_inference_steps} steps, the denoiser saw {seen} different timesteps; "
                               "the ranges cover those only")
         log.warning("calibrate: %s", provenance["note"])
-    if not sample.calls:
-        return calibration.recipe(parsed, provenance)
-    with uncompiled(pipe, name) as module:
-        return calibration.recipe(parsed, provenance, _tuned(module, calibration, sample, parsed, options or {}, progress))
+    return calibration.recipe(parsed, provenance)
 
 
-def _tuned(module: torch.nn.Module, calibration: Calibration, sample: Sample, parsed: Options, given: Mapping[str, Any],
-           progress: bool) -> Tuned:
-    ops = [op for op, key in ALPHA_OPTIONS.items() if key not in given]
-    default = calibration.recipe(parsed, {})
-    with _progress(len(calibration.inputs), progress, "tuning", "group") as bar:
-        recipes = {a: calibration.recipe(replace(parsed, alpha=a, alpha_conv=a), {}) for a in ALPHAS} if ops else {}
-        return tune(module, sample.calls, recipes, default, ops, bar.update)
-
-
-class Sample:
-    """Inputs of a few denoiser calls, one from each part of the trajectory and from as many prompts as there are.
-
-    batches, steps: what the pipeline is about to do; no steps: nothing is kept.
-    """
-
-    def __init__(self, batches: int, steps: int) -> None:
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.wanted = {i * batches // SAMPLES * steps + (2 * i + 1) * steps // (2 * SAMPLES) for i in range(SAMPLES if steps else 0)}
-        self.seen = 0
-
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.seen in self.wanted:
-            copied: Any = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
-            self.calls.append(copied)
-        self.seen += 1
-
-
-def _progress(total: int, show: bool, what: str = "calibrating", unit: str = "step") -> Any:
+def _progress(total: int, show: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, disable=not show)
+    return tqdm(total=total, desc="calibrating", unit="step", disable=not show)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from . import measure
 from .calibrate import Calibration, observed
 from .errors import SdtrtError
+from .quantize import free_convs, plan
 from .recipe import Recipe
 from .report import Chart
 from .rules import KEEP, MODULES
@@ -96,8 +97,8 @@ def noise_by_timestep(module: torch.nn.Module, recipe: Recipe, layers: Sequence[
         if row.amax is None or calibrated is None or kept is None or type(kept) not in MODULES:
             continue
         layer = Layer(row.name, row.op, "", "", kept.get_parameter("weight"), getattr(kept, "groups", 1))
-        decisions[row.name] = Decision(layer, row.precision, "", row.amax, recipe.smoothing.get(calibrated.group),
-                                       calibrated.group)
+        (decision,) = plan((layer,), recipe, (), free_convs=free_convs(layer.weight.device, row.precision))
+        decisions[row.name] = replace(decision, precision=row.precision)
     noise = _Noise(module, decisions)
     with torch.no_grad(), observed(module, noise):
         for args, kwargs in calls:

@@ -79,9 +79,10 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
     for (source_name, _), members in by_source.items():
         source = nodes[source_name]
         readers = [nodes[d.layer.node] for d in members]
-        smoothing, weight = members[0].smoothing, members[0].layer.weight
+        smoothing = members[0].smoothing
         if smoothing is not None:
-            smoothing = over_channels(smoothing.to(weight.device), weight)
+            like = members[0].layer.weight
+            smoothing = over_channels(smoothing.to(like.device), like)
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
         quantized = _quantize_activation(gm, smoothed, members[0])
         key = (tuple(d.layer.name for d in members), members[0].precision)
@@ -112,9 +113,10 @@ def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision
 
 
 def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(codes, scale) of each weight, smoothing shaped by ``stats.over_channels``: int8 and convolutions per output channel; fp8 linears that read one tensor share one
-    scale, so that they can be one matrix product: a floating-point code loses nothing by it. The codes of such linears lie
-    one behind the other in one tensor, those of convolutions are channels last."""
+    """(codes, scale) of each weight, times ``smoothing`` (shaped by ``stats.over_channels``): int8 and convolutions per output
+    channel; fp8 linears that read one tensor share one scale, so that they can be one matrix product: a floating-point code
+    loses nothing by it. The codes of such linears lie one behind the other in one tensor, those of convolutions are channels
+    last."""
     linears = [d for d in members if d.layer.op == "linear"]
     weights = [d.layer.weight if smoothing is None else d.layer.weight.float() * smoothing for d in members]
     shared = torch.stack([w.abs().max() for w in weights]).max().float().clamp_min(TINY_AMAX).view(1) / FP8_MAX

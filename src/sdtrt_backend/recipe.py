@@ -25,8 +25,7 @@ class LayerRecipe:
 
     fingerprint: identifies the weight; group: layers of one group read one tensor and share amax and smoothing;
     amax: clipping value after smoothing; alpha: migration strength or None; plain_amax: clipping value without smoothing or
-    None, see ``rules.FREE_CONVS``; low, high: smallest and largest value after smoothing, or None; noise:
-    what ``tune.Tuned`` found for the layer's group, or None.
+    None, see ``rules.FREE_CONVS``; low, high: smallest and largest value after smoothing, or None.
     """
 
     op: str
@@ -37,7 +36,6 @@ class LayerRecipe:
     plain_amax: float | None = None
     low: float | None = None
     high: float | None = None
-    noise: float | None = None
 
 
 @dataclass(frozen=True)

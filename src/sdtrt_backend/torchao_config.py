@@ -198,7 +198,8 @@ class QuantizedLayer(torch.nn.Module):
 
     codes: int8 or float8_e4m3fn, shaped like the weight; weight_scale: fp32 [out] or [1]; input_scale: fp64 [2], the scale and
     the zero point in -128..127;
-    inverse_smoothing: fp32 [in] (of a convolution [in, 1, 1]) or None; bias as it was. ``prepare`` derives the other attributes from these.
+    inverse_smoothing: fp32 [in] (of a convolution [in, 1, 1]) or None; bias as it was. ``prepare`` derives the other
+    attributes from these.
     """
 
     codes: torch.Tensor
@@ -326,8 +327,8 @@ class QuantizedConv2d(QuantizedLayer):
             y = ops.conv8(code, self.codes, self.scale, bias, None, stride, padding, input.dtype, MEASURED)
             return y
         out = input.dtype if input.dtype in ONEDNN_OUTPUTS else torch.float32
-        y = ops.packed_conv2d(code, self.step, UINT8_ZERO + self.zero_point, self.packed, self.weight_scale, self.zeros, bias, stride, padding,
-                              dilation, out)
+        y = ops.packed_conv2d(code, self.step, UINT8_ZERO + self.zero_point, self.packed, self.weight_scale, self.zeros, bias,
+                              stride, padding, dilation, out)
         return y.to(input.dtype)
 
     def extra_repr(self) -> str:
