@@ -106,7 +106,8 @@ def test_noise_is_that_of_each_layer_alone_at_each_timestep(denoiser):
     handle.remove()
     w = denoiser.to_q.weight.detach()
     scale = stats.weight_scale(w)
-    y8 = stats.fake_quantize(seen["x"], recipe.layers["to_q"].amax / INT8_MAX) @ (stats.quantize_weight(w, scale) * scale[:, None]).T
+    x8 = stats.fake_quantize(seen["x"], recipe.layers["to_q"].amax / INT8_MAX)
+    y8 = x8 @ (stats.quantize_weight(w, scale) * scale[:, None]).T
     assert grid.values[1, 1] == pytest.approx(stats.sqnr_db(y8, seen["x"] @ w.T), abs=0.01)
     assert heatmaps.noise_chart(grid).image.size[0] > 200
 

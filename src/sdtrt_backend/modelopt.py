@@ -126,10 +126,11 @@ def to_modelopt(recipe: Recipe, module: torch.nn.Module, original: torch.nn.Modu
             quantizer.disable()
     for name, layer in found:
         entry = None if name in excluded else recipe.layers.get(name)
-        _smooth(name, layer, None if entry is None else recipe.smoothing.get(entry.group), original)
+        amax, divisor = (0.0, None) if entry is None else recipe.input_of(name, free_convs=False)
+        _smooth(name, layer, divisor, original)
         if entry is not None:
             weight = layer.weight.detach()
-            _set(layer.input_quantizer, None, torch.tensor(entry.amax, device=weight.device))
+            _set(layer.input_quantizer, None, torch.tensor(amax, device=weight.device))
             _set(layer.weight_quantizer, 0, weight.abs().amax([*range(1, weight.dim())], keepdim=True))
 
 

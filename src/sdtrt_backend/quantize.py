@@ -53,12 +53,8 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
         reason = "its input was zero throughout calibration"
     if reason is not None or calibrated is None:
         return Decision(layer, "16-bit", reason or "")
-    decision = Decision(layer, "int8", "", calibrated.amax, recipe.smoothing.get(calibrated.group), calibrated.group)
-    if layer.op != "conv2d":
-        return decision
-    if free:
-        return replace(decision, low=calibrated.low, high=calibrated.high)
-    return decision if calibrated.plain_amax is None else replace(decision, amax=calibrated.plain_amax, smoothing=None)
+    decision = Decision(layer, "int8", "", *recipe.input_of(layer.name, free), calibrated.group)
+    return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 
 
 Codes = dict[tuple[tuple[str, ...], str], list[tuple[torch.Tensor, torch.Tensor]]]

@@ -53,6 +53,13 @@ class Recipe:
     timesteps: tuple[float, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def input_of(self, name: str, free_convs: bool) -> tuple[float, torch.Tensor | None]:
+        """(clipping value, divisor per channel [in] or None) of a layer's input. free_convs: see ``rules.FREE_CONVS``."""
+        layer = self.layers[name]
+        if layer.op == "conv2d" and layer.plain_amax is not None and not free_convs:
+            return layer.plain_amax, None
+        return layer.amax, self.smoothing.get(layer.group)
+
     def check_model(self, fingerprints: Mapping[str, str]) -> None:
         """Raise RecipeError unless every layer of the recipe that the model has carries the recipe's weight."""
         known = [name for name in self.layers if name in fingerprints]
