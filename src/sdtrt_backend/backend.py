@@ -123,7 +123,8 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     bar.set_description(f"sd_{options.precision}: compiling")
     quantized = insert(graph, nodes, decisions, memory.codes)
     by_node = {nodes[d.layer.node].name: d for d in decisions if d.quantized}
-    counter = drift.counter(quantized, by_node, recipe) if options.watch else None  # before a lowering changes the graph
+    watched = options.watch and tensors[0].device.type in drift.DEVICES
+    counter = drift.counter(quantized, by_node, recipe) if watched else None  # before a lowering changes the graph
     step = LOWERINGS[target](quantized, tensors, options)
     engines = getattr(step, "engines", {})
     where = {d.layer.node: engines.get(nodes[d.layer.node].name, target) for d in decisions}

@@ -25,6 +25,8 @@ from .recipe import Recipe
 from .report import Watched
 from .values import Decision
 
+# Where steps are watched. On a GPU the code is there but was never run, so it stays out of everybody's way
+DEVICES = ("cpu",)
 # Calls after a build that are sampled whatever they cost: a model that has drifted is noticed in its first picture.
 FIRST = (5, 11, 23)
 # Then every so many calls: the first at which a sample costs less than COST of the calls between two of them. Primes: a

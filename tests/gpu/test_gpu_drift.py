@@ -24,6 +24,7 @@ def built(tmp_path, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(backend, "Step", Recorded)
+    monkeypatch.setattr(drift, "DEVICES", ("cpu", "cuda"))
     torch._dynamo.reset()
     pipe = sdtrt_backend.demo_pipeline(torch.float16).to("cuda")
     recipe = sdtrt_backend.calibrate(pipe, CALIBRATION_PROMPTS[:2], guidance_scale=5.0, progress=False)
