@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from percentile_reference import METHODS, PercentileReference
 
 from sdtrt_backend.calibrate import Calibration, Observer, observed
 from sdtrt_backend.errors import CalibrationError
@@ -31,6 +32,24 @@ def test_streaming_equals_all_at_once(tensors):
     assert torch.equal(tensor.maximum, each.amax((0, 2)))
     assert torch.equal(tensor.minimum, each.amax(2).amin(0))
     assert tensor.count.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("calls", [20, 21])  # the second: a scheduler that calls the denoiser once more than it has steps
+@pytest.mark.parametrize("percentile", [1.0, 0.4, 0.01])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rules_named_after_modelopt_are_its_percentile_quant(method, percentile, calls):
+    reference, calibration = PercentileReference(20, percentile, method), Calibration(total_step=20)
+    noise = torch.Generator().manual_seed(0)
+    for trajectory in range(3):
+        for step in range(calls):
+            x = torch.randn(1, 16, 2, 2, generator=noise) * (25 - step + trajectory)
+            reference.collect(x)
+            observe(calibration, [x], [999.0 - 40 * step])
+            calibration.observe("linear", "linear", x.flatten(1), torch.ones(8, 64), 1)
+    options = Options(rule="modelopt_" + method.replace("-", "_"), percentile=percentile, alpha=None)
+    recipe = calibration.recipe(options, {})
+    assert recipe.layers["layer"].plain_amax == pytest.approx(float(reference.compute_amax()), rel=1e-6)
+    assert recipe.layers["linear"].amax == max(at.tensor_max for at in calibration.inputs["linear"].values())
 
 
 def test_statistics_are_keyed_by_timestep_in_the_order_of_the_first_visit(tensors):

@@ -10,7 +10,8 @@ from sdtrt_backend.values import Layer
 RECORD = AmaxByTimestep(torch.tensor([8.0, 4.0, 2.0]), torch.tensor([6.0, 3.0, 1.0]), torch.tensor([14.0, 7.0, 3.0]),
                         torch.tensor([2.0, 2.0, 2.0]))
 EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "quartile_max": 6.0, "min_max": 2.0, "min_mean": 1.5, "mean_mean": 4.0,
-            "global_min": 1.0}
+            "global_min": 1.0, "modelopt_min_max": 2.0, "modelopt_min_mean": 1.0, "modelopt_mean_max": 14 / 3,
+            "modelopt_global_min": 1.0}
 
 
 def layer(name="mid.conv", shape=(64, 64, 3, 3), groups=1, op="conv2d"):

@@ -20,7 +20,7 @@ from . import stats
 from .errors import CalibrationError, ModelError
 from .options import Options
 from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
-from .rules import MODULES, OPS, RANGE_RULES, AmaxByTimestep
+from .rules import BY_CALL, MODULES, OPS, AmaxByTimestep, range_rule
 from .timesteps import TIMESTEP_NAMES, Buckets, Trajectories, timestep_value
 
 log = logging.getLogger(__name__)
@@ -56,10 +56,12 @@ class InputStats:
 class Calibration:
     """Streaming statistics: memory grows with layers and timesteps, not with samples.
 
+    total_step: calls of a trajectory for rules of ``rules.BY_CALL``, whose timestep is the count of calls modulo this; else 0.
     inputs: group -> timestep -> InputStats; ranges: group -> (smallest, largest value) [channels] over all calls;
     group_of: layer -> group (the first layer that reads the same tensor).
     """
 
+    total_step: int = 0
     inputs: dict[str, dict[float, InputStats]] = field(default_factory=dict)
     ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     group_of: dict[str, str] = field(default_factory=dict)
@@ -75,7 +77,7 @@ class Calibration:
     def start_call(self, timestep: float) -> None:
         """Before each forward of the denoiser."""
         self.trajectories.observe(timestep)
-        self._bucket = self.buckets.key(timestep)
+        self._bucket = self.buckets.key((self.trajectories.calls - 1) % self.total_step if self.total_step else timestep)
         self._seen.clear()
 
     def observe(self, name: str, op: str, x: torch.Tensor, weight: torch.Tensor, channel_axis: int) -> None:
@@ -112,7 +114,7 @@ class Calibration:
 
     def timesteps(self) -> list[float]:
         """Every timestep seen, in the direction the model was stepped through: noisiest first."""
-        return sorted(self.buckets.values, reverse=self.trajectories.direction <= 0)
+        return sorted(self.buckets.values, reverse=self.trajectories.direction <= 0 and not self.total_step)
 
     def amax(self, group: str) -> tuple[AmaxByTimestep, AmaxByTimestep]:
         """(per tensor [T], per channel [T, channels]) of a group, over the timesteps it ran at, noisiest first."""
@@ -132,7 +134,6 @@ class Calibration:
         if blind:
             raise CalibrationError(f"{len(blind)} layers saw nothing but NaN or infinite inputs ({', '.join(blind[:3])}, ...): "
                                    "check the weights and the latents, or run the pipeline in fp32")
-        rule = RANGE_RULES[options.rule]
         layers, smoothing, amaxes = {}, {}, {}
         for group in self.inputs:
             members = [name for name, g in self.group_of.items() if g == group]
@@ -141,12 +142,13 @@ class Calibration:
             ran = torch.tensor([t in self.inputs[group] for t in self.timesteps()])
             table[ran] = torch.stack([tensor.maximum, tensor.minimum, tensor.total, tensor.count], 1)
             amaxes[group] = table
-            amax = plain = float(rule(tensor.prefix(options.percentile)))
             ops = {self.ops[m] for m in members}
+            rule = range_rule(options.rule, options.percentile, min(ops))  # of a convolution, if one is among them
+            amax = plain = float(rule(tensor))
             alpha = getattr(options, ALPHA_OPTIONS[ops.pop()]) if len(ops) == 1 else None
             s = torch.ones_like(channel.maximum[0])
             if alpha is not None:
-                channel_amax = rule(channel.prefix(options.percentile))
+                channel_amax = rule(channel)
                 weight_amax = torch.stack([self.weight_amax[m] for m in members]).amax(0)
                 s = smoothing[group] = stats.smoothing_factor(channel_amax, weight_amax, alpha)
                 amax = float((channel_amax / s).max())
@@ -246,7 +248,7 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
     name = denoiser_name(pipe)
     if any(p.is_meta for p in getattr(pipe, name).parameters()):
         raise ModelError.on_meta(name)
-    calibration = Calibration()
+    calibration = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0)
     bar = _progress(len(range(0, len(prompts), batch_size)) * num_inference_steps, progress)
     quiet = getattr(pipe, "_progress_bar_config", None)
     if guidance_scale is not None:

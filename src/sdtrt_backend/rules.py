@@ -112,18 +112,19 @@ def reason_to_keep(layer: Layer, exclude: tuple[str, ...], level: float = LEVELS
 class AmaxByTimestep:
     """amax of one tensor over the calls of each timestep, noisiest timestep first: [T] or [T, channels], fp32.
 
-    maximum, minimum, total: over calls; count: calls [T].
+    maximum, minimum, total: over calls; count: calls [T]; steps: T before ``prefix``, 0 where it was not called.
     """
 
     maximum: torch.Tensor
     minimum: torch.Tensor
     total: torch.Tensor
     count: torch.Tensor
+    steps: int = 0
 
     def prefix(self, percentile: float) -> AmaxByTimestep:
         """The first ``percentile`` of the timesteps, at least one."""
         n = max(1, int(len(self.count) * percentile + 1e-9))
-        return AmaxByTimestep(self.maximum[:n], self.minimum[:n], self.total[:n], self.count[:n])
+        return AmaxByTimestep(self.maximum[:n], self.minimum[:n], self.total[:n], self.count[:n], len(self.count))
 
     def mean(self) -> torch.Tensor:
         return self.total / self.count.view(-1, *[1] * (self.total.dim() - 1))
@@ -138,4 +139,18 @@ RANGE_RULES: dict[str, Callable[[AmaxByTimestep], torch.Tensor]] = {
     "min_mean": lambda a: a.mean().amin(0),
     "mean_mean": lambda a: a.mean().mean(0),
     "global_min": lambda a: a.minimum.amin(0),
+    "modelopt_min_max": lambda a: a.maximum.amin(0),
+    "modelopt_min_mean": lambda a: (a.total / (a.steps or len(a.count))).amin(0),  # divided by steps, not by calls, as there
+    "modelopt_mean_max": lambda a: a.maximum.mean(0),
+    "modelopt_global_min": lambda a: a.minimum.amin(0),
 }
+# NVIDIA's Percentile Quant, number for number, for comparisons: a "timestep" is the count of calls modulo the steps asked for,
+# whatever the scheduler does, and linears take the maximum over everything
+BY_CALL = frozenset(name for name in RANGE_RULES if name.startswith("modelopt_"))
+
+
+def range_rule(name: str, percentile: float, op: str) -> Callable[[AmaxByTimestep], torch.Tensor]:
+    """What an operation's input follows under the options ``rule`` and ``percentile``."""
+    if name in BY_CALL and op == "linear":
+        return RANGE_RULES["max"]
+    return lambda amax: RANGE_RULES[name](amax.prefix(percentile))
