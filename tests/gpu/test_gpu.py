@@ -1,9 +1,12 @@
 """The whole path on a GPU: the bundled model in fp16, every shape and pipeline in turn, weights away and back."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sdtrt_backend
 from sdtrt_backend import measure
@@ -11,6 +14,17 @@ from sdtrt_backend.demo import CALIBRATION_PROMPTS, LastCall, draw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 BACKENDS = ["sd_int8", "sd_fp8"]
+FRESH = """
+import sys, torch, sdtrt_backend
+from safetensors.torch import load_file, save_file
+backend, recipe, folder = sys.argv[1:]
+given = load_file(f"{folder}/inputs.safetensors", device="cuda")
+unet = sdtrt_backend.demo_pipeline(torch.float16).to("cuda").unet
+unet = torch.compile(unet, backend=backend, dynamic=False, options={"recipe": recipe, "engine": "inductor"})
+with torch.no_grad():
+    y = unet(given["sample"].repeat(2, 1, 1, 1), given["timestep"], given["text"].repeat(2, 1, 1), return_dict=False)[0]
+save_file({"y": y.contiguous()}, f"{folder}/output.safetensors")
+"""
 
 
 def calls(unet, args, text, repeat):
@@ -91,6 +105,17 @@ def test_two_pipelines_in_turn_share_one_unet(compiled):
     for _ in range(10):
         assert torch.equal(calls(unet, args, text, 1), mine)
         assert torch.equal(calls(unet, args, other, 1), theirs)
+
+
+@torch.no_grad()
+def test_a_fresh_process_gives_the_same_to_the_bit(prepared, compiled, request, tmp_path):
+    """After all the shapes and pipelines of the tests before; the caches on disk are shared, as they are for a user."""
+    unet, _, args, text = compiled
+    save_file({"sample": args[0], "timestep": args[1].clone(), "text": text}, tmp_path / "inputs.safetensors")
+    backend = request.node.callspec.params["compiled"]
+    subprocess.run([sys.executable, "-c", FRESH, backend, str(prepared[1]), str(tmp_path)], check=True)
+    fresh = load_file(tmp_path / "output.safetensors", device="cuda")["y"]
+    assert torch.equal(calls(unet, args, text, 2), fresh)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
