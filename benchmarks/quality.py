@@ -24,7 +24,7 @@ modelopt_percentile         NVIDIA's Percentile Quant as TensorRT's diffusion de
                             depend on the number of runs
 modelopt_percentile_mean    the same, the sum divided by the number of runs, which is what its name says
 modelopt_percentile_max     the same with its other rule, min-max: the least of each step's largest value
-minmax                      ours without its methods: rule "max", no smoothing
+minmax                      ours without its methods: rule "max", no smoothing (but convolutions on the CPU keep their zero point)
 ours                        sd_int8, default options; further rows of ours by --ours NAME:OPTION=VALUE,...
 ours_same_layers            ours, but what Model Optimizer's rows keep in high precision stays so too
 
@@ -306,7 +306,7 @@ ROWS: dict[str, Row] = {
     "modelopt_percentile": row_of_modelopt(SMOOTH_08, "min-mean"),
     "modelopt_percentile_mean": row_of_modelopt(SMOOTH_08, "true min-mean"),
     "modelopt_percentile_max": row_of_modelopt(SMOOTH_08, "min-max"),
-    "minmax": row_of_ours(rule="max", alpha=None),
+    "minmax": row_of_ours(rule="max", alpha=None, alpha_conv=None),
     "ours": row_of_ours(),
     "ours_same_layers": row_of_ours(exclude=[f"*{part}*" for part in NVIDIA_KEEPS]),
 }
