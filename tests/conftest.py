@@ -4,9 +4,11 @@ import pytest
 import torch
 from toy import ToyDenoiser
 
+from sdtrt_backend import backend
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.capture import capture
 from sdtrt_backend.options import Options
+from sdtrt_backend.run import Step
 
 
 @pytest.fixture
@@ -58,3 +60,17 @@ def recipe(denoiser, inputs):
     with torch.no_grad(), observed(denoiser, calibration):
         denoiser(*inputs)
     return calibration.recipe(Options(alpha=0.5), {})
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Every Step that is made, in order."""
+    made = []
+
+    class Recorded(Step):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(backend, "Step", Recorded)
+    return made

@@ -347,3 +347,9 @@ def test_a_build_that_fails_is_refused_with_its_error(denoiser, monkeypatch):
     report = sdtrt_backend.explain(compiled)
     assert report.state == "refused"
     assert "failed with ValueError: no such kernel;" in report.fallbacks[0]
+
+
+def test_a_rule_that_counts_calls_needs_a_recipe(denoiser, inputs):
+    compiled = torch.compile(denoiser, backend="sd_int8", options={"rule": "modelopt_min_mean"})
+    with torch.no_grad(), pytest.raises(Exception, match=r"needs the number of steps.*pass the recipe"):
+        compiled(*inputs)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import sdtrt_backend
-from sdtrt_backend import backend, drift
+from sdtrt_backend import drift
 from sdtrt_backend.lower import LOWERINGS, reference
-from sdtrt_backend.run import Step, states
+from sdtrt_backend.run import states
 
 STEPS = (999, 666, 333, 1)
 
@@ -52,20 +52,6 @@ def ready(denoiser):
         assert sdtrt_backend.explain(compiled).state == "ready"
         return compiled
     return make
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """Every Step that is made, in order."""
-    made = []
-
-    class Recorded(Step):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(backend, "Step", Recorded)
-    return made
 
 
 def notes(compiled):

@@ -16,7 +16,7 @@ from .assign import assign, attentions_in_fp8, kernels_ms
 from .calibrate import Observer
 from .capture import Captured, bind, capture, tensor_inputs
 from .engine import installed
-from .errors import ModelError
+from .errors import ModelError, OptionError
 from .fx import propagate
 from .graphs import Graphed, Memory
 from .kernels import chooser
@@ -24,6 +24,7 @@ from .lower import LOWERINGS, choose
 from .options import Options
 from .quantize import for_engine, free_convs, insert, plan
 from .recipe import Recipe
+from .rules import BY_CALL
 from .run import Built, ModuleState, Step, state_of
 from .values import Decision, LayerReport
 
@@ -70,6 +71,8 @@ def _step(gm: fx.GraphModule, args: Sequence[Any], parsed: Options) -> Step:
 
 def _state(captured: Captured, parsed: Options) -> ModuleState:
     """The module's state, with the recipe that the options name."""
+    if parsed.recipe is None and parsed.rule in BY_CALL:
+        raise OptionError.counts_calls(parsed.rule)
     state = state_of(captured, parsed)
     if parsed.recipe is not None and state.recipe is None:
         recipe = Recipe.load(parsed.recipe)
@@ -132,7 +135,9 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     bar.n = 2
     bar.set_description(f"sd_{options.precision}: comparing with full precision")
     built = _judge(captured, args, decisions, step, target, where, options, timings, memory)
-    built = replace(built, notes=(*_lane(options, tensors[0].device), *getattr(step, "notes", ())))
+    unwatched = (f"drift, NaN and black pictures are not watched for on {tensors[0].device.type}: so far that is for "
+                 f"{', '.join(drift.DEVICES)} only",) if options.watch and not watched else ()
+    built = replace(built, notes=(*_lane(options, tensors[0].device), *getattr(step, "notes", ()), *unwatched))
     if counter is not None and built.step is not None:
         built = replace(built, watch=drift.watch(counter, tensors, timings.get(f"sd_{options.precision}_ms")))
     bar.n = bar.total

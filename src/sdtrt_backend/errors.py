@@ -28,6 +28,11 @@ class OptionError(SdtrtError):
                    "(TensorRT-RTX) or pip install 'sdtrt_backend[tensorrt]', or leave the option out")
 
     @classmethod
+    def counts_calls(cls, rule: str) -> OptionError:
+        return cls(f"rule {rule!r} needs the number of steps, which a module that calibrates itself does not know: "
+                   f"calibrate(pipe, prompts, options={{'rule': {rule!r}}}) and pass the recipe")
+
+    @classmethod
     def candidate(cls, name: str, valid: Iterable[str], elsewhere: Container[str]) -> OptionError:
         if name in elsewhere:
             return cls(f"candidate {name!r} has no kernels on this hardware; candidates here: {', '.join(sorted(valid))}")

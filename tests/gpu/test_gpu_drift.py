@@ -6,24 +6,15 @@ import pytest
 import torch
 
 import sdtrt_backend
-from sdtrt_backend import backend, drift
+from sdtrt_backend import drift
 from sdtrt_backend.demo import CALIBRATION_PROMPTS, LastCall, draw
-from sdtrt_backend.run import Step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
 @pytest.fixture
-def built(tmp_path, monkeypatch):
+def built(tmp_path, monkeypatch, steps):
     """(compiled UNet in use, its Step, the unquantised UNet, call of either with the text scaled)."""
-    made = []
-
-    class Recorded(Step):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(backend, "Step", Recorded)
     monkeypatch.setattr(drift, "DEVICES", ("cpu", "cuda"))
     torch._dynamo.reset()
     pipe = sdtrt_backend.demo_pipeline(torch.float16).to("cuda")
@@ -41,7 +32,7 @@ def built(tmp_path, monkeypatch):
                          options={"recipe": str(recipe.save(tmp_path)), "engine": "inductor"})
     call(unet)
     assert sdtrt_backend.explain(unet).state == "ready"
-    return unet, made[-1], pipe.unet, call
+    return unet, steps[-1], pipe.unet, call
 
 
 def test_watched_calls_wait_for_nothing_and_nan_is_noticed_on_a_later_one(built):
