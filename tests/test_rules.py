@@ -4,14 +4,20 @@ import pytest
 import torch
 
 from sdtrt_backend.rules import KEEP, LEVELS, RANGE_RULES, AmaxByTimestep, level_of, reason_to_keep
+from sdtrt_backend.stats import log_histogram
 from sdtrt_backend.values import Layer
+
+
+def histogram(scale):
+    return torch.stack([log_histogram(scale * torch.tensor([v] * 998 + [8.0])) for v in (1.0, 0.5, 0.25)])
+
 
 # three timesteps, noisiest first; two calls each
 RECORD = AmaxByTimestep(torch.tensor([8.0, 4.0, 2.0]), torch.tensor([6.0, 3.0, 1.0]), torch.tensor([14.0, 7.0, 3.0]),
-                        torch.tensor([2.0, 2.0, 2.0]))
+                        torch.tensor([2.0, 2.0, 2.0]), histogram(1))
 EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "quartile_max": 6.0, "min_max": 2.0, "min_mean": 1.5, "mean_mean": 4.0,
             "global_min": 1.0, "modelopt_min_max": 2.0, "modelopt_min_mean": 1.0, "modelopt_mean_max": 14 / 3,
-            "modelopt_global_min": 1.0}
+            "modelopt_global_min": 1.0, "value_999": 8.0, "value_9999": 8.0, "mse": 8.0}
 
 
 def layer(name="mid.conv", shape=(64, 64, 3, 3), groups=1, op="conv2d"):
@@ -21,7 +27,8 @@ def layer(name="mid.conv", shape=(64, 64, 3, 3), groups=1, op="conv2d"):
 @pytest.mark.parametrize("rule", RANGE_RULES)
 def test_a_rule_gives_its_formula_per_tensor_and_per_channel(rule):
     assert float(RANGE_RULES[rule](RECORD)) == pytest.approx(EXPECTED[rule])
-    wide = AmaxByTimestep(*(torch.stack([t, 2 * t], 1) for t in (RECORD.maximum, RECORD.minimum, RECORD.total)), RECORD.count)
+    wide = AmaxByTimestep(*(torch.stack([t, 2 * t], 1) for t in (RECORD.maximum, RECORD.minimum, RECORD.total)), RECORD.count,
+                          histogram(2))
     assert RANGE_RULES[rule](wide).tolist() == pytest.approx([EXPECTED[rule], 2 * EXPECTED[rule]])
 
 

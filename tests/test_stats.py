@@ -93,3 +93,20 @@ def test_a_histogram_looks_at_its_sample_at_most(elements):
     counts = stats.log_histogram(torch.ones(elements))
     assert counts.shape == (stats.BINS,)
     assert int(counts.sum()) == min(elements, stats.HISTOGRAM_SAMPLE)
+
+
+def test_a_value_quantile_is_the_end_of_the_bin_that_holds_it():
+    x = torch.linspace(0, 1, 4001)
+    for share in (0.25, 0.5, 0.99, 1.0):
+        assert share <= stats.value_quantile(stats.log_histogram(x), share) <= share * 2 ** (1 / stats.BINS_PER_OCTAVE) * 1.001
+
+
+@pytest.mark.parametrize("tail", [0.0, 8.0])
+def test_the_mse_clip_is_near_the_best_of_a_fine_search(tail):
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    x[:2] += tail
+    def error(clip):
+        return float((stats.fake_quantize(x.clamp(-clip, clip), clip / INT8_MAX) - x).square().mean())
+
+    best = min(error(c) for c in torch.linspace(0.5, 12, 400).tolist())
+    assert error(stats.mse_clip(stats.log_histogram(x))) <= 1.15 * best

@@ -73,10 +73,14 @@ def _state(captured: Captured, parsed: Options) -> ModuleState:
     """The module's state, with the recipe that the options name."""
     if parsed.recipe is None and parsed.rule in BY_CALL:
         raise OptionError.counts_calls(parsed.rule)
+    if parsed.recipe is None and parsed.min_psnr is not None:
+        raise OptionError.needs_pictures(parsed.min_psnr)
     state = state_of(captured, parsed)
     if parsed.recipe is not None and state.recipe is None:
         recipe = Recipe.load(parsed.recipe)
         recipe.check_model(captured.fingerprints())
+        if parsed.min_psnr is not None and recipe.provenance.get("min_psnr", {}).get("target_db", 0.0) < parsed.min_psnr:
+            raise OptionError.needs_pictures(parsed.min_psnr)
         state.recipe = recipe
     return state
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from . import stats
+from . import budget, stats
 from .errors import CalibrationError, ModelError
 from .options import Options
 from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
@@ -119,11 +120,11 @@ class Calibration:
     def amax(self, group: str) -> tuple[AmaxByTimestep, AmaxByTimestep]:
         """(per tensor [T], per channel [T, channels]) of a group, over the timesteps it ran at, noisiest first."""
         rows = [self.inputs[group][t] for t in self.timesteps() if t in self.inputs[group]]
-        count = torch.tensor([float(r.count) for r in rows])
+        count, histogram = torch.tensor([float(r.count) for r in rows]), torch.stack([r.histogram for r in rows])
         tensor = AmaxByTimestep(torch.tensor([r.tensor_max for r in rows]), torch.tensor([r.tensor_min for r in rows]),
-                                torch.tensor([r.tensor_sum for r in rows]), count)
+                                torch.tensor([r.tensor_sum for r in rows]), count, histogram)
         channel = AmaxByTimestep(torch.stack([r.channel_max for r in rows]), torch.stack([r.channel_min for r in rows]),
-                                 torch.stack([r.channel_sum for r in rows]), count)
+                                 torch.stack([r.channel_sum for r in rows]), count, histogram)
         return tensor, channel
 
     def recipe(self, options: Options, provenance: Mapping[str, Any]) -> Recipe:
@@ -238,7 +239,8 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
 
     pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer`` and a call that takes prompts).
     guidance_scale: None for the pipeline's default; seed: prompt i starts from noise of seed + i, so the same call
-    gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``);
+    gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``, ``min_psnr``: the last
+    quarter of the prompts then judges what the others calibrate);
     pipe_kwargs: anything else the pipeline takes (height, width, image, ...).
     Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
     """
@@ -248,29 +250,25 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
     name = denoiser_name(pipe)
     if any(p.is_meta for p in getattr(pipe, name).parameters()):
         raise ModelError.on_meta(name)
+    prompts, judging = (list(prompts), []) if parsed.min_psnr is None else budget.split(prompts)
     calibration = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0)
-    bar = _progress(len(range(0, len(prompts), batch_size)) * num_inference_steps, progress)
-    quiet = getattr(pipe, "_progress_bar_config", None)
     if guidance_scale is not None:
         pipe_kwargs["guidance_scale"] = guidance_scale
-    try:
-        if hasattr(pipe, "set_progress_bar_config"):
-            pipe.set_progress_bar_config(disable=True)
-        with torch.no_grad(), uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
-            for start in range(0, len(prompts), batch_size):
-                part = list(prompts[start : start + batch_size])
-                noise = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]
-                pipe(part, num_inference_steps=num_inference_steps, generator=noise, output_type="latent", **pipe_kwargs)
-    except KeyboardInterrupt as stop:
-        stop.add_note(f"calibration interrupted after {calibration.trajectories.calls} steps: no recipe was made, "
-                      "the hooks are removed and the pipeline is as it was")
-        raise
-    finally:
-        bar.close()
-        if quiet is None and hasattr(pipe, "_progress_bar_config"):
-            del pipe._progress_bar_config
-        elif quiet is not None:
-            pipe._progress_bar_config = quiet
+
+    def draw(texts: Sequence[str], first: int, steps: int, output_type: str) -> Any:
+        """Pictures of prompts, which are the first-th and those behind it."""
+        noise = [torch.Generator("cpu").manual_seed(seed + first + i) for i in range(len(texts))]
+        return pipe(list(texts), num_inference_steps=steps, generator=noise, output_type=output_type, **pipe_kwargs)
+
+    with _progress("calibrating", "step", len(range(0, len(prompts), batch_size)) * num_inference_steps, progress) as bar:
+        try:
+            with torch.no_grad(), quiet(pipe), uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
+                for start in range(0, len(prompts), batch_size):
+                    draw(prompts[start : start + batch_size], start, num_inference_steps, "latent")
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"calibration interrupted after {calibration.trajectories.calls} steps: no recipe was made, "
+                          "the hooks are removed and the pipeline is as it was")
+            raise
     seen = len(calibration.buckets.values)
     provenance: dict[str, Any] = {"prompts": len(prompts), "seed": seed, "num_inference_steps": num_inference_steps,
                                   "guidance_scale": guidance_scale, "scheduler": type(getattr(pipe, "scheduler", None)).__name__,
@@ -279,10 +277,35 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
         provenance["note"] = (f"asked for {num_inference_steps} steps, the denoiser saw {seen} different timesteps; "
                               "the ranges cover those only")
         log.warning("calibrate: %s", provenance["note"])
-    return calibration.recipe(parsed, provenance)
+    recipe = calibration.recipe(parsed, provenance)
+    if parsed.min_psnr is None:
+        return recipe
+
+    def judge(which: Sequence[int], steps: int, output_type: str) -> Any:
+        batches = [which[i : i + batch_size] for i in range(0, len(which), batch_size)]
+        made = [draw([judging[i] for i in batch], len(prompts) + batch[0], steps, output_type).images for batch in batches]
+        return torch.cat(made) if isinstance(made[0], torch.Tensor) else np.concatenate(made)
+
+    with quiet(pipe), uncompiled(pipe, name) as module, _progress("trying parts in 8 bits", "part", None, progress) as bar:
+        return budget.fit(module, recipe, parsed, judge, len(judging), num_inference_steps, bar)
 
 
-def _progress(total: int, show: bool) -> Any:
+@contextlib.contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """The pipeline without its own progress bar; as it was afterwards."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    try:
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        yield
+    finally:
+        if before is None and hasattr(pipe, "_progress_bar_config"):
+            del pipe._progress_bar_config
+        elif before is not None:
+            pipe._progress_bar_config = before
+
+
+def _progress(what: str, unit: str, total: int | None, show: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc="calibrating", unit="step", disable=not show)
+    return tqdm(total=total, desc=what, unit=unit, disable=not show)

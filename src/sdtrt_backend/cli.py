@@ -66,13 +66,18 @@ def calibrate(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,
     rule: Annotated[str, typer.Option(help="Range rule over timesteps.")] = Options.rule,
+    min_psnr: Annotated[float | None, typer.Option(help="dB to full precision that new prompts are to have: keeps layers "
+                                                        "unquantised where it must; a quarter of the prompts judges.")] = None,
 ) -> None:
     """Run the pipeline over your prompts and save the recipe for options={"recipe": ...}."""
     from .calibrate import calibrate as run
+    from .report import budget_table
 
     recipe = run(_load(model), _read_prompts(prompts), num_inference_steps=steps, guidance_scale=guidance, seed=seed,
-                 options={"rule": rule})
+                 options={"rule": rule, "min_psnr": min_psnr})
     recipe.save(out)
+    if min_psnr is not None:
+        console.print(budget_table(recipe))
     console.print(f"{len(recipe.layers)} layers over {len(recipe.timesteps)} timesteps -> {out}")
 
 

@@ -33,6 +33,11 @@ class OptionError(SdtrtError):
                    f"calibrate(pipe, prompts, options={{'rule': {rule!r}}}) and pass the recipe")
 
     @classmethod
+    def needs_pictures(cls, target: float) -> OptionError:
+        return cls(f"min_psnr={target:g} is solved with pictures, which a denoiser alone does not draw: "
+                   f"calibrate(pipe, prompts, options={{'min_psnr': {target:g}}}) and pass the recipe")
+
+    @classmethod
     def candidate(cls, name: str, valid: Iterable[str], elsewhere: Container[str]) -> OptionError:
         if name in elsewhere:
             return cls(f"candidate {name!r} has no kernels on this hardware; candidates here: {', '.join(sorted(valid))}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError
+from .metrics import BEST_PSNR
 from .rules import ENGINES, LEVELS, RANGE_RULES, RESTS, TENSORRT
 
 
@@ -22,6 +23,8 @@ class Options:
     percentile: share of the timesteps, from the noisy end, that the range rule looks at; 0 < p <= 1.
     alpha: SmoothQuant migration strength of linears, 0..1; None switches their smoothing off.
     alpha_conv: the same of convolutions, which are smoothed on the CPU only.
+    min_psnr: dB that pictures of prompts that calibrated nothing are to have at least on average, against the user's precision:
+        ``calibrate`` measures what each layer brings of the error and of the speed, and names those that stay unquantised.
     max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step.
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
     engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a
@@ -43,6 +46,7 @@ class Options:
     percentile: float = 1.0
     alpha: float | None = 0.35
     alpha_conv: float | None = 0.5
+    min_psnr: float | None = None
     max_error: float = 0.2
     rest: str = "auto"
     engine: str = "auto"
@@ -83,6 +87,8 @@ class Options:
         for name in ("alpha", "alpha_conv"):
             strength = values.get(name) is None or (number(name) and 0 <= values[name] <= 1)
             check(name, strength, "a number in [0, 1] or None")
+        check("min_psnr", values.get("min_psnr") is None or (number("min_psnr") and 0 < values["min_psnr"] < BEST_PSNR),
+              f"a number in (0, {BEST_PSNR:g}) or None")
         check("max_error", number("max_error") and values["max_error"] > 0, "a number > 0")
         check("rest", values.get("rest") in RESTS, f"one of {', '.join(RESTS)}")
         check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")

@@ -51,6 +51,8 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
         reason = "the recipe has no range for it: it did not run, or saw no finite input, during calibration"
     elif reason is None and calibrated is not None and not calibrated.amax > TINY_AMAX:
         reason = "its input was zero throughout calibration"
+    elif reason is None and calibrated is not None:
+        reason = calibrated.keep
     if reason is not None or calibrated is None:
         return Decision(layer, "16-bit", reason or "")
     decision = Decision(layer, "int8", "", *recipe.input_of(layer.name, free), calibrated.group)

@@ -25,7 +25,8 @@ class LayerRecipe:
 
     fingerprint: identifies the weight; group: layers of one group read one tensor and share amax and smoothing;
     amax: clipping value after smoothing; alpha: migration strength or None; plain_amax: clipping value without smoothing or
-    None, see ``rules.FREE_CONVS``; low, high: smallest and largest value after smoothing, or None.
+    None, see ``rules.FREE_CONVS``; low, high: smallest and largest value after smoothing, or None; keep: the sentence why the
+    layer is to stay in the user's precision, or None.
     """
 
     op: str
@@ -36,6 +37,7 @@ class LayerRecipe:
     plain_amax: float | None = None
     low: float | None = None
     high: float | None = None
+    keep: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from .metrics import Pictures
+from .recipe import Recipe
 from .values import LayerReport
 
 WIDTH = 118
@@ -103,6 +104,19 @@ def kept_layers(report: Report) -> dict[tuple[str, str], list[str]]:
         if layer.amax is None:
             kept.setdefault((layer.precision, layer.reason), []).append(layer.name)
     return kept
+
+
+def budget_table(recipe: Recipe) -> Table:
+    """What a recipe for ``min_psnr`` found: its parts, noisiest first."""
+    facts = recipe.provenance["min_psnr"]
+    title = (f"{facts['mean_db']:.1f} dB on {facts['judges']} prompts that calibrated nothing, surely {facts['surely_db']:.1f}, "
+             f"{facts['target_db']:g} asked for")
+    table = Table("part", "share of the error", "saves, ms a step", "runs in", title=title, title_justify="left", box=None)
+    whole = sum(p["error"] for p in facts["parts"])
+    for part in sorted(facts["parts"], key=lambda p: -p["error"]):
+        table.add_row(part["name"], f"{part['error'] / whole:.1%}", f"{part['gain_ms']:.3f}",
+                      "its own precision" if part["kept"] else "8 bits")
+    return table
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:

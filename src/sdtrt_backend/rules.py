@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import stats
 from .values import Layer
 
 
@@ -112,22 +113,29 @@ def reason_to_keep(layer: Layer, exclude: tuple[str, ...], level: float = LEVELS
 class AmaxByTimestep:
     """amax of one tensor over the calls of each timestep, noisiest timestep first: [T] or [T, channels], fp32.
 
-    maximum, minimum, total: over calls; count: calls [T]; steps: T before ``prefix``, 0 where it was not called.
+    maximum, minimum, total: over calls; count: calls [T]; histogram: of |x| of the tensor, [T, stats.BINS];
+    steps: T before ``prefix``, 0 where it was not called.
     """
 
     maximum: torch.Tensor
     minimum: torch.Tensor
     total: torch.Tensor
     count: torch.Tensor
+    histogram: torch.Tensor
     steps: int = 0
 
     def prefix(self, percentile: float) -> AmaxByTimestep:
         """The first ``percentile`` of the timesteps, at least one."""
         n = max(1, int(len(self.count) * percentile + 1e-9))
-        return AmaxByTimestep(self.maximum[:n], self.minimum[:n], self.total[:n], self.count[:n], len(self.count))
+        return AmaxByTimestep(self.maximum[:n], self.minimum[:n], self.total[:n], self.count[:n], self.histogram[:n],
+                              len(self.count))
 
     def mean(self) -> torch.Tensor:
         return self.total / self.count.view(-1, *[1] * (self.total.dim() - 1))
+
+    def clipped(self, clip: Callable[[torch.Tensor], float]) -> torch.Tensor:
+        """The maximum over timesteps, times the share of the tensor's range up to what ``clip`` makes of its histogram."""
+        return self.maximum.amax(0) * min(1.0, clip(self.histogram.sum(0)) / max(float(self.maximum.max()), stats.TINY_AMAX))
 
 
 # Range rules: amax over timesteps and calls -> one clipping value (per tensor or channel).
@@ -139,6 +147,9 @@ RANGE_RULES: dict[str, Callable[[AmaxByTimestep], torch.Tensor]] = {
     "min_mean": lambda a: a.mean().amin(0),
     "mean_mean": lambda a: a.mean().mean(0),
     "global_min": lambda a: a.minimum.amin(0),
+    "value_999": lambda a: a.clipped(lambda h: stats.value_quantile(h, 0.999)),
+    "value_9999": lambda a: a.clipped(lambda h: stats.value_quantile(h, 0.9999)),
+    "mse": lambda a: a.clipped(stats.mse_clip),
     "modelopt_min_max": lambda a: a.maximum.amin(0),
     "modelopt_min_mean": lambda a: (a.total / (a.steps or len(a.count))).amin(0),  # divided by steps, not by calls, as there
     "modelopt_mean_max": lambda a: a.maximum.mean(0),

@@ -25,6 +25,27 @@ def log_histogram(x: torch.Tensor) -> torch.Tensor:
     return torch.bincount(index.cpu(), minlength=BINS)
 
 
+def value_quantile(histogram: torch.Tensor, share: float) -> float:
+    """|x| that ``share`` of the values do not exceed: the upper end of its bin. histogram: counts [BINS]."""
+    below = histogram.double().cumsum(0)
+    return _upper_ends()[int((below < share * below[-1]).sum())].item()
+
+
+def mse_clip(histogram: torch.Tensor) -> float:
+    """The clipping value of least mean squared int8 error: c^2 / (12 * 127^2) for values inside, (|x| - c)^2 for those beyond
+    (Banner et al. 2019, eq. 4 for a measured distribution). histogram: counts [BINS]; values count as the middle of their bin."""
+    ends, counts = _upper_ends(), histogram.double()
+    middles = ends * 2 ** (-0.5 / BINS_PER_OCTAVE)
+    beyond = (middles[None] - ends[:, None]).clamp_min(0).square()  # [clip, bin]
+    inside = (middles[None] <= ends[:, None]) * (ends[:, None] / INT8_MAX).square() / 12
+    return ends[int(((beyond + inside) * counts).sum(1).argmin())].item()
+
+
+def _upper_ends() -> torch.Tensor:
+    """|x| at the end of each bin, fp64 [BINS]."""
+    return torch.pow(2.0, OCTAVES[0] + torch.arange(1, BINS + 1, dtype=torch.float64) / BINS_PER_OCTAVE)
+
+
 def channel_range(x: torch.Tensor, channel_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(min x, max x) of every channel, fp32 [channels] on the CPU."""
     axis = channel_axis % x.dim()

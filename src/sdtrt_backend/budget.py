@@ -1,0 +1,238 @@
+"""``min_psnr``: the fastest assignment of precisions that keeps pictures near the user's own, solved while calibrating.
+
+Two numbers of every part of the denoiser are measured: the error of the final latents of real pictures when this part alone
+runs in 8 bits, so a timestep counts as much as the scheduler makes it, and the milliseconds that 8 bits save. Parts stay in the
+user's precision, most error per millisecond first, until pictures of prompts that calibrated nothing have the PSNR.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import ops, stats
+from .errors import CalibrationError
+from .kernels import Problem, chooser
+from .measure import step_ms
+from .metrics import psnr
+from .options import Options
+from .quantize import free_convs, plan
+from .recipe import Recipe
+from .rules import MODULES
+from .values import UINT8_ZERO, Decision, Layer
+
+log = logging.getLogger(__name__)
+JUDGES = (2, 8)  # prompts that judge: a quarter of all, at least and at most
+TRIED = 2  # of them that every part is tried on
+TRIAL_STEPS = 10  # of such a picture
+MAX_PARTS = 48  # as each is tried by pictures
+# Standard errors that the mean PSNR of the judging pictures must lie above the budget: they are few
+SURE = 2.0
+ROUNDS = 8
+MARGIN_DB = 0.5  # more than what is missing is asked for at each round, so that rounds end
+TIMED = 10  # repeats of a layer's kernels
+
+Draw = Callable[[Sequence[int], int, str], Any]  # (indices of prompts, steps, output_type) -> what the pipeline gives
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers decided together. error: squared relative error of the final latents when they alone run in 8 bits; gain_ms: what
+    a step is faster by then."""
+
+    name: str
+    layers: tuple[str, ...]
+    error: float
+    gain_ms: float
+
+
+def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(prompts that calibrate, those that judge). Raises CalibrationError when they are too few."""
+    judges = min(JUDGES[1], max(JUDGES[0], len(prompts) // 4))
+    if len(prompts) < 2 * judges:
+        raise CalibrationError(f"min_psnr needs at least {2 * JUDGES[0]} prompts, got {len(prompts)}: a quarter of them, but at "
+                               f"least {JUDGES[0]}, judges what the others calibrate")
+    return list(prompts[:-judges]), list(prompts[-judges:])
+
+
+@torch.no_grad()
+def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, judges: int, steps: int,
+        bar: Any) -> Recipe:
+    """``recipe`` with the layers named (``LayerRecipe.keep``) that stay in the user's precision for ``options.min_psnr``.
+
+    module: the denoiser that ``draw`` calls; judges: prompts that ``draw`` knows, steps: of a picture of theirs; bar: tqdm's,
+    advanced by each part that was tried. Raises CalibrationError when ROUNDS do not reach the budget.
+    """
+    target = options.min_psnr
+    assert target is not None
+    decisions = {d.layer.name: d for d in decided(module, recipe, options) if d.quantized}
+    weights = {name: stats.fake_quantize_weight(d, d.layer.weight).to(d.layer.weight.dtype) for name, d in decisions.items()}
+    everyone = list(range(judges))
+    plain = draw(everyone, steps, "np")
+
+    def judged(kept: Sequence[Part]) -> tuple[float, float]:
+        """(mean PSNR, what it surely is) of pictures with these parts in the user's precision, dB."""
+        names = {name for part in kept for name in part.layers}
+        with emulated(module, {n: d for n, d in decisions.items() if n not in names}, weights):
+            each = psnr(draw(everyone, steps, "np"), plain)
+        mean = statistics.mean(each)
+        return mean, mean - SURE * statistics.stdev(each) / len(each) ** 0.5
+
+    kept: list[Part] = []
+    parts: list[Part] = []
+    mean, sure = judged(kept)
+    if sure < target:
+        parts = tried(module, recipe, decisions, weights, draw, bar)
+    allowed = sum(p.error for p in parts)
+    for _ in range(ROUNDS):
+        if sure >= target:
+            break
+        allowed *= 10 ** ((sure - target - MARGIN_DB) / 10)
+        kept = fastest(parts, allowed)
+        mean, sure = judged(kept)
+    if sure < target:
+        raise CalibrationError(f"min_psnr={target:g} was not reached: {mean:.1f} dB with {len(kept)} of {len(parts)} parts in "
+                               "the denoiser's own precision; ask for less, or leave min_psnr out")
+    whole = sum(p.error for p in parts)
+    why = {name: f"kept for min_psnr={target:g}: in 8 bits {p.name} would bring {p.error / whole:.1%} of the error of the final "
+                 f"latents and save {p.gain_ms:.3f} ms a step" for p in kept for name in p.layers}
+    for part in kept:
+        log.info("min_psnr=%g keeps %s: %.1f %% of the error, %.3f ms a step", target, part.name, 100 * part.error / whole,
+                 part.gain_ms)
+    facts = {"target_db": target, "mean_db": mean, "surely_db": sure, "judges": judges,
+             "parts": [{"name": p.name, "error": p.error, "gain_ms": p.gain_ms, "kept": p in kept} for p in parts]}
+    return replace(recipe, layers={n: replace(la, keep=why.get(n)) for n, la in recipe.layers.items()},
+                   provenance={**recipe.provenance, "min_psnr": facts})
+
+
+def fastest(parts: Sequence[Part], allowed: float) -> list[Part]:
+    """The parts to keep in the user's precision so that the errors of the others sum to at most ``allowed`` and little time is
+    lost: most error per millisecond first; then those come back that turn out to fit, the slowest first."""
+    left, kept = sum(p.error for p in parts), []
+    for part in sorted(parts, key=lambda p: p.error / max(p.gain_ms, 1e-9), reverse=True):
+        if left <= allowed:
+            break
+        kept.append(part)
+        left -= part.error
+    for part in sorted(kept, key=lambda p: p.gain_ms, reverse=True):
+        if left + part.error <= allowed:
+            kept.remove(part)
+            left += part.error
+    return kept
+
+
+def decided(module: torch.nn.Module, recipe: Recipe, options: Options) -> tuple[Decision, ...]:
+    """The plan of a module that was not captured; only layers that calibration saw."""
+    layers = [Layer(name, MODULES[type(child)].name, "", "", child.get_parameter("weight"), getattr(child, "groups", 1))
+              for name, child in module.named_modules() if type(child) in MODULES and name in recipe.layers]
+    return plan(layers, recipe, options.exclude, options.level, free_convs(layers[0].weight.device, options.precision))
+
+
+@contextlib.contextmanager
+def emulated(module: torch.nn.Module, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The layers give what 8 bits give, by fake quantisation, while the context is open. weights: as 8 bits hold them."""
+    def hook(name: str) -> Callable[..., torch.Tensor]:
+        def again(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> torch.Tensor:
+            x = args[0] if args else kwargs["input"]
+            x8 = stats.fake_quantize_input(decisions[name], x).to(x.dtype)
+            if decisions[name].layer.op == "conv2d":
+                y: torch.Tensor = layer._conv_forward(x8, weights[name], layer.bias)  # pads as the layer does
+                return y
+            return torch.nn.functional.linear(x8, weights[name], layer.bias)
+
+        return again
+
+    handles = [module.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in decisions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor],
+          draw: Draw, bar: Any) -> list[Part]:
+    """Every part with its error and its gain."""
+    prompts = list(range(TRIED))
+    problems: dict[str, Problem] = {}
+
+    def shape(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            problems[name] = _problem(layer, args[0] if args else kwargs["input"])
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(shape(name), with_kwargs=True) for name in decisions]
+    try:
+        exact = draw(prompts, TRIAL_STEPS, "latent")
+    finally:
+        for handle in handles:
+            handle.remove()
+    gains = {p: _gain_ms(p, exact.device) for p in set(problems.values())}
+    parts, groups = [], grouped(recipe, list(decisions))
+    bar.total = len(groups)
+    for name, layers in groups.items():
+        with emulated(module, {n: decisions[n] for n in layers}, weights):
+            error = stats.relative_error(draw(prompts, TRIAL_STEPS, "latent"), exact) ** 2
+        parts.append(Part(name, layers, error, sum(gains[problems[n]] for n in layers if n in problems)))
+        bar.update()
+    return parts
+
+
+def grouped(recipe: Recipe, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Part -> its layers: those of one kind in one stage, or in all stages where there would be too many parts. Layers that read
+    one tensor are in one part, since its quantisation is theirs."""
+    for first in (1, 0):  # numbers in a path that tell parts apart
+        parts: dict[str, list[str]] = {}
+        for name in names:
+            parts.setdefault(_kind(recipe.layers[name].group, first), []).append(name)
+        if len(parts) <= MAX_PARTS:
+            break
+    return {kind: tuple(layers) for kind, layers in parts.items()}
+
+
+def _kind(path: str, first: int) -> str:
+    """A module path with its numbers replaced, but the ``first`` ones."""
+    words = path.split(".")
+    numbers = [i for i, word in enumerate(words) if word.isdigit()]
+    return ".".join("*" if i in numbers[first:] else word for i, word in enumerate(words))
+
+
+def _problem(layer: Any, x: torch.Tensor) -> Problem:
+    if isinstance(layer, torch.nn.Linear):
+        return Problem("linear", (x.numel() // x.shape[-1], x.shape[-1]), tuple(layer.weight.shape), (1, 1), (0, 0), x.dtype)
+    padding: Any = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
+    stride: Any = layer.stride
+    return Problem("conv2d", tuple(x.shape), tuple(layer.weight.shape), stride, padding, x.dtype)
+
+
+def _gain_ms(problem: Problem, device: torch.device) -> float:
+    """Milliseconds that 8 bits save, 0 where they save none."""
+    if device.type == "cuda":
+        best, wide = chooser(device).best(problem, "int8"), chooser(device).wide_ms(problem)
+        return max(0.0, wide - best.ms) if best else 0.0
+    noise = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(shape, generator=noise).to(problem.dtype) for shape in (problem.x, problem.weight))
+    unsigned = torch.randint(0, 256, problem.x, generator=noise, dtype=torch.uint8)
+    codes = torch.randint(-127, 128, problem.weight, generator=noise, dtype=torch.int8)
+    scale, weight_zero = torch.ones(len(codes)), torch.zeros(len(codes), dtype=torch.int32)
+    calls: tuple[Callable[[], Any], Callable[[], Any]]
+    if problem.op == "linear":
+        packed = torch.ops.onednn.qlinear_prepack(codes, list(problem.x))
+        calls = (lambda: torch.nn.functional.linear(x, w),
+                 lambda: ops.packed_linear(unsigned, 1.0, UINT8_ZERO, packed, scale, weight_zero, None, torch.float32))
+    else:
+        x, w, unsigned = (t.contiguous(memory_format=torch.channels_last) for t in (x, w, unsigned))
+        geometry = (list(problem.stride), list(problem.padding), [1, 1])
+        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, UINT8_ZERO, *geometry, 1, list(problem.x))
+        calls = (lambda: torch.nn.functional.conv2d(x, w, None, problem.stride, problem.padding),
+                 lambda: ops.packed_conv2d(unsigned, 1.0, UINT8_ZERO, packed, scale, weight_zero, None, *geometry, torch.float32))
+    step_ms(*calls, repeats=2)  # warm-up
+    wide_ms, narrow_ms = step_ms(*calls, repeats=TIMED)
+    return max(0.0, wide_ms - narrow_ms)

@@ -1,0 +1,159 @@
+"""``min_psnr``: what stays unquantised is measured, solved for and verified on prompts that calibrated nothing."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import sdtrt_backend
+from sdtrt_backend import budget
+from sdtrt_backend.budget import Part
+from sdtrt_backend.errors import CalibrationError, OptionError
+from sdtrt_backend.metrics import psnr
+from sdtrt_backend.options import Options
+from sdtrt_backend.quantize import free_convs, insert, plan
+from sdtrt_backend.recipe import LayerRecipe, Recipe
+
+PROMPTS = ["rocket, fluent style", "owl, fluent style", "guitar, noto style", "cactus, fluent style"]
+
+
+def test_the_fastest_parts_fit_the_budget_and_are_near_the_best_of_all_choices():
+    rng = random.Random(0)
+    for _ in range(200):
+        parts = [Part(f"p{i}", (), rng.random() ** 4, rng.random()) for i in range(8)]
+        allowed = rng.random() * sum(p.error for p in parts)
+        kept = budget.fastest(parts, allowed)
+        assert sum(p.error for p in parts if p not in kept) <= allowed + 1e-12
+        choices = (c for r in range(9) for c in itertools.combinations(parts, r))
+        best = min(sum(p.gain_ms for p in c) for c in choices if sum(p.error for p in parts if p not in c) <= allowed)
+        lost = sum(p.gain_ms for p in kept)
+        assert best <= lost + 1e-12
+        assert lost <= best + 2 * max(p.gain_ms for p in parts)
+    assert budget.fastest(parts, 1e9) == []
+    assert len(budget.fastest(parts, 0.0)) == len(parts)
+
+
+@pytest.mark.parametrize(("prompts", "judges"), [(4, 2), (8, 2), (12, 3), (32, 8), (128, 8)])
+def test_a_quarter_of_the_prompts_judges(prompts, judges):
+    texts = [str(i) for i in range(prompts)]
+    calibrating, judging = budget.split(texts)
+    assert len(judging) == judges
+    assert calibrating + judging == texts
+
+
+def test_too_few_prompts_are_refused():
+    with pytest.raises(CalibrationError, match="at least 4 prompts, got 3"):
+        budget.split(["a", "b", "c"])
+
+
+def test_parts_are_kinds_of_layers_in_a_stage_and_of_all_stages_when_there_are_too_many(monkeypatch):
+    groups = {f"down.{i}.resnets.{j}.conv{k}": f"down.{i}.resnets.{j}.conv{k}" for i in (0, 1) for j in (0, 1) for k in (1, 2)}
+    groups |= {"mid.0.to_k": "mid.0.to_q", "mid.0.to_q": "mid.0.to_q"}
+    recipe = Recipe("", {name: LayerRecipe("linear", "", group, 1.0) for name, group in groups.items()})
+    parts = budget.grouped(recipe, list(groups))
+    assert parts["down.0.resnets.*.conv1"] == ("down.0.resnets.0.conv1", "down.0.resnets.1.conv1")
+    assert parts["mid.0.to_q"] == ("mid.0.to_k", "mid.0.to_q")
+    assert len(parts) == 5
+    monkeypatch.setattr(budget, "MAX_PARTS", 4)
+    assert set(budget.grouped(recipe, list(groups))) == {"down.*.resnets.*.conv1", "down.*.resnets.*.conv2", "mid.*.to_q"}
+
+
+def test_emulation_gives_what_the_inserted_graph_gives_and_leaves_nothing(graph, recipe, denoiser, inputs):
+    captured, args = graph
+    decisions = plan(captured.layers, recipe, (), free_convs=True)
+    from sdtrt_backend.capture import bind, tensor_inputs
+
+    bound, nodes = bind(captured, args)
+    with torch.no_grad():
+        expected = insert(bound, nodes, decisions)(*tensor_inputs(captured, args))[0]
+        mine = {d.layer.name: d for d in budget.decided(denoiser, recipe, Options()) if d.quantized}
+        assert set(mine) == {d.layer.name for d in decisions if d.quantized}
+        weights = {n: budget.stats.fake_quantize_weight(d, d.layer.weight) for n, d in mine.items()}
+        plain = denoiser(*inputs)
+        with budget.emulated(denoiser, mine, weights):
+            assert torch.allclose(denoiser(*inputs), expected, atol=1e-5)
+        with pytest.raises(ZeroDivisionError), budget.emulated(denoiser, mine, weights):
+            raise ZeroDivisionError
+        assert torch.equal(denoiser(*inputs), plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in denoiser.modules())
+    assert free_convs(torch.device("cpu"), "int8")
+
+
+@pytest.fixture
+def pipe():
+    torch._dynamo.reset()
+    return sdtrt_backend.demo_pipeline()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(budget, "TRIAL_STEPS", 2)
+    monkeypatch.setattr(budget, "MAX_PARTS", 20)
+    monkeypatch.setattr(budget, "TIMED", 2)
+
+
+def solved(pipe, target):
+    return sdtrt_backend.calibrate(pipe, PROMPTS, num_inference_steps=4, guidance_scale=5.0, progress=False,
+                                   options={"min_psnr": target})
+
+
+def test_a_budget_that_is_kept_anyway_keeps_every_layer_in_8_bits(pipe, quick):
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    recipe = solved(pipe, 10.0)
+    assert not any(layer.keep for layer in recipe.layers.values())
+    assert recipe.provenance["min_psnr"]["surely_db"] >= 10
+    assert recipe.provenance["prompts"] == 2
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, quick, tmp_path):
+    loose = solved(pipe, 10.0).provenance["min_psnr"]["mean_db"]
+    target = loose + 4
+    recipe = solved(pipe, target)
+    kept = {name: layer.keep for name, layer in recipe.layers.items() if layer.keep}
+    facts = recipe.provenance["min_psnr"]
+    assert kept
+    assert len(kept) < len(recipe.layers)
+    assert facts["mean_db"] > facts["surely_db"] >= target
+    assert all(f"kept for min_psnr={target:g}: in 8 bits" in why and "ms a step" in why for why in kept.values())
+    assert sum(p["kept"] for p in facts["parts"]) < len(facts["parts"]) <= 20
+
+    again = sdtrt_backend.Recipe.load(recipe.save(tmp_path))
+    assert {n: layer.keep for n, layer in again.layers.items() if layer.keep} == kept
+    def pictures():
+        noise = [torch.Generator().manual_seed(2 + i) for i in range(2)]  # of the prompts that judged
+        return pipe(PROMPTS[2:], num_inference_steps=4, guidance_scale=5.0, generator=noise, output_type="np").images
+
+    plain = pictures()
+    with sdtrt_backend.accelerated(pipe, recipe=tmp_path, engine="reference", min_psnr=target):
+        each = psnr(pictures(), plain)
+        report = sdtrt_backend.explain(pipe)
+    assert report.state == "ready"
+    assert {layer.name: layer.reason for layer in report.layers if layer.name in kept} == kept
+    assert sum(each) / len(each) == pytest.approx(facts["mean_db"], abs=1.0)  # another batch rounds other ties
+
+
+def test_a_budget_beyond_reach_is_said(pipe, quick, monkeypatch):
+    monkeypatch.setattr(budget, "ROUNDS", 1)
+    with pytest.raises(CalibrationError, match=r"min_psnr=99 was not reached: .* dB with \d+ of \d+ parts"):
+        solved(pipe, 99.0)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("made_for", [None, 30.0])
+def test_without_a_recipe_made_for_it_the_backend_refuses_the_option(denoiser, inputs, recipe, tmp_path, made_for):
+    facts = {} if made_for is None else {"min_psnr": {"target_db": made_for}}
+    folder = Recipe(recipe.model_hash, recipe.layers, recipe.smoothing, provenance=facts).save(tmp_path)
+    options = {"min_psnr": 35.0} if made_for is None else {"min_psnr": 35.0, "recipe": str(folder)}
+    compiled = torch.compile(denoiser, backend="sd_int8", options=options)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="OptionError: min_psnr=35 is solved with pictures"):
+        compiled(*inputs)
+
+
+def test_the_option_takes_decibels():
+    for wrong in (0, -3, 100, "32", True):
+        with pytest.raises(OptionError, match=r"'min_psnr' expects a number in \(0, 100\) or None"):
+            Options.parse({"min_psnr": wrong})
+    assert Options.parse({"min_psnr": 32}).min_psnr == 32
