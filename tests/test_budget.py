@@ -1,5 +1,6 @@
 """``min_psnr``: what stays unquantised is measured, solved for and verified on prompts that calibrated nothing."""
 
+import copy
 import itertools
 import random
 
@@ -118,7 +119,7 @@ def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, q
     assert len(kept) < len(recipe.layers)
     assert facts["mean_db"] > facts["surely_db"] >= target
     assert all(f"kept for min_psnr={target:g}: in 8 bits" in why and "ms a step" in why for why in kept.values())
-    assert sum(p["kept"] for p in facts["parts"]) < len(facts["parts"]) <= 20
+    assert sum(p["kept"] for p in facts["parts"]) < len(facts["parts"])
 
     again = sdtrt_backend.Recipe.load(recipe.save(tmp_path))
     assert {n: layer.keep for n, layer in again.layers.items() if layer.keep} == kept
@@ -135,9 +136,8 @@ def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, q
     assert sum(each) / len(each) == pytest.approx(facts["mean_db"], abs=1.0)  # another batch rounds other ties
 
 
-def test_a_budget_beyond_reach_is_said(pipe, quick, monkeypatch):
-    monkeypatch.setattr(budget, "ROUNDS", 1)
-    with pytest.raises(CalibrationError, match=r"min_psnr=99 was not reached: .* dB with \d+ of \d+ parts"):
+def test_a_budget_beyond_reach_is_said(pipe, quick):
+    with pytest.raises(CalibrationError, match=r"min_psnr=99 is out of reach: pictures have \d+\.\d dB, surely .* of \d+ parts"):
         solved(pipe, 99.0)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
 
@@ -157,3 +157,25 @@ def test_the_option_takes_decibels():
         with pytest.raises(OptionError, match=r"'min_psnr' expects a number in \(0, 100\) or None"):
             Options.parse({"min_psnr": wrong})
     assert Options.parse({"min_psnr": 32}).min_psnr == 32
+
+
+def test_a_step_beyond_max_error_keeps_what_brings_most_of_it(denoiser, inputs, recipe, tmp_path):
+    folder = str(recipe.save(tmp_path))
+
+    def step(max_error):
+        torch._dynamo.reset()
+        unet = torch.compile(copy.deepcopy(denoiser), backend="sd_int8",
+                             options={"recipe": folder, "engine": "inductor", "max_error": max_error})
+        with torch.no_grad():
+            unet(*inputs)
+        return sdtrt_backend.explain(unet)
+
+    whole = step(10.0)
+    bound = 0.7 * whole.error
+    report = step(bound)
+    assert report.state == "ready"
+    assert report.error <= bound
+    kept = [layer for layer in report.layers if layer.reason.startswith(f"kept for max_error={bound:g}: in 8 bits")]
+    assert 0 < len(kept) < len([layer for layer in whole.layers if layer.amax is not None])
+    assert any(f"differed by {whole.error:.3f}, max_error is {bound}: {len(kept)} layers stay" in n for n in report.notes)
+    assert not any(layer.keep for layer in sdtrt_backend.Recipe.load(folder).layers.values())

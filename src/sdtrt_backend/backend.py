@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from . import drift, measure
+from . import budget, drift, measure
 from .assign import assign, attentions_in_fp8, kernels_ms
 from .calibrate import Observer
 from .capture import Captured, bind, capture, tensor_inputs
@@ -98,8 +99,12 @@ def unquantized(captured: Captured, args: Sequence[Any]) -> Callable[..., Any]:
         return _inductor(graph, tensor_inputs(captured, args))
 
 
-def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Options, memory: Memory) -> Built:
-    """Recipe and graph -> an 8-bit step for the shapes of ``args``, measured on ``args``, or the reason why not."""
+def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Options, memory: Memory,
+          budgeted: bool = False) -> Built:
+    """Recipe and graph -> an 8-bit step for the shapes of ``args``, measured on ``args``, or the reason why not.
+
+    budgeted: the recipe names layers that stay unquantised for ``max_error``.
+    """
     tensors = tensor_inputs(captured, args)
     start = time.perf_counter()
     free = free_convs(tensors[0].device, options.precision)
@@ -139,6 +144,16 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     bar.n = 2
     bar.set_description(f"sd_{options.precision}: comparing with full precision")
     built = _judge(captured, args, decisions, step, target, where, options, timings, memory)
+    if built.step is None and built.error is not None and options.max_error < built.error < math.inf and not budgeted:
+        flops = {layer.name: layer.flops for layer in built.layers}
+        smaller = budget.within(captured, args, recipe, decisions, flops, built.error, options)
+        if smaller is not None:
+            bar.close()
+            again = build(captured, args, smaller, options, memory, True)
+            said = (f"with every layer in 8 bits the first output differed by {built.error:.3f}, max_error is "
+                    f"{options.max_error}: {sum(la.keep is not None for la in smaller.layers.values())} layers stay in their own "
+                    "precision")
+            return replace(again, notes=(*again.notes, said))
     unwatched = (f"drift, NaN and black pictures are not watched for on {tensors[0].device.type}: so far that is for "
                  f"{', '.join(drift.DEVICES)} only",) if options.watch and not watched else ()
     built = replace(built, notes=(*_lane(options, tensors[0].device), *getattr(step, "notes", ()), *unwatched))

@@ -1,8 +1,10 @@
-"""``min_psnr``: the fastest assignment of precisions that keeps pictures near the user's own, solved while calibrating.
+"""``min_psnr`` and ``max_error``: the fastest assignment of precisions inside an error budget.
 
-Two numbers of every part of the denoiser are measured: the error of the final latents of real pictures when this part alone
-runs in 8 bits, so a timestep counts as much as the scheduler makes it, and the milliseconds that 8 bits save. Parts stay in the
-user's precision, most error per millisecond first, until pictures of prompts that calibrated nothing have the PSNR.
+For ``min_psnr``, solved while calibrating, two numbers of every part of the denoiser are measured: the error of the final
+latents of real pictures when this part alone runs in 8 bits, so a timestep counts as much as the scheduler makes it, and the
+milliseconds that 8 bits save. Parts stay in the user's precision, most error per millisecond first, until pictures of prompts
+that calibrated nothing have the PSNR. For ``max_error``, looked at where the first 8-bit step exceeds it, the error is that of
+the step, and multiplications stand for milliseconds.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from typing import Any
 import torch
 
 from . import ops, stats
+from .capture import Captured, bind, tensor_inputs
 from .errors import CalibrationError
 from .kernels import Problem, chooser
-from .measure import step_ms
+from .measure import compare, step_ms
 from .metrics import psnr
 from .options import Options
-from .quantize import free_convs, plan
+from .quantize import free_convs, insert, plan
 from .recipe import Recipe
 from .rules import MODULES
 from .values import UINT8_ZERO, Decision, Layer
@@ -36,6 +39,7 @@ MAX_PARTS = 48  # as each is tried by pictures
 SURE = 2.0
 ROUNDS = 8
 MARGIN_DB = 0.5  # more than what is missing is asked for at each round, so that rounds end
+WITHIN = 0.8  # of max_error is aimed at: errors of parts do not quite add up
 TIMED = 10  # repeats of a layer's kernels
 
 Draw = Callable[[Sequence[int], int, str], Any]  # (indices of prompts, steps, output_type) -> what the pipeline gives
@@ -67,7 +71,7 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     """``recipe`` with the layers named (``LayerRecipe.keep``) that stay in the user's precision for ``options.min_psnr``.
 
     module: the denoiser that ``draw`` calls; judges: prompts that ``draw`` knows, steps: of a picture of theirs; bar: tqdm's,
-    advanced by each part that was tried. Raises CalibrationError when ROUNDS do not reach the budget.
+    advanced by each part that was tried. Raises CalibrationError when nothing would be left in 8 bits.
     """
     target = options.min_psnr
     assert target is not None
@@ -89,17 +93,19 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     mean, sure = judged(kept)
     if sure < target:
         parts = tried(module, recipe, decisions, weights, draw, bar)
-    allowed = sum(p.error for p in parts)
+    whole = allowed = sum(p.error for p in parts)
     for _ in range(ROUNDS):
         if sure >= target:
             break
         allowed *= 10 ** ((sure - target - MARGIN_DB) / 10)
         kept = fastest(parts, allowed)
+        if len(kept) == len(parts):
+            break
         mean, sure = judged(kept)
     if sure < target:
-        raise CalibrationError(f"min_psnr={target:g} was not reached: {mean:.1f} dB with {len(kept)} of {len(parts)} parts in "
-                               "the denoiser's own precision; ask for less, or leave min_psnr out")
-    whole = sum(p.error for p in parts)
+        raise CalibrationError(f"min_psnr={target:g} is out of reach: pictures have {mean:.1f} dB, surely {sure:.1f}, and "
+                               f"more would keep {len(kept)} of {len(parts)} parts in the denoiser's own precision; ask for less, or "
+                               "leave min_psnr out")
     why = {name: f"kept for min_psnr={target:g}: in 8 bits {p.name} would bring {p.error / whole:.1%} of the error of the final "
                  f"latents and save {p.gain_ms:.3f} ms a step" for p in kept for name in p.layers}
     for part in kept:
@@ -109,6 +115,30 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
              "parts": [{"name": p.name, "error": p.error, "gain_ms": p.gain_ms, "kept": p in kept} for p in parts]}
     return replace(recipe, layers={n: replace(la, keep=why.get(n)) for n, la in recipe.layers.items()},
                    provenance={**recipe.provenance, "min_psnr": facts})
+
+
+@torch.no_grad()
+def within(captured: Captured, args: Sequence[Any], recipe: Recipe, decisions: Sequence[Decision], flops: Mapping[str, int],
+           error: float, options: Options) -> Recipe | None:
+    """``recipe`` with the layers named that stay in the user's precision so that the step's error on ``args`` is within
+    ``options.max_error``; None where nothing would be left in 8 bits. Multiplications stand for the time that 8 bits save.
+
+    flops: of each layer; error: that the step with all ``decisions`` had.
+    """
+    quantized = {d.layer.name: d for d in decisions if d.quantized}
+    full = captured.graph(*args)
+    parts = []
+    for name, layers in grouped(recipe, list(quantized)).items():
+        graph, nodes = bind(captured, args)
+        alone = insert(graph, nodes, [quantized[n] for n in layers])(*tensor_inputs(captured, args))
+        parts.append(Part(name, layers, compare(alone, full) ** 2, float(sum(flops[n] for n in layers))))
+    whole = sum(p.error for p in parts)
+    kept = fastest(parts, whole * (WITHIN * options.max_error / error) ** 2)
+    if len(kept) == len(parts):
+        return None
+    why = {name: f"kept for max_error={options.max_error:g}: in 8 bits {p.name} would bring {p.error / whole:.1%} of the first "
+                 "step's error" for p in kept for name in p.layers}
+    return replace(recipe, layers={n: replace(la, keep=why.get(n, la.keep)) for n, la in recipe.layers.items()})
 
 
 def fastest(parts: Sequence[Part], allowed: float) -> list[Part]:
