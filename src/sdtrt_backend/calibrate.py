@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,12 +235,15 @@ def uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
 
 def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 25, guidance_scale: float | None = None,
               seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, progress: bool = True,
-              **pipe_kwargs: Any) -> Recipe:
+              resume: str | os.PathLike[str] | None = None, **pipe_kwargs: Any) -> Recipe:
     """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe.
 
     pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer`` and a call that takes prompts).
     guidance_scale: None for the pipeline's default; seed: prompt i starts from noise of seed + i, so the same call
     gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``);
+    resume: a folder that keeps the statistics after every batch of prompts, so that the same call goes on after Ctrl-C or a
+    crash, to the same recipe to the byte. They stay there: once all prompts are done, the call runs nothing and makes the
+    recipe, also with another ``rule``, ``percentile``, ``alpha`` or ``alpha_conv``. Of another call, or damaged: an error.
     pipe_kwargs: anything else the pipeline takes (height, width, image, ...).
     Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
     """
@@ -248,22 +253,34 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
     name = denoiser_name(pipe)
     if any(p.is_meta for p in getattr(pipe, name).parameters()):
         raise ModelError.on_meta(name)
-    calibration = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0)
-    bar = _progress(len(range(0, len(prompts), batch_size)) * num_inference_steps, progress)
-    quiet = getattr(pipe, "_progress_bar_config", None)
     if guidance_scale is not None:
         pipe_kwargs["guidance_scale"] = guidance_scale
+    calibration, done, kept = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0), 0, None
+    if resume is not None:
+        from .resume import ResumeFolder, settings_of
+
+        kept = ResumeFolder(Path(resume), settings_of(
+            pipe, prompts, pipe_kwargs, calibration.total_step, seed=seed, num_inference_steps=num_inference_steps,
+            batch_size=batch_size))
+        calibration, done = kept.load()
+    bar = _progress(len(range(0, len(prompts), batch_size)) * num_inference_steps, progress, calibration.trajectories.calls)
+    quiet = getattr(pipe, "_progress_bar_config", None)
     try:
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         with torch.no_grad(), uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
-            for start in range(0, len(prompts), batch_size):
+            for start in range(done, len(prompts), batch_size):
                 part = list(prompts[start : start + batch_size])
                 noise = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]
                 pipe(part, num_inference_steps=num_inference_steps, generator=noise, output_type="latent", **pipe_kwargs)
+                if kept is not None:
+                    kept.save(calibration, start + len(part))
+                done = start + len(part)
     except KeyboardInterrupt as stop:
         stop.add_note(f"calibration interrupted after {calibration.trajectories.calls} steps: no recipe was made, "
-                      "the hooks are removed and the pipeline is as it was")
+                      "the hooks are removed and the pipeline is as it was; " + (
+                          f"{kept.path} holds {done} of {len(prompts)} prompts, the same call goes on from there" if kept else
+                          "with resume='a folder' (--resume) the finished prompts would be kept"))
         raise
     finally:
         bar.close()
@@ -282,7 +299,7 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
     return calibration.recipe(parsed, provenance)
 
 
-def _progress(total: int, show: bool) -> Any:
+def _progress(total: int, show: bool, done: int) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc="calibrating", unit="step", disable=not show)
+    return tqdm(total=total, initial=done, desc="calibrating", unit="step", disable=not show)

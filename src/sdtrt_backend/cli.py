@@ -66,12 +66,17 @@ def calibrate(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,
     rule: Annotated[str, typer.Option(help="Range rule over timesteps.")] = Options.rule,
+    resume: Annotated[Path | None, typer.Option(help="Folder that keeps finished prompts; the same call goes on.")] = None,
 ) -> None:
     """Run the pipeline over your prompts and save the recipe for options={"recipe": ...}."""
     from .calibrate import calibrate as run
 
-    recipe = run(_load(model), _read_prompts(prompts), num_inference_steps=steps, guidance_scale=guidance, seed=seed,
-                 options={"rule": rule})
+    try:
+        recipe = run(_load(model), _read_prompts(prompts), num_inference_steps=steps, guidance_scale=guidance, seed=seed,
+                     options={"rule": rule}, resume=resume)
+    except KeyboardInterrupt as stop:
+        console.print(*getattr(stop, "__notes__", ()), sep="\n", highlight=False, markup=False, soft_wrap=True)
+        raise
     recipe.save(out)
     console.print(f"{len(recipe.layers)} layers over {len(recipe.timesteps)} timesteps -> {out}")
 
