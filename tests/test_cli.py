@@ -12,6 +12,7 @@ from sdtrt_backend import cli, demo
 from sdtrt_backend.enginecache import EngineCache
 from sdtrt_backend.errors import SdtrtError
 from sdtrt_backend.recipe import digest
+from sdtrt_backend.resume import ResumeFolder
 
 run = CliRunner().invoke
 
@@ -44,6 +45,28 @@ def test_calibrate_writes_a_recipe_that_show_draws(prompts, tmp_path):
     assert sorted(f.name for f in (tmp_path / "shown").iterdir()) == ["layers.png", "ranges.html", "ranges.png"]
     assert "http" not in (tmp_path / "shown" / "ranges.html").read_text()
     assert "no layer matches" in str(run(cli.app, ["show", str(tmp_path / "recipe"), "--layer", "nothing"]).exception)
+
+
+def test_calibrate_keeps_finished_prompts_and_ctrl_c_says_so(prompts, tmp_path, monkeypatch):
+    def arguments(seed):
+        return ["calibrate", str(prompts), "--out", str(tmp_path / "recipe"), "--steps", "2", "--seed", seed,
+                "--resume", str(tmp_path / "kept")]
+
+    class Stopped(ResumeFolder):
+        def save(self, calibration, done):
+            super().save(calibration, done)
+            if done == 2:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sdtrt_backend.resume.ResumeFolder", Stopped)
+        stopped = run(cli.app, arguments("0"))
+    assert stopped.exit_code != 0
+    assert f"{tmp_path / 'kept'} holds 1 of 2 prompts, the same call goes on from there" in stopped.output
+    assert "seed was 0, is 1" in str(run(cli.app, arguments("1")).exception)
+    assert not (tmp_path / "recipe").exists()
+    assert run(cli.app, arguments("0")).exit_code == 0
+    assert (tmp_path / "recipe" / "recipe.json").is_file()
 
 
 def test_generate_draws_a_picture(tmp_path):

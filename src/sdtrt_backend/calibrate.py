@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,13 +236,16 @@ def uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
 
 def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 25, guidance_scale: float | None = None,
               seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, progress: bool = True,
-              **pipe_kwargs: Any) -> Recipe:
+              resume: str | os.PathLike[str] | None = None, **pipe_kwargs: Any) -> Recipe:
     """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe.
 
     pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer`` and a call that takes prompts).
     guidance_scale: None for the pipeline's default; seed: prompt i starts from noise of seed + i, so the same call
     gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``, ``min_psnr``: the last
     quarter of the prompts then judges what the others calibrate);
+    resume: a folder that keeps the statistics after every batch of prompts, so that the same call goes on after Ctrl-C or a
+    crash, to the same recipe to the byte. They stay there: once all prompts are done, the call observes nothing and makes the
+    recipe, also with another ``rule``, ``percentile``, ``alpha`` or ``alpha_conv``. Of another call, or damaged: an error.
     pipe_kwargs: anything else the pipeline takes (height, width, image, ...).
     Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
     """
@@ -251,23 +256,37 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
     if any(p.is_meta for p in getattr(pipe, name).parameters()):
         raise ModelError.on_meta(name)
     prompts, judging = (list(prompts), []) if parsed.min_psnr is None else budget.split(prompts)
-    calibration = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0)
     if guidance_scale is not None:
         pipe_kwargs["guidance_scale"] = guidance_scale
+    calibration, done, kept = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0), 0, None
+    if resume is not None:
+        from .resume import ResumeFolder, settings_of
+
+        kept = ResumeFolder(Path(resume), settings_of(
+            pipe, prompts, pipe_kwargs, calibration.total_step, seed=seed, num_inference_steps=num_inference_steps,
+            batch_size=batch_size))
+        calibration, done = kept.load()
 
     def draw(texts: Sequence[str], first: int, steps: int, output_type: str) -> Any:
         """Pictures of prompts, which are the first-th and those behind it."""
         noise = [torch.Generator("cpu").manual_seed(seed + first + i) for i in range(len(texts))]
         return pipe(list(texts), num_inference_steps=steps, generator=noise, output_type=output_type, **pipe_kwargs)
 
-    with _progress("calibrating", "step", len(range(0, len(prompts), batch_size)) * num_inference_steps, progress) as bar:
+    total = len(range(0, len(prompts), batch_size)) * num_inference_steps
+    with _progress("calibrating", "step", progress, total, calibration.trajectories.calls) as bar:
         try:
             with torch.no_grad(), quiet(pipe), uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
-                for start in range(0, len(prompts), batch_size):
-                    draw(prompts[start : start + batch_size], start, num_inference_steps, "latent")
+                for start in range(done, len(prompts), batch_size):
+                    part = prompts[start : start + batch_size]
+                    draw(part, start, num_inference_steps, "latent")
+                    if kept is not None:
+                        kept.save(calibration, start + len(part))
+                    done = start + len(part)
         except KeyboardInterrupt as stop:
             stop.add_note(f"calibration interrupted after {calibration.trajectories.calls} steps: no recipe was made, "
-                          "the hooks are removed and the pipeline is as it was")
+                          "the hooks are removed and the pipeline is as it was; " + (
+                              f"{kept.path} holds {done} of {len(prompts)} prompts, the same call goes on from there" if kept else
+                              "with resume='a folder' (--resume) the finished prompts would be kept"))
             raise
     seen = len(calibration.buckets.values)
     provenance: dict[str, Any] = {"prompts": len(prompts), "seed": seed, "num_inference_steps": num_inference_steps,
@@ -286,7 +305,7 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
         made = [draw([judging[i] for i in batch], len(prompts) + batch[0], steps, output_type).images for batch in batches]
         return torch.cat(made) if isinstance(made[0], torch.Tensor) else np.concatenate(made)
 
-    with quiet(pipe), uncompiled(pipe, name) as module, _progress("trying parts in 8 bits", "part", None, progress) as bar:
+    with quiet(pipe), uncompiled(pipe, name) as module, _progress("trying parts in 8 bits", "part", progress) as bar:
         return budget.fit(module, recipe, parsed, judge, len(judging), num_inference_steps, bar)
 
 
@@ -305,7 +324,7 @@ def quiet(pipe: Any) -> Iterator[None]:
             pipe._progress_bar_config = before
 
 
-def _progress(what: str, unit: str, total: int | None, show: bool) -> Any:
+def _progress(what: str, unit: str, show: bool, total: int | None = None, done: int = 0) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, disable=not show)
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=not show)

