@@ -24,8 +24,8 @@ class Fragment(nn.Module):
         return self.body(self, *inputs)
 
 
-def planned(module, *inputs, alpha=0.5):
-    """(captured, args, decisions, tensors) of a module calibrated on its own inputs."""
+def planned(module, *inputs, alpha=0.5, **how):
+    """(captured, args, decisions, tensors) of a module calibrated on its own inputs. how: arguments of ``plan``."""
     torch._dynamo.reset()
     captured, args = grab(module.eval(), inputs)
     calibration, weights = Calibration(), {layer.name: layer.weight for layer in captured.layers}
@@ -33,7 +33,7 @@ def planned(module, *inputs, alpha=0.5):
     with torch.no_grad():
         Observer(captured.graph, captured.layer_names(),
                  lambda name, op, axis, a: calibration.observe(name, op, a[0], weights[name], axis)).run(*args)
-    decisions = plan(captured.layers, calibration.recipe(Options(alpha=alpha), {}), ())
+    decisions = plan(captured.layers, calibration.recipe(Options(alpha=alpha), {}), (), **how)
     assert any(d.quantized for d in decisions)
     return captured, args, decisions, tensor_inputs(captured, args)
 

@@ -108,7 +108,7 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     tensors = tensor_inputs(captured, args)
     start = time.perf_counter()
     free = free_convs(tensors[0].device, options.precision)
-    decisions = plan(captured.layers, recipe, options.exclude, options.level, free)
+    decisions = plan(captured.layers, recipe, options.exclude, options.level, free, options.two_codes)
     if not any(d.quantized for d in decisions):
         return Built(None, f"no layer can be quantised ({decisions[0].layer.name}: {decisions[0].reason})")
     target, refusal = choose(options, tensors[0].device)
@@ -202,6 +202,9 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
                            f"max_error is {options.max_error}", layers, error)
     # what runs inside an engine is not seen from outside: its layers count as planned
     counted.flops += sum(layer.flops for layer in layers if layer.engine == "tensorrt")
+    if target == "inductor":  # the second product of two codes is no work of the model's
+        twice = {d.layer.name for d in decisions if d.two_codes}
+        counted.flops -= sum(layer.flops for layer in layers if layer.name in twice)
     share = counted.flops / max(1, sum(layer.flops for layer in layers))
     if target in ("inductor-cuda", "tensorrt"):
         step = Graphed(step, tensors, memory)

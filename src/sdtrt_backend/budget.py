@@ -104,8 +104,8 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
         mean, sure = judged(kept)
     if sure < target:
         raise CalibrationError(f"min_psnr={target:g} is out of reach: pictures have {mean:.1f} dB, surely {sure:.1f}, and "
-                               f"more would keep {len(kept)} of {len(parts)} parts in the denoiser's own precision; ask for less, or "
-                               "leave min_psnr out")
+                               f"more would keep {len(kept)} of {len(parts)} parts in the denoiser's own precision; ask for "
+                               "less, or leave min_psnr out")
     why = {name: f"kept for min_psnr={target:g}: in 8 bits {p.name} would bring {p.error / whole:.1%} of the error of the final "
                  f"latents and save {p.gain_ms:.3f} ms a step" for p in kept for name in p.layers}
     for part in kept:
@@ -161,7 +161,8 @@ def decided(module: torch.nn.Module, recipe: Recipe, options: Options) -> tuple[
     """The plan of a module that was not captured; only layers that calibration saw."""
     layers = [Layer(name, MODULES[type(child)].name, "", "", child.get_parameter("weight"), getattr(child, "groups", 1))
               for name, child in module.named_modules() if type(child) in MODULES and name in recipe.layers]
-    return plan(layers, recipe, options.exclude, options.level, free_convs(layers[0].weight.device, options.precision))
+    return plan(layers, recipe, options.exclude, options.level, free_convs(layers[0].weight.device, options.precision),
+                options.two_codes)
 
 
 @contextlib.contextmanager

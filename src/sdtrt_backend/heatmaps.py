@@ -21,7 +21,7 @@ from .errors import SdtrtError
 from .quantize import free_convs, plan
 from .recipe import Recipe
 from .report import Chart
-from .rules import KEEP, MODULES
+from .rules import KEEP, MODULES, TWO_CODES_REASON
 from .values import Decision, Layer, LayerReport
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -97,7 +97,8 @@ def noise_by_timestep(module: torch.nn.Module, recipe: Recipe, layers: Sequence[
         if row.amax is None or calibrated is None or kept is None or type(kept) not in MODULES:
             continue
         layer = Layer(row.name, row.op, "", "", kept.get_parameter("weight"), getattr(kept, "groups", 1))
-        (decision,) = plan((layer,), recipe, (), free_convs=free_convs(layer.weight.device, row.precision))
+        (decision,) = plan((layer,), recipe, (), free_convs=free_convs(layer.weight.device, row.precision),
+                           two_codes=(row.name,) if row.reason == TWO_CODES_REASON else ())
         decisions[row.name] = replace(decision, precision=row.precision)
     noise = _Noise(module, decisions)
     with torch.no_grad(), observed(module, noise):

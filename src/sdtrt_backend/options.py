@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import OptionError
 from .metrics import BEST_PSNR
-from .rules import ENGINES, LEVELS, RANGE_RULES, RESTS, TENSORRT
+from .rules import ENGINES, LEVELS, RANGE_RULES, RESTS, TENSORRT, TWO_CODES
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Options:
         comparison of pictures say; "tensorrt" builds TensorRT engines of the parts that it takes, without measuring what is
         faster; "reference" the Q/DQ graph in plain torch, slow.
     exclude: glob patterns of module paths that stay unquantised.
+    two_codes: glob patterns of module paths whose input is held in two 8-bit codes, 16 bits together, in int8 on the CPU.
     engine_dir: folder of the TensorRT engines, or None for the one in the user's cache directory.
     level: what is quantised (``rules.LEVEL_OF``): 1 convolutions, 2 and feed-forward linears, 2.5 and projections to q, k and v,
         3 and every other linear, 4 and attention (sd_fp8 only, where it is faster).
@@ -51,6 +52,7 @@ class Options:
     rest: str = "auto"
     engine: str = "auto"
     exclude: tuple[str, ...] = ()
+    two_codes: tuple[str, ...] = TWO_CODES
     engine_dir: str | None = None
     level: float = LEVELS[-1]
     weights: str = "keep"
@@ -76,8 +78,9 @@ class Options:
         for name in ("recipe", "engine_dir"):
             if isinstance(values.get(name), Path):
                 values[name] = str(values[name])
-        if isinstance(values.get("exclude"), list):
-            values["exclude"] = tuple(values["exclude"])
+        for name in ("exclude", "two_codes"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         check("recipe", values.get("recipe") is None or isinstance(values["recipe"], str), "the path of a recipe folder")
         check("engine_dir", values.get("engine_dir") is None or isinstance(values["engine_dir"], str), "the path of a folder")
         runs = values.get("calibration_runs")
@@ -97,6 +100,7 @@ class Options:
         check("level", number("level") and values["level"] in LEVELS, f"one of {', '.join(f'{n:g}' for n in LEVELS)}")
         check("weights", values.get("weights") in ("keep", "release"), "'keep' or 'release'")
         check("watch", isinstance(values.get("watch"), bool), "True or False")
-        patterns = values.get("exclude")
-        check("exclude", isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns), "a list of glob patterns")
+        for name in ("exclude", "two_codes"):
+            patterns = values.get(name)
+            check(name, isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns), "a list of glob patterns")
         return cls(**values, precision=precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -12,7 +13,7 @@ from torch import fx
 from . import ops
 from .fx import add_constant, call_arguments, finish, inserting_after
 from .recipe import Recipe
-from .rules import ENGINE_KEEP, FREE_CONVS, LEVELS, reason_to_keep
+from .rules import ENGINE_KEEP, FREE_CONVS, LEVELS, TWO_CODES_HEADROOM, TWO_CODES_REASON, reason_to_keep
 from .smooth import smooth_source
 from .stats import TINY_AMAX, over_channels, quantize_weight, weight_scale
 from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
@@ -23,12 +24,13 @@ FP8_HEADROOM = 2.0
 
 
 def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], level: float = LEVELS[-1],
-         free_convs: bool = False) -> tuple[Decision, ...]:
+         free_convs: bool = False, two_codes: tuple[str, ...] = ()) -> tuple[Decision, ...]:
     """One decision per layer, in graph order: int8 with its range, or the user's precision with the reason.
 
-    free_convs: convolutions may be smoothed and have a zero point, see ``free_convs``.
+    free_convs: convolutions may be smoothed and have a zero point, see ``free_convs``; two_codes: patterns of layers whose
+    input then has two codes, see ``rules.TWO_CODES``.
     """
-    return tuple(_decide(layer, recipe, exclude, level, free_convs) for layer in layers)
+    return tuple(_decide(layer, recipe, exclude, level, free_convs, two_codes) for layer in layers)
 
 
 def free_convs(device: torch.device, precision: str) -> bool:
@@ -44,7 +46,8 @@ def for_engine(decision: Decision, precision: str, flavour: str) -> Decision:
     return replace(decision, precision=precision) if reason is None else Decision(decision.layer, "16-bit", reason)
 
 
-def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float, free: bool) -> Decision:
+def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float, free: bool,
+            two_codes: tuple[str, ...]) -> Decision:
     reason = reason_to_keep(layer, exclude, level)
     calibrated = recipe.layers.get(layer.name)
     if reason is None and calibrated is None:
@@ -55,6 +58,9 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
         reason = calibrated.keep
     if reason is not None or calibrated is None:
         return Decision(layer, "16-bit", reason or "")
+    if free and any(fnmatchcase(layer.name, pattern) for pattern in two_codes):
+        amax, smoothing = recipe.input_of(layer.name, free) if calibrated.plain_amax is None else (calibrated.plain_amax, None)
+        return Decision(layer, "int8", TWO_CODES_REASON, amax * TWO_CODES_HEADROOM, smoothing, calibrated.group, two_codes=True)
     decision = Decision(layer, "int8", "", *recipe.input_of(layer.name, free), calibrated.group)
     return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 
@@ -70,11 +76,11 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
     known: 8-bit weights that graphs for other shapes of the module already hold; what is missing is added.
     """
     known = {} if known is None else known
-    by_source: dict[tuple[str, str], list[Decision]] = {}
+    by_source: dict[tuple[str, str, bool], list[Decision]] = {}
     for d in decisions:
         if d.quantized:
-            by_source.setdefault((d.layer.source, d.group), []).append(d)
-    for (source_name, _), members in by_source.items():
+            by_source.setdefault((d.layer.source, d.group, d.two_codes), []).append(d)
+    for (source_name, _, _), members in by_source.items():
         source = nodes[source_name]
         readers = [nodes[d.layer.node] for d in members]
         smoothing = members[0].smoothing
@@ -103,7 +109,8 @@ def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision
             constant = add_constant(gm, f"{q.name}_scale", torch.tensor([scale], device=decision.layer.weight.device))
         with gm.graph.inserting_after(constant):
             return gm.graph.call_function(ops.dequantize_fp8, (q, constant, dtype))
-    arguments = (*decision.int8_range, -INT8_MAX - 1, INT8_MAX, torch.int8)
+    largest, codes = decision.largest_code, torch.int16 if decision.two_codes else torch.int8
+    arguments = (*decision.int8_range, -largest - 1, largest, codes)
     with inserting_after(source):
         q = gm.graph.call_function(QD.quantize_per_tensor.default, (source, *arguments))
     with gm.graph.inserting_after(q):

@@ -66,9 +66,9 @@ def quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (weight.detach().float() / s).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
-def fake_quantize(x: torch.Tensor, scale: float, zero_point: int = 0) -> torch.Tensor:
-    """Per-tensor int8 and back, fp32: x_hat = s * (clamp(round(x / s) + z, -128, 127) - z)."""
-    return ((x.float() / scale).round() + zero_point).clamp(-INT8_MAX - 1, INT8_MAX).sub(zero_point) * scale
+def fake_quantize(x: torch.Tensor, scale: float, zero_point: int = 0, largest: int = INT8_MAX) -> torch.Tensor:
+    """Per-tensor int8 and back, fp32: x_hat = s * (clamp(round(x / s) + z, -128, 127) - z). largest: 32767 for int16."""
+    return ((x.float() / scale).round() + zero_point).clamp(-largest - 1, largest).sub(zero_point) * scale
 
 
 def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -97,7 +97,7 @@ def fake_quantize_input(decision: Decision, x: torch.Tensor) -> torch.Tensor:
         x = x / over_channels(decision.smoothing.to(x.device), decision.layer.weight)
     if decision.precision == "fp8":
         return fake_quantize_fp8(x, decision.amax / FP8_MAX)
-    return fake_quantize(x, *decision.int8_range)
+    return fake_quantize(x, *decision.int8_range, decision.largest_code)
 
 
 def fake_quantize_weight(decision: Decision, weight: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+INT16_MAX = 32767  # of two 8-bit codes: 256 * high + low, high in -128..127, low in 0..255
 INT8_MAX = 127  # symmetric int8: amax maps to 127; -128 is not produced by amax itself
 FP8_MAX = 448  # float8_e4m3fn: the largest finite value
 # A range is one-sided when its other side ends below this share of amax; that side is widened by a margin, because what was
@@ -36,7 +37,8 @@ class Decision:
     """What happens to one layer: "int8" or "fp8" with these scales, or "16-bit", the user's precision, for a written reason.
 
     amax: clipping value of the (smoothed) input; smoothing: divisor of the input per channel [in] or None; low, high: smallest
-    and largest value seen, where int8 may have a zero point, else None.
+    and largest value seen, where int8 may have a zero point, else None; two_codes: the input has two 8-bit codes, which together
+    are 16 bits, see ``rules.TWO_CODES``.
     """
 
     layer: Layer
@@ -47,14 +49,21 @@ class Decision:
     group: str = ""
     low: float | None = None
     high: float | None = None
+    two_codes: bool = False
 
     @property
     def quantized(self) -> bool:
         return self.precision != "16-bit"
 
     @property
+    def largest_code(self) -> int:
+        return INT16_MAX if self.two_codes else INT8_MAX
+
+    @property
     def int8_range(self) -> tuple[float, int]:
-        """(scale, zero point in -128..127) of the input: symmetric, amax at 127, unless low and high narrow it."""
+        """(scale, zero point in -128..127) of the input: symmetric, amax at the largest code, unless low and high narrow it."""
+        if self.two_codes:
+            return self.amax / INT16_MAX, 0
         low, high = (self.amax if end is None or abs(end) > ONE_SIDED * self.amax else abs(end) * MARGIN
                      for end in (self.low, self.high))
         if low == high == self.amax:

@@ -14,15 +14,15 @@ from sdtrt_backend.lower.inductor_cpu import ATTENTION, attention_in_bf16, group
 from sdtrt_backend.quantize import QD, insert
 
 
-def pieces(module, *inputs, alpha=0.5):
+def pieces(module, *inputs, alpha=0.5, **how):
     """(function that makes a fresh Q/DQ graph, tensors) for a module calibrated on its own inputs."""
-    captured, args, decisions, tensors = planned(module, *inputs, alpha=alpha)
+    captured, args, decisions, tensors = planned(module, *inputs, alpha=alpha, **how)
     return lambda: insert(*bind(captured, args), decisions), tensors
 
 
-def same(module, *inputs, alpha=0.5):
+def same(module, *inputs, alpha=0.5, **how):
     """The graph of 8-bit operators gives what the Q/DQ graph gives."""
-    make, tensors = pieces(module, *inputs, alpha=alpha)
+    make, tensors = pieces(module, *inputs, alpha=alpha, **how)
     with torch.no_grad():
         mine, reference = to_int8_operators(make(), None)(*tensors), make()(*tensors)
     assert [t.shape for t in mine] == [t.shape for t in reference]
@@ -46,6 +46,42 @@ def same(module, *inputs, alpha=0.5):
         "channel product"])
 def test_8_bit_operators_equal_the_graph_they_replace(module, x):
     same(module, x)
+
+
+@pytest.mark.parametrize(("make", "x"), [(linear, TOKENS), (lambda: conv(padding=1), PIXELS), (lambda: conv(stride=2), PIXELS)])
+def test_two_codes_of_an_input_carry_its_outliers(make, x):
+    x = x.clone()
+    x.view(-1)[:3] = torch.tensor([300.0, -200.0, 7.0])
+    module = Fragment(lambda m, x: m.a(x), a=make).eval()
+    same(module, x, free_convs=True, two_codes=("a",))
+    graph, tensors = pieces(module, x, free_convs=True, two_codes=("a",))
+    one, _ = pieces(module, x, free_convs=True)
+    with torch.no_grad():
+        full, fine, coarse = module(x), graph()(*tensors)[0], one()(*tensors)[0]
+        weights_alone = F.mse_loss(fine, full)
+        assert measure.compare(fine, full) < 0.02
+        assert F.mse_loss(coarse, full) > 4 * weights_alone
+        lowered = to_int8_operators(graph(), None)
+    operator = ops.int8_linear if make is linear else ops.int8_conv2d
+    assert count(lowered, operator) == 2
+    assert count(lowered, torch.round) == 1
+
+
+def test_two_codes_cover_all_of_int16():
+    decisions = planned(Fragment(lambda m, x: m.a(x), a=linear), TOKENS, free_convs=True, two_codes=("a",))[2]
+    (decision,) = decisions
+    assert decision.two_codes
+    scale, zero = decision.int8_range
+    assert zero == 0
+    assert scale * 32767 == pytest.approx(8 * float(TOKENS.abs().max()))
+    far = torch.tensor([[1e9] * 64, [-1e9] * 64]).unsqueeze(0)
+    module = Fragment(lambda m, x: m.a(x), a=linear).eval()
+    captured, args, decisions, tensors = planned(module, TOKENS, free_convs=True, two_codes=("a",))
+    graph = insert(*bind(captured, args), decisions)
+    lowered = to_int8_operators(insert(*bind(captured, args), decisions), None)
+    with torch.no_grad():
+        clipped = far.expand(*TOKENS.shape[:1], -1, -1)
+        assert measure.compare(lowered(clipped), graph(clipped)) < TOLERANCES["int8_operator"]
 
 
 def test_every_dequantise_is_gone_and_one_code_serves_all_readers_of_a_tensor():

@@ -65,19 +65,42 @@ def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.Grap
             continue
         scale, zero, dtype = x.args[1], UINT8_ZERO + x.args[2], x.kwargs["out_dtype"]
         out = narrow or (dtype if dtype in KERNEL_OUTPUTS else torch.float32)
-        unsigned = _unsigned(gm, x.args[0])
+        convolution = OPS[node.target].name == "conv2d"
+        operator = ops.int8_conv2d if convolution else ops.int8_linear
+        geometry = [pair(arguments[k]) for k in ("stride", "padding", "dilation")] if convolution else []
+        quantize = x.args[0]
+        two_codes = quantize.args[5] is torch.int16
+        codes = _high_and_low(gm, quantize) if two_codes else (_unsigned(gm, quantize),)
         with gm.graph.inserting_before(node):
-            common = (unsigned, scale, zero, weight.args[0], weight.args[1], _as_float(gm, bias))
-            if OPS[node.target].name == "conv2d":
-                geometry = [pair(arguments[k]) for k in ("stride", "padding", "dilation")]
-                new = gm.graph.call_function(ops.int8_conv2d, (*common, *geometry, out))
+            weights, wide_bias = weight.args[:2], _as_float(gm, bias)
+            if two_codes:  # x = scale * (256 * high + low)
+                out = torch.float32
+                high, low = (gm.graph.call_function(operator, (code, factor * scale, offset, *weights, b, *geometry, out))
+                             for code, factor, offset, b in zip(codes, (256, 1), (UINT8_ZERO, 0), (wide_bias, None), strict=True))
+                new = gm.graph.call_function(torch.add, (high, low))
             else:
-                new = gm.graph.call_function(ops.int8_linear, (*common, out))
+                new = gm.graph.call_function(operator, (*codes, scale, zero, *weights, wide_bias, *geometry, out))
             if out != dtype:
                 new = gm.graph.call_method("to", (new, dtype))
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     return finish(gm)
+
+
+def _high_and_low(gm: fx.GraphModule, quantize: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two uint8 codes of an int16 quantize node, made once: floor(code / 256) + 128 and what is left of the code."""
+    if "codes" not in quantize.meta:
+        source, scale, _, least, most = quantize.args[:5]
+        with gm.graph.inserting_before(quantize):
+            factor = add_constant(gm, f"{quantize.name}_inverse_scale", torch.tensor(1 / scale).view(1, 1))
+            scaled = gm.graph.call_function(torch.mul, (source, factor))
+            code = gm.graph.call_function(torch.clamp, (gm.graph.call_function(torch.round, (scaled,)), least, most))
+            high = gm.graph.call_function(torch.floor, (gm.graph.call_function(torch.mul, (code, 1 / 256)),))
+            low = gm.graph.call_function(torch.sub, (code, gm.graph.call_function(torch.mul, (high, 256))))
+            quantize.meta["codes"] = tuple(
+                gm.graph.call_method("to", (gm.graph.call_method("view_as", (part, source)), torch.uint8))
+                for part in (gm.graph.call_function(torch.add, (high, UINT8_ZERO)), low))
+    return quantize.meta["codes"]  # type: ignore[no-any-return]
 
 
 def _unsigned(gm: fx.GraphModule, quantize: fx.Node) -> fx.Node:
