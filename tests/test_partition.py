@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from fragments import PIXELS, TOKENS, Fragment, conv, linear, planned
 
 from sdtrt_backend.capture import bind
-from sdtrt_backend.fx import propagate
+from sdtrt_backend.fx import call_arguments, propagate
 from sdtrt_backend.partition import ATTENTION_REASON, ENGINE, REST, SMALL_REASON, Parts, partition
-from sdtrt_backend.quantize import insert
+from sdtrt_backend.quantize import QD, insert
+from sdtrt_backend.rules import OPS
 
 
 def cut(module, *inputs, **settings):
@@ -50,8 +51,11 @@ def test_attention_is_cut_out_and_the_parts_give_what_the_graph_gives():
 
 def test_every_call_is_in_one_part_and_only_tensors_cross_a_border():
     gm, parts, _ = cut(*ATTEND)
-    names = [n.name for p in parts for n in p.graph.graph.nodes if n.op.startswith("call")]
+    calls = [n for p in parts for n in p.graph.graph.nodes if n.op.startswith("call")]
+    names = [n.name for n in calls]
     assert len(names) == len(set(names)) == sum(n.op.startswith("call") for n in gm.graph.nodes)
+    # a layer has its own weight's codes, whichever part it is in
+    assert all(call_arguments(n)["weight"].target is QD.dequantize_per_channel.default for n in calls if n.target in OPS)
     values = {n.name: n.meta["val"] for n in gm.graph.nodes if "val" in n.meta}
     assert all(isinstance(values[name], torch.Tensor) for p in parts for name in (*p.inputs, *p.outputs))
     # constants stay inside: what a part holds is not handed to it
@@ -81,6 +85,18 @@ def test_what_lies_alone_between_two_cuts_is_no_engine():
     gm, parts, tensors = cut(Fragment(lambda m, x: m.a(x) * 2.0, a=linear), TOKENS)
     assert [(p.target, p.reason) for p in parts] == [(REST, SMALL_REASON)]
     assert torch.equal(*(t[0] for t in run(gm, parts, tensors)))
+
+
+def test_what_is_made_of_constants_is_made_where_it_is_read_and_a_result_of_it_once():
+    def body(m, x):
+        w = m.a.weight * 2.0
+        return F.linear(m.b(attend(m, x)[0]), w) + F.linear(x, w), w.T + 0.0, w
+
+    gm, parts, tensors = cut(Fragment(body, a=linear, b=linear, **{n: linear for n in "qkvo"}, up=lambda: linear(128), down=linear),
+                             TOKENS)
+    assert [p.target for p in parts] == [ENGINE, REST, ENGINE]
+    mine, theirs = run(gm, parts, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("everything", [True, False])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,11 @@ def refusal(node: fx.Node) -> str | None:
 def partition(gm: fx.GraphModule, refuses: Callable[[fx.Node], str | None] = refusal) -> tuple[Part, ...]:
     """The parts of ``gm`` in the order they run; all that ``refuses`` declines, and what lies alone between such, is for REST.
 
-    A node runs in the first part of its target that all its inputs allow, so independent branches share parts.
+    A node runs in the first part of its target that all its inputs allow, so independent branches share parts. What is made of
+    constants alone, the dequantised weights, is made in every part that reads it: 8-bit codes do not cross a border in 16 bits.
     """
-    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+    fixed = _fixed(gm)
+    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module") and n not in fixed]
     reasons: dict[fx.Node, str] = {}
     for node in calls:
         # what takes a result apart stays with what made it: only tensors cross a border
@@ -52,7 +54,17 @@ def partition(gm: fx.GraphModule, refuses: Callable[[fx.Node], str | None] = ref
     for level in _by_level(calls, reasons).values():
         if not reasons[level[0]] and sum(n.target in OPS for n in level) < MIN_LAYERS:
             reasons.update(dict.fromkeys(level, SMALL_REASON))
-    return tuple(_part(gm, level, reasons) for _, level in sorted(_by_level(calls, reasons).items()))
+    return tuple(_part(gm, level, reasons, fixed) for _, level in sorted(_by_level(calls, reasons).items()))
+
+
+def _fixed(gm: fx.GraphModule) -> set[fx.Node]:
+    """Calls that read constants alone; without those that are a result of the graph, which some part must make."""
+    results, fixed = set(gm.graph.output_node().all_input_nodes), set()
+    for n in gm.graph.nodes:
+        read = n.all_input_nodes
+        if n.op.startswith("call") and n not in results and read and all(a.op == "get_attr" or a in fixed for a in read):
+            fixed.add(n)
+    return fixed
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -71,7 +83,11 @@ def _by_level(calls: Sequence[fx.Node], reasons: Mapping[fx.Node, str]) -> dict[
     return found
 
 
-def _part(gm: fx.GraphModule, nodes: Sequence[fx.Node], reasons: Mapping[fx.Node, str]) -> Part:
+def _part(gm: fx.GraphModule, calls: Sequence[fx.Node], reasons: Mapping[fx.Node, str], fixed: Set[fx.Node]) -> Part:
+    needed = set(calls)
+    for n in reversed(gm.graph.nodes):
+        needed |= {a for a in n.all_input_nodes if a in fixed} if n in needed else set()
+    nodes = [n for n in gm.graph.nodes if n in needed]
     graph, env, inside = fx.Graph(), {}, set(nodes)
     before = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
     inputs = [a for a in before if a.op != "get_attr"]
@@ -84,12 +100,12 @@ def _part(gm: fx.GraphModule, nodes: Sequence[fx.Node], reasons: Mapping[fx.Node
             env[a].meta.update(a.meta)
     for n in nodes:
         env[n] = graph.node_copy(n, env.__getitem__)
-    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    outputs = [n for n in calls if any(user not in inside for user in n.users)]
     graph.output(tuple(env[n] for n in outputs))
-    why = [reasons[n] for n in nodes if reasons[n]]
+    why = [reasons[n] for n in calls if reasons[n]]
     return Part(REST if why else ENGINE, max(dict.fromkeys(why), key=why.count) if why else "every operation has a converter",
                 fx.GraphModule(gm, graph), tuple(a.name for a in inputs), tuple(n.name for n in outputs),
-                tuple(n.name for n in nodes if n.target in OPS))
+                tuple(n.name for n in calls if n.target in OPS))
 
 
 class Parts:

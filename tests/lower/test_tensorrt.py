@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from fragments import planned
+from fragments import count, planned
+from test_inductor_cuda import Reference
 from test_partition import ATTEND
+from tolerances import TOLERANCES
 
-from sdtrt_backend import engine, measure
+from sdtrt_backend import engine, measure, ops
 from sdtrt_backend.capture import bind
 from sdtrt_backend.enginecache import EngineCache
 from sdtrt_backend.errors import ExportError, OptionError
 from sdtrt_backend.fx import propagate
-from sdtrt_backend.lower import choose, inductor_cuda, tensorrt
+from sdtrt_backend.lower import choose, inductor_cuda, producers, tensorrt
 from sdtrt_backend.options import Options
 from sdtrt_backend.partition import partition
 from sdtrt_backend.quantize import insert
@@ -95,6 +97,25 @@ def test_an_engine_without_a_context_falls_back(stand, monkeypatch):
     assert "runs through inductor: no engine: ExportError: no execution context" in step.notes[0]
     with torch.no_grad():
         assert measure.compare(step(*tensors), gm(*tensors)) == 0
+
+
+def test_every_part_can_be_taken_by_inductor_with_its_8_bit_operators(stand, monkeypatch):
+    """Engines may refuse any part: each must hold the codes of its own weights, not read them from another one."""
+    stand.factor, linears = 2.0, []
+
+    def on_the_cpu(gm, inputs, options):
+        propagate(gm, inputs)
+        producers.simplify(gm)
+        inductor_cuda.to_8_bit_operators(gm, Reference())
+        linears.append(count(gm, ops.linear8))
+        return gm.forward
+
+    monkeypatch.setattr(inductor_cuda, "lower", on_the_cpu)
+    gm, tensors = quantised()
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) < TOLERANCES["rounding_ties"]
+    assert linears == [1, 0, 3]  # q, k and v are one
 
 
 def test_another_weight_scale_or_shape_is_another_engine(stand):
