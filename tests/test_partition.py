@@ -7,7 +7,7 @@ from fragments import PIXELS, TOKENS, Fragment, conv, linear, planned
 
 from sdtrt_backend.capture import bind
 from sdtrt_backend.fx import call_arguments, propagate
-from sdtrt_backend.partition import ATTENTION_REASON, ENGINE, REST, SMALL_REASON, Parts, partition
+from sdtrt_backend.partition import ATTENTION_REASON, ENGINE, REST, SMALL_REASON, Parts, halve, join, partition
 from sdtrt_backend.quantize import QD, insert
 from sdtrt_backend.rules import OPS
 
@@ -92,8 +92,8 @@ def test_what_is_made_of_constants_is_made_where_it_is_read_and_a_result_of_it_o
         w = m.a.weight * 2.0
         return F.linear(m.b(attend(m, x)[0]), w) + F.linear(x, w), w.T + 0.0, w
 
-    gm, parts, tensors = cut(Fragment(body, a=linear, b=linear, **{n: linear for n in "qkvo"}, up=lambda: linear(128), down=linear),
-                             TOKENS)
+    layers = dict.fromkeys((*"abqkvo", "down"), linear)
+    gm, parts, tensors = cut(Fragment(body, **layers, up=lambda: linear(128)), TOKENS)
     assert [p.target for p in parts] == [ENGINE, REST, ENGINE]
     mine, theirs = run(gm, parts, tensors)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
@@ -106,3 +106,42 @@ def test_a_refusal_of_everything_or_nothing(everything):
     assert parts[0].reason == ("never" if everything else "every operation has a converter")
     mine, theirs = run(gm, parts, tensors)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def nodes(part):
+    return [n for n in part.graph.graph.nodes if n.op.startswith("call")]
+
+
+def test_a_part_is_halved_where_one_tensor_crosses_and_no_code_does():
+    def body(m, x, y):
+        kept = m.a(x) + m.b(y)
+        kept = kept + m.d(F.silu(m.c(F.gelu(kept))))
+        return kept + m.f(F.silu(m.e(y))), m.q(y)
+
+    gm, (part,), tensors = cut(Fragment(body, **dict.fromkeys("abcdefq", linear)), TOKENS, TOKENS.flip(0))
+    first, second = halve(part)
+    assert [len(p.layers) for p in (first, second)] == [4, 3]
+    # y's codes are made in both
+    assert len(second.inputs) == 2
+    assert [sum(n.target is QD.quantize_per_tensor.default for n in nodes(p)) for p in (first, second)] == [4, 2]
+    assert set(first.layers + second.layers) == set(part.layers)
+    mine, theirs = run(gm, (first, second), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    joined = join(gm, (first, second))
+    assert (joined.inputs, joined.layers) == (part.inputs, part.layers)
+    assert len(nodes(joined)) == len(nodes(part))
+    assert all(torch.equal(a, b) for a, b in zip(run(gm, [joined], tensors)[0], theirs, strict=True))
+
+
+def test_what_is_small_or_takes_a_tensor_apart_is_not_halved():
+    _, (part,), _ = cut(Fragment(lambda m, x: m.c(m.b(F.silu(m.a(x)))), a=linear, b=linear, c=linear), TOKENS)
+    assert halve(part) is None
+
+    def between(m, x):
+        a, b = (m.a(x) + m.b(x)).chunk(2, dim=-1)
+        return m.c(torch.cat([b, a], -1)) + m.d(torch.cat([a, b], -1))
+
+    gm, (part,), tensors = cut(Fragment(between, **dict.fromkeys("abcd", linear)), TOKENS)
+    halves = halve(part)
+    assert [len(p.layers) for p in halves] == [2, 2]
+    assert torch.equal(*(t[0] for t in run(gm, halves, tensors)))
