@@ -22,7 +22,7 @@ from .graphs import Graphed, Memory
 from .kernels import chooser
 from .lower import LOWERINGS, choose
 from .options import Options
-from .quantize import for_engine, free_convs, insert, plan
+from .quantize import for_engine, for_torchao, free_convs, insert, plan
 from .recipe import Recipe
 from .rules import BY_CALL
 from .run import Built, ModuleState, Step, state_of
@@ -121,6 +121,11 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
         bar.n = 1
         if not any(d.quantized for d in decisions):
             return Built(None, f"no 8-bit kernel is faster than the 16-bit one on these shapes ({decisions[-1].reason})")
+    elif target == "torchao":
+        propagate(graph, tensors)
+        decisions = tuple(for_torchao(d, nodes[d.layer.source].meta["val"]) for d in decisions)
+        if not any(d.quantized for d in decisions):
+            return Built(None, f"TorchAO runs no layer of this module ({decisions[-1].layer.name}: {decisions[-1].reason})")
     elif options.precision == "fp8":
         decisions = tuple(replace(d, precision="fp8") if d.quantized else d for d in decisions)
     bar.set_description(f"sd_{options.precision}: compiling")
@@ -184,7 +189,7 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
     # what runs inside an engine is not seen from outside: its layers count as planned
     counted.flops += sum(layer.flops for layer in layers if layer.engine == "tensorrt")
     share = counted.flops / max(1, sum(layer.flops for layer in layers))
-    if target in ("inductor-cuda", "tensorrt"):
+    if target != "reference" and tensors[0].is_cuda:
         step = Graphed(step, tensors, memory)
     replaced = tuple(d.layer.weight for d in decisions if d.quantized)
     built = Built(step, None, layers, error, share if target != "reference" else 0.0, timings, replaced)
