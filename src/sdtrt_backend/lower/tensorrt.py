@@ -76,6 +76,11 @@ def _place(parts: Sequence[Part], values: dict[str, torch.Tensor],
     values: name -> tensor of the whole graph's inputs; what crosses a border is added. attempt: see ``_trusted``.
     """
     placed, notes, retries = [], [], RETRIES
+
+    def note(sentence: str) -> None:
+        notes.append(sentence)
+        log.info("%s", sentence)  # a build of many parts takes minutes
+
     left = [(str(i), part, HALVINGS) for i, part in enumerate(parts, 1)]
     while left:
         number, part, halvings = left.pop(0)
@@ -89,10 +94,10 @@ def _place(parts: Sequence[Part], values: dict[str, torch.Tensor],
         if halves is not None:
             retries -= 2
             left[:0] = [(f"{number}.{i}", half, halvings - 1) for i, half in enumerate(halves, 1)]
-            notes.append(f"{what} is tried in halves of {' and '.join(str(len(h.layers)) for h in halves)}: {said}")
+            note(f"{what} is tried in halves of {' and '.join(str(len(h.layers)) for h in halves)}: {said}")
             continue
         placed.append((part, run))
-        notes.append(f"{what} runs through {REST if run is None else ENGINE}: {said}")
+        note(f"{what} runs through {REST if run is None else ENGINE}: {said}")
     return placed, notes
 
 
