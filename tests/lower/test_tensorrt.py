@@ -228,6 +228,16 @@ def test_another_weight_scale_or_shape_is_another_engine(stand):
     assert differ(keys(), keys(repeat=2)) == {"shapes"}
 
 
+def test_the_same_calls_with_another_output_are_another_engine(stand):
+    gm, tensors = quantised()
+    propagate(gm, tensors)
+    part = partition(gm)[0]
+    before, output = tensorrt.key(part, tensors, "tensorrt_rtx"), part.graph.graph.output_node()
+    output.args = (output.args[0][::-1],)
+    after = tensorrt.key(part, tensors, "tensorrt_rtx")
+    assert {name for name in before if before[name] != after[name]} == {"part"}
+
+
 def test_a_part_builds_into_a_real_engine_ahead_of_time(tmp_path):
     """The part's ONNX file, as ``_build`` writes it, is one that TensorRT takes; for a named card, as none is here."""
     pytest.importorskip("tensorrt_rtx", reason="builds engines without a GPU: pip install tensorrt_rtx")

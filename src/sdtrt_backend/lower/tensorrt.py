@@ -92,6 +92,7 @@ def _place(parts: Sequence[Part], values: dict[str, torch.Tensor],
         what = f"part {number} of {len(parts)}, {len(part.layers)} layers,"
         halves = halve(part) if part.target == ENGINE and run is None and halvings and retries > 1 else None
         if halves is not None:
+            torch.cuda.empty_cache()  # memory may be what was missing, and TensorRT allocates beside torch
             retries -= 2
             left[:0] = [(f"{number}.{i}", half, halvings - 1) for i, half in enumerate(halves, 1)]
             note(f"{what} is tried in halves of {' and '.join(str(len(h.layers)) for h in halves)}: {said}")
@@ -110,7 +111,6 @@ def _trusted(part: Part, inputs: Sequence[torch.Tensor], expected: Sequence[torc
         error = compare(run(*inputs), expected)
     except Exception as failure:  # whatever a builder, a parser or a driver raises: this part has another way to run
         log.debug("no engine", exc_info=True)
-        torch.cuda.empty_cache()  # TensorRT allocates beside torch, and memory may be what was missing
         return None, f"no engine: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
     if not error < TRUST:
         return None, f"the engine's output differs from the reference by {error:.3f}, {TRUST} is allowed"
@@ -144,11 +144,14 @@ def key(part: Part, inputs: Sequence[torch.Tensor], flavour: str) -> dict[str, s
     """Everything the engine depends on: see ``EngineCache``."""
     here = device_key(inputs[0].device)
     nodes = list(part.graph.graph.nodes)
+    place = {n: i for i, n in enumerate(nodes)}
+    calls = (f"{n.op} {n.target if n.op not in ('get_attr', 'placeholder') else ''} {[place[a] for a in n.all_input_nodes]}"
+             for n in nodes)
     numbers = [repr([a for a in n.args if isinstance(a, int | float)]) for n in nodes]
-    return {"part": _sha256(*(f"{n.op} {n.target if n.op != 'get_attr' else ''}" for n in nodes)), "scales": _sha256(*numbers),
-            "weights": _sha256(*part.graph.buffers()), "flavour": flavour, "version": engine.version(flavour),
-            "torch": here["torch"], "cuda": here["cuda"], "driver": here["driver"], "gpu": here["gpu"],
-            "sm": here["capability"], "shapes": " ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in inputs)}
+    return {"part": _sha256(*calls), "scales": _sha256(*numbers), "weights": _sha256(*part.graph.buffers()),
+            "flavour": flavour, "version": engine.version(flavour), "torch": here["torch"], "cuda": here["cuda"],
+            "driver": here["driver"], "gpu": here["gpu"], "sm": here["capability"],
+            "shapes": " ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in inputs)}
 
 
 def _sha256(*parts: str | torch.Tensor) -> str:
