@@ -23,7 +23,7 @@ from .graphs import Graphed, Memory
 from .kernels import chooser
 from .lower import LOWERINGS, choose
 from .options import Options
-from .quantize import for_engine, free_convs, insert, plan
+from .quantize import for_engine, for_torchao, free_convs, insert, plan
 from .recipe import Recipe
 from .rules import BY_CALL
 from .run import Built, ModuleState, Step, state_of
@@ -108,10 +108,11 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     tensors = tensor_inputs(captured, args)
     start = time.perf_counter()
     free = free_convs(tensors[0].device, options.precision)
-    decisions = plan(captured.layers, recipe, options.exclude, options.level, free, options.two_codes)
+    target, refusal = choose(options, tensors[0].device)
+    two_codes = () if target == "torchao" else options.two_codes  # its product takes one
+    decisions = plan(captured.layers, recipe, options.exclude, options.level, free, two_codes)
     if not any(d.quantized for d in decisions):
         return Built(None, f"no layer can be quantised ({decisions[0].layer.name}: {decisions[0].reason})")
-    target, refusal = choose(options, tensors[0].device)
     if refusal is not None:
         return Built(None, refusal)
     timings: dict[str, float] = {}
@@ -130,6 +131,11 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
         bar.n = 1
         if not any(d.quantized for d in decisions):
             return Built(None, f"no 8-bit kernel is faster than the 16-bit one on these shapes ({decisions[-1].reason})")
+    elif target == "torchao":
+        propagate(graph, tensors)
+        decisions = tuple(for_torchao(d, nodes[d.layer.source].meta["val"]) for d in decisions)
+        if not any(d.quantized for d in decisions):
+            return Built(None, f"TorchAO runs no layer of this module ({decisions[-1].layer.name}: {decisions[-1].reason})")
     elif options.precision == "fp8":
         decisions = tuple(replace(d, precision="fp8") if d.quantized else d for d in decisions)
     bar.set_description(f"sd_{options.precision}: compiling")
@@ -206,7 +212,7 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
         twice = {d.layer.name for d in decisions if d.two_codes}
         counted.flops -= sum(layer.flops for layer in layers if layer.name in twice)
     share = counted.flops / max(1, sum(layer.flops for layer in layers))
-    if target in ("inductor-cuda", "tensorrt"):
+    if target != "reference" and tensors[0].is_cuda:
         step = Graphed(step, tensors, memory)
     replaced = tuple(d.layer.weight for d in decisions if d.quantized)
     built = Built(step, None, layers, error, share if target != "reference" else 0.0, timings, replaced)

@@ -28,6 +28,11 @@ class OptionError(SdtrtError):
                    "(TensorRT-RTX) or pip install 'sdtrt_backend[tensorrt]', or leave the option out")
 
     @classmethod
+    def no_torchao(cls) -> OptionError:
+        return cls("option 'engine' is 'torchao', and TorchAO is not installed: pip install 'sdtrt_backend[torchao]', or leave "
+                   "the option out")
+
+    @classmethod
     def counts_calls(cls, rule: str) -> OptionError:
         return cls(f"rule {rule!r} needs the number of steps, which a module that calibrates itself does not know: "
                    f"calibrate(pipe, prompts, options={{'rule': {rule!r}}}) and pass the recipe")

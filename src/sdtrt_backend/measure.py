@@ -69,6 +69,8 @@ class CountInt8(TorchDispatchMode):
             x, weight = args[0], args[3]
             kernel = math.prod(weight.shape[2:]) if name.startswith("qconv") else 1
             self.flops += 2 * result.numel() * x.shape[1 if name.startswith("qconv") else -1] * kernel
+        elif namespace == "aten" and name.startswith("_int_mm"):
+            self.flops += 2 * result.numel() * args[0].shape[1]
         elif namespace == "sdtrt_backend" and name in ("linear8", "conv8"):
             self.flops += 2 * result.numel() * math.prod(args[1].shape[1:])
         return result

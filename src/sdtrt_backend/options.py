@@ -29,7 +29,8 @@ class Options:
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
     engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a
         comparison of pictures say; "tensorrt" builds TensorRT engines of the parts that it takes, without measuring what is
-        faster; "reference" the Q/DQ graph in plain torch, slow.
+        faster; "torchao" runs linears through TorchAO's int8 product (sd_int8 only); "reference" the Q/DQ graph in plain torch,
+        slow.
     exclude: glob patterns of module paths that stay unquantised.
     two_codes: glob patterns of module paths whose input is held in two 8-bit codes, 16 bits together, in int8 on the CPU.
     engine_dir: folder of the TensorRT engines, or None for the one in the user's cache directory.
@@ -97,6 +98,8 @@ class Options:
         check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")
         if values.get("engine") == "tensorrt" and not any(find_spec(name) for name in TENSORRT):
             raise OptionError.no_tensorrt()
+        if values.get("engine") == "torchao" and find_spec("torchao") is None:
+            raise OptionError.no_torchao()
         check("level", number("level") and values["level"] in LEVELS, f"one of {', '.join(f'{n:g}' for n in LEVELS)}")
         check("weights", values.get("weights") in ("keep", "release"), "'keep' or 'release'")
         check("watch", isinstance(values.get("watch"), bool), "True or False")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed
 from torch import fx
 
+from . import ops
 from .fx import ATTENTION
 from .rules import OPS
 
+QD = torch.ops.quantized_decomposed
+CODING = {QD.quantize_per_tensor.default, QD.dequantize_per_tensor.default, ops.quantize_fp8, ops.dequantize_fp8}
 ENGINE, REST = "tensorrt", "inductor"
 # Layers (linears, convolutions) between two cuts from which an engine pays: a cut costs a launch, and two passes over every
 # tensor that crosses it in the layout of the other side
@@ -41,29 +45,81 @@ def refusal(node: fx.Node) -> str | None:
 def partition(gm: fx.GraphModule, refuses: Callable[[fx.Node], str | None] = refusal) -> tuple[Part, ...]:
     """The parts of ``gm`` in the order they run; all that ``refuses`` declines, and what lies alone between such, is for REST.
 
-    A node runs in the first part of its target that all its inputs allow, so independent branches share parts.
+    A node runs in the first part of its target that all its inputs allow, so independent branches share parts. Weights are
+    dequantised, and inputs quantised, in every part that reads them: codes do not cross a border in 16 bits.
     """
-    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+    reads = _reads(gm)
+    calls = [n for n in reads if n.op.startswith("call")]
     reasons: dict[fx.Node, str] = {}
     for node in calls:
         # what takes a result apart stays with what made it: only tensors cross a border
-        made = next((a for a in node.all_input_nodes if not _is_tensor(a)), None)
+        made = next((a for a in reads[node] if not _is_tensor(a)), None)
         reasons[node] = (refuses(node) or "") if made is None else reasons.get(made, "")
-    for level in _by_level(calls, reasons).values():
+    for level in _by_level(calls, reads, reasons).values():
         if not reasons[level[0]] and sum(n.target in OPS for n in level) < MIN_LAYERS:
             reasons.update(dict.fromkeys(level, SMALL_REASON))
-    return tuple(_part(gm, level, reasons) for _, level in sorted(_by_level(calls, reasons).items()))
+    return tuple(_part(gm, level, reads, *_why([reasons[n] for n in level if reasons[n]]))
+                 for _, level in sorted(_by_level(calls, reads, reasons).items()))
+
+
+def halve(part: Part) -> tuple[Part, Part] | None:
+    """The part in two of MIN_LAYERS layers or more, to run one behind the other; None where it has no such cut.
+
+    Of the cuts with a quarter of the layers or more on either side, else of all, one that the fewest tensors cross (behind a
+    residual addition it is often one), and of these the one nearest to the middle.
+    """
+    reads = _reads(part.graph)
+    calls = [n for n in reads if n.op.startswith("call")]
+    place = {n: i for i, n in enumerate(calls)}
+    last = dict(place)
+    for reader in calls:
+        last.update({a: place[reader] for a in reads[reader] if a in place})
+    crossing: set[fx.Node] = set()
+    before, total, cuts = 0, len(part.layers), {}
+    for i, n in enumerate(calls[:-1]):
+        before += n.target in OPS
+        crossing = {a for a in (*crossing, n) if last[a] > i}
+        if min(before, total - before) >= MIN_LAYERS and all(_is_tensor(a) for a in crossing):
+            cuts[i + 1] = (4 * min(before, total - before) < total, len(crossing), abs(2 * before - total))
+    if not cuts:
+        return None
+    cut = min(cuts, key=cuts.__getitem__)
+    first, second = (_part(part.graph, half, reads, part.target, part.reason) for half in (calls[:cut], calls[cut:]))
+    return first, second
+
+
+def join(gm: fx.GraphModule, parts: Sequence[Part]) -> Part:
+    """Parts of ``gm`` that run one behind the other as one, for REST."""
+    if len(parts) == 1:
+        return parts[0]
+    names, reads = {n.name for p in parts for n in p.graph.graph.nodes if n.op.startswith("call")}, _reads(gm)
+    return _part(gm, [n for n in reads if n.name in names], reads, REST, parts[0].reason)
 
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor) or node.op in ("placeholder", "get_attr")
 
 
-def _by_level(calls: Sequence[fx.Node], reasons: Mapping[fx.Node, str]) -> dict[int, list[fx.Node]]:
+def _reads(gm: fx.GraphModule) -> dict[fx.Node, dict[fx.Node, None]]:
+    """Nodes in order -> what each reads, without the calls that every part makes for itself, and through these: those that
+    read constants alone, and quantisation. A result of the graph is made once."""
+    results = set(gm.graph.output_node().all_input_nodes)
+    copied: dict[fx.Node, dict[fx.Node, None]] = {}
+    reads: dict[fx.Node, dict[fx.Node, None]] = {}
+    for n in gm.graph.nodes:
+        found = dict.fromkeys(source for a in n.all_input_nodes for source in copied.get(a, {a: None}))
+        constant = bool(found) and all(a.op == "get_attr" for a in found)
+        own = n.op.startswith("call") and n not in results and (constant or n.target in CODING or "smoothing" in n.meta)
+        (copied if own else reads)[n] = found
+    return reads
+
+
+def _by_level(calls: Sequence[fx.Node], reads: Mapping[fx.Node, Iterable[fx.Node]],
+              reasons: Mapping[fx.Node, str]) -> dict[int, list[fx.Node]]:
     """Levels of even number are engines, of odd number the rest; a node is not before any of its inputs."""
     level: dict[fx.Node, int] = {}
     for node in calls:
-        least = max((level[a] for a in node.all_input_nodes if a in level), default=0)
+        least = max((level[a] for a in reads[node] if a in level), default=0)
         level[node] = least + (least % 2 != bool(reasons[node]))
     found: dict[int, list[fx.Node]] = {}
     for node in calls:
@@ -71,25 +127,33 @@ def _by_level(calls: Sequence[fx.Node], reasons: Mapping[fx.Node, str]) -> dict[
     return found
 
 
-def _part(gm: fx.GraphModule, nodes: Sequence[fx.Node], reasons: Mapping[fx.Node, str]) -> Part:
-    graph, env, inside = fx.Graph(), {}, set(nodes)
+def _why(reasons: Sequence[str]) -> tuple[str, str]:
+    """(target, reason) of a part with calls that were refused for these."""
+    if reasons:
+        return REST, max(dict.fromkeys(reasons), key=reasons.count)
+    return ENGINE, "every operation has a converter"
+
+
+def _part(gm: fx.GraphModule, calls: Sequence[fx.Node], reads: Mapping[fx.Node, Iterable[fx.Node]], target: str,
+          reason: str) -> Part:
+    inside = set(calls)
+    for n in reversed(gm.graph.nodes):
+        if n in inside:
+            inside.update(a for a in n.all_input_nodes if a not in reads)
+    nodes = [n for n in gm.graph.nodes if n in inside]
     before = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
     inputs = [a for a in before if a.op != "get_attr"]
+    graph, env = fx.Graph(), {}
     for a in inputs:
         env[a] = graph.placeholder(a.name)
         env[a].meta.update(a.meta)
-    for a in before:
-        if a.op == "get_attr":
-            env[a] = graph.get_attr(str(a.target))
-            env[a].meta.update(a.meta)
-    for n in nodes:
-        env[n] = graph.node_copy(n, env.__getitem__)
-    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    for n in (*(a for a in before if a.op == "get_attr"), *nodes):
+        env[n] = graph.node_copy(n, env.__getitem__)  # under its own name
+    read_outside = {a for n in reads if n not in inside for a in reads[n]}
+    outputs = [n for n in calls if n in read_outside]
     graph.output(tuple(env[n] for n in outputs))
-    why = [reasons[n] for n in nodes if reasons[n]]
-    return Part(REST if why else ENGINE, max(dict.fromkeys(why), key=why.count) if why else "every operation has a converter",
-                fx.GraphModule(gm, graph), tuple(a.name for a in inputs), tuple(n.name for n in outputs),
-                tuple(n.name for n in nodes if n.target in OPS))
+    return Part(target, reason, fx.GraphModule(gm, graph), tuple(a.name for a in inputs), tuple(n.name for n in outputs),
+                tuple(n.name for n in calls if n.target in OPS))
 
 
 class Parts:

@@ -13,7 +13,16 @@ from torch import fx
 from . import ops
 from .fx import add_constant, call_arguments, finish, inserting_after
 from .recipe import Recipe
-from .rules import ENGINE_KEEP, FREE_CONVS, LEVELS, TWO_CODES_HEADROOM, TWO_CODES_REASON, reason_to_keep
+from .rules import (
+    ENGINE_KEEP,
+    FREE_CONVS,
+    LEVELS,
+    TORCHAO_KEEP,
+    TORCHAO_MIN_ROWS,
+    TWO_CODES_HEADROOM,
+    TWO_CODES_REASON,
+    reason_to_keep,
+)
 from .smooth import smooth_source
 from .stats import TINY_AMAX, over_channels, quantize_weight, weight_scale
 from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
@@ -44,6 +53,16 @@ def for_engine(decision: Decision, precision: str, flavour: str) -> Decision:
         return decision
     reason = ENGINE_KEEP.get((flavour, precision, decision.layer.op))
     return replace(decision, precision=precision) if reason is None else Decision(decision.layer, "16-bit", reason)
+
+
+def for_torchao(decision: Decision, source: torch.Tensor) -> Decision:
+    """The plan's decision for a layer that reads ``source``, or in 16 bits where ``rules`` says that TorchAO cannot run it."""
+    if not decision.quantized:
+        return decision
+    reason, rows = TORCHAO_KEEP.get(decision.layer.op), source.numel() // source.shape[-1]
+    if reason is None and rows < TORCHAO_MIN_ROWS:
+        reason = f"its input has {rows} rows, TorchAO's int8 product takes {TORCHAO_MIN_ROWS} or more"
+    return decision if reason is None else Decision(decision.layer, "16-bit", reason)
 
 
 def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float, free: bool,

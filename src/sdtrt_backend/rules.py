@@ -39,7 +39,7 @@ OPS: dict[Any, OpRule] = {torch._C._nn.linear: _LINEAR, torch.nn.functional.line
                           torch.ops.aten.conv2d.default: _ATEN_CONV2D}
 MODULES: dict[type[torch.nn.Module], OpRule] = {torch.nn.Linear: _LINEAR, torch.nn.Conv2d: _CONV2D}
 
-ENGINES = ("auto", "inductor", "tensorrt", "reference")
+ENGINES = ("auto", "inductor", "tensorrt", "torchao", "reference")
 TENSORRT = ("tensorrt_rtx", "tensorrt")  # modules, either of which is a TensorRT
 RESTS = ("auto", "float32", "bfloat16")
 
@@ -70,6 +70,9 @@ ENGINE_KEEP: dict[tuple[str, str, str], str] = {
     ("tensorrt_rtx", "int8", "conv2d"): "TensorRT-RTX before 1.7 refuses to build an int8 convolution; 1.7 builds it, but none "
                                         "was seen to run yet",
 }
+# What ``engine="torchao"`` refuses: operation: reason; and the fewest rows of a matrix product, a limit of torch._int_mm on GPUs
+TORCHAO_KEEP = {"conv2d": "TorchAO has no int8 convolution: engine='auto' has"}
+TORCHAO_MIN_ROWS = 17
 # precision: the least compute capability (89 is 8.9) whose tensor cores have it
 ENGINE_MIN_SM = {"int8": 75, "fp8": 89}
 MIN_CHANNELS = 32

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from fragments import planned
+import torch.nn.functional as F
+from fragments import TOKENS, Fragment, count, linear, planned
+from test_inductor_cuda import Reference
 from test_partition import ATTEND
+from tolerances import TOLERANCES
 
-from sdtrt_backend import engine, measure
+from sdtrt_backend import engine, measure, ops
 from sdtrt_backend.capture import bind
 from sdtrt_backend.enginecache import EngineCache
 from sdtrt_backend.errors import ExportError, OptionError
 from sdtrt_backend.fx import propagate
-from sdtrt_backend.lower import choose, inductor_cuda, tensorrt
+from sdtrt_backend.lower import choose, inductor_cuda, producers, tensorrt
 from sdtrt_backend.options import Options
 from sdtrt_backend.partition import partition
 from sdtrt_backend.quantize import insert
@@ -24,6 +27,10 @@ class Stand:
     parts: dict[bytes, torch.fx.GraphModule]
     factor = 1.0
 
+    @staticmethod
+    def refuses(part):
+        """Raises what a builder raises, where it does not build the part."""
+
     def __init__(self, flavour, blob, inputs, outputs):
         self.graph = self.parts[blob]
 
@@ -35,11 +42,14 @@ class Stand:
 def stand(monkeypatch, tmp_path):
     monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
     Stand.parts, Stand.factor, Stand.built = {}, 1.0, 0
+    monkeypatch.setattr(Stand, "refuses", Stand.refuses)
 
     def build(part, inputs, flavour, precision):
         Stand.built += 1
-        Stand.parts[part.outputs[0].encode()] = part.graph
-        return part.outputs[0].encode()
+        Stand.refuses(part)
+        blob = " ".join((*part.inputs, *part.outputs)).encode()
+        Stand.parts[blob] = part.graph
+        return blob
 
     here = {"torch": "2", "cuda": "13", "driver": "580", "gpu": "made here", "capability": "9.0"}
     monkeypatch.setattr(engine, "installed", lambda: "tensorrt_rtx")
@@ -51,8 +61,8 @@ def stand(monkeypatch, tmp_path):
     return Stand
 
 
-def quantised():
-    captured, args, decisions, tensors = planned(*ATTEND)
+def quantised(module=ATTEND):
+    captured, args, decisions, tensors = planned(*module)
     return insert(*bind(captured, args), decisions), tensors
 
 
@@ -97,6 +107,103 @@ def test_an_engine_without_a_context_falls_back(stand, monkeypatch):
         assert measure.compare(step(*tensors), gm(*tensors)) == 0
 
 
+def test_every_part_can_be_taken_by_inductor_with_its_8_bit_operators(stand, monkeypatch):
+    """Engines may refuse any part: each must hold the codes of its own weights, not read them from another one."""
+    linears = []
+
+    def refuse_the_second(part):
+        assert "linear" in part.layers, "no kernel"
+
+    def on_the_cpu(gm, inputs, options):
+        propagate(gm, inputs)
+        producers.simplify(gm)
+        inductor_cuda.to_8_bit_operators(gm, Reference())
+        linears.append(count(gm, ops.linear8))
+        return gm.forward
+
+    monkeypatch.setattr(stand, "refuses", refuse_the_second)
+    monkeypatch.setattr(inductor_cuda, "lower", on_the_cpu)
+    gm, tensors = quantised()
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) < TOLERANCES["rounding_ties"]
+    assert sorted(step.engines.values()) == ["inductor"] * 3 + ["tensorrt"] * 3
+    assert linears == [3]  # the attention and the part behind it are one step of Inductor
+
+
+LAYERS = 24
+
+
+def deep(m, x):
+    """Residual blocks of one linear each; the first and the last read the same tensor as well."""
+    first = x
+    for i in range(LAYERS - 1):
+        x = x + getattr(m, f"l{i}")(F.silu(x))
+    return x + getattr(m, f"l{LAYERS - 1}")(first)
+
+
+DEEP = Fragment(deep, **{f"l{i}": linear for i in range(LAYERS)}), TOKENS
+
+
+def memory_error(layer):
+    return torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def no_cubin(layer):
+    return ExportError(f"no execution context for the engine on this GPU: no cubin for {layer}")
+
+
+@pytest.mark.parametrize("error", [memory_error, no_cubin])
+@pytest.mark.parametrize("bad", [0, 7, LAYERS - 1])
+def test_what_an_engine_refuses_is_halved_until_little_is_left_to_inductor(stand, monkeypatch, error, bad):
+    name = f"linear_{bad}" if bad else "linear"
+
+    def refuse(part):
+        if name in part.layers:
+            raise error(name)
+
+    monkeypatch.setattr(stand, "refuses", refuse)
+    gm, tensors = quantised(DEEP)
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+    left = [n for n, target in step.engines.items() if target == "inductor"]
+    assert name in left
+    assert len(left) <= LAYERS / 2**tensorrt.HALVINGS + 1
+    assert stand.built == 1 + 2 * tensorrt.HALVINGS
+    assert f"part 1 of 1, {LAYERS} layers, is tried in halves of 12 and 12: no engine: " in step.notes[0]
+    assert str(error(name)) in step.notes[0]
+    assert sum("runs through tensorrt" in note for note in step.notes) == tensorrt.HALVINGS
+    assert len(step.steps) <= 2 + tensorrt.HALVINGS
+
+
+@pytest.mark.parametrize("largest", [0, 3, 6])
+def test_engines_that_are_too_large_are_halved_and_the_number_of_builds_is_bounded(stand, monkeypatch, largest):
+    def refuse(part):
+        if len(part.layers) > largest:
+            raise RuntimeError("Error Code 2: OutOfMemory")
+
+    monkeypatch.setattr(stand, "refuses", refuse)
+    gm, tensors = quantised(DEEP)
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+    assert set(step.engines.values()) == {"tensorrt" if largest else "inductor"}
+    assert stand.built <= 2 ** (tensorrt.HALVINGS + 1) - 1
+    assert len(step.steps) == {0: 1, 3: 8, 6: 4}[largest]
+
+
+def test_halves_end_where_the_step_has_tried_enough(stand, monkeypatch):
+    monkeypatch.setattr(tensorrt, "RETRIES", 4)
+    stand.factor = 1.1
+    gm, tensors = quantised(DEEP)
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+    assert stand.built == 5
+    assert set(step.engines.values()) == {"inductor"}
+
+
 def test_another_weight_scale_or_shape_is_another_engine(stand):
     def keys(change=lambda gm: None, repeat=1):
         gm, tensors = quantised()
@@ -119,6 +226,16 @@ def test_another_weight_scale_or_shape_is_another_engine(stand):
     assert differ(keys(), keys(weight)) == {"weights"}
     assert differ(keys(), keys(scale)) == {"scales"}
     assert differ(keys(), keys(repeat=2)) == {"shapes"}
+
+
+def test_the_same_calls_with_another_output_are_another_engine(stand):
+    gm, tensors = quantised()
+    propagate(gm, tensors)
+    part = partition(gm)[0]
+    before, output = tensorrt.key(part, tensors, "tensorrt_rtx"), part.graph.graph.output_node()
+    output.args = (output.args[0][::-1],)
+    after = tensorrt.key(part, tensors, "tensorrt_rtx")
+    assert {name for name in before if before[name] != after[name]} == {"part"}
 
 
 def test_a_part_builds_into_a_real_engine_ahead_of_time(tmp_path):

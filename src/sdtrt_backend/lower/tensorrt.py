@@ -10,6 +10,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..errors import ExportError
 from ..fx import propagate
 from ..measure import compare
 from ..options import Options
-from ..partition import ENGINE, REST, Part, Parts, partition
+from ..partition import ENGINE, REST, Part, Parts, halve, join, partition
 from ..store import device_key
 from . import inductor_cuda, onnx
 
@@ -30,6 +31,8 @@ log = logging.getLogger("sdtrt_backend")
 # relative error of an engine's output to the part's graph in plain torch: a cosine of 0.999. Rounding ties that fall to the
 # other side add up over the layers of a part
 TRUST = 0.045
+# How often a part is halved at most, and how many engines one step tries beyond one per part: each takes seconds to build
+HALVINGS, RETRIES = 3, 24
 
 
 class Lowered(Parts):
@@ -45,25 +48,58 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     if flavour is None:
         raise ExportError.not_installed("engine='tensorrt'", "'sdtrt_backend[engine]'")
     propagate(gm, example)
-    parts = partition(gm)
     cache = EngineCache(None if options.engine_dir is None else Path(options.engine_dir))
     values = {n.name: t.contiguous() for n, t in zip(gm.graph.find_nodes(op="placeholder"), example, strict=True)}
-    steps, engines, notes = [], {}, []
-    for number, part in enumerate(parts):
+    placed, notes = _place(partition(gm), values, lambda part, inputs, expected: _trusted(part, inputs, expected, flavour,
+                                                                                          options.precision, cache))
+    steps: list[tuple[Callable[..., Any], Sequence[str], Sequence[str]]] = []
+    for for_engines, group in groupby(placed, lambda member: member[1] is not None):
+        members = list(group)
+        if for_engines:
+            steps += [(run, part.inputs, part.outputs) for part, run in members if run is not None]
+            continue
+        part = join(gm, [part for part, _ in members])
+        step = inductor_cuda.lower(part.graph, [values[name] for name in part.inputs], options)
+        steps.append((step, part.inputs, part.outputs))
+    lowered = Lowered(gm, steps)
+    lowered.engines = {name: REST if run is None else ENGINE for part, run in placed for name in part.layers}
+    lowered.notes = notes
+    return lowered
+
+
+def _place(parts: Sequence[Part], values: dict[str, torch.Tensor],
+           attempt: Callable[[Part, Sequence[torch.Tensor], Sequence[torch.Tensor]], tuple[Callable[..., Any] | None, str]],
+           ) -> tuple[list[tuple[Part, Callable[..., Any] | None]], list[str]]:
+    """([part, its engine or None], sentences), in the order they run. A part without a trusted engine is tried in halves, so
+    that as little as possible is left to Inductor.
+
+    values: name -> tensor of the whole graph's inputs; what crosses a border is added. attempt: see ``_trusted``.
+    """
+    placed, notes, retries = [], [], RETRIES
+
+    def note(sentence: str) -> None:
+        notes.append(sentence)
+        log.info("%s", sentence)  # a build of many parts takes minutes
+
+    left = [(str(i), part, HALVINGS) for i, part in enumerate(parts, 1)]
+    while left:
+        number, part, halvings = left.pop(0)
         inputs = [values[name] for name in part.inputs]
         with torch.no_grad():
             expected = part.graph(*inputs)
         values.update((name, t.contiguous()) for name, t in zip(part.outputs, expected, strict=True))
-        run, said, target = None, part.reason, REST
-        if part.target == ENGINE:
-            run, said = _trusted(part, inputs, expected, flavour, options.precision, cache)
-            target = REST if run is None else ENGINE
-        steps.append((run or inductor_cuda.lower(part.graph, inputs, options), part.inputs, part.outputs))
-        engines.update(dict.fromkeys(part.layers, target))
-        notes.append(f"part {number + 1} of {len(parts)}, {len(part.layers)} layers, runs through {target}: {said}")
-    lowered = Lowered(gm, steps)
-    lowered.engines, lowered.notes = engines, notes
-    return lowered
+        run, said = attempt(part, inputs, expected) if part.target == ENGINE else (None, part.reason)
+        what = f"part {number} of {len(parts)}, {len(part.layers)} layers,"
+        halves = halve(part) if part.target == ENGINE and run is None and halvings and retries > 1 else None
+        if halves is not None:
+            torch.cuda.empty_cache()  # memory may be what was missing, and TensorRT allocates beside torch
+            retries -= 2
+            left[:0] = [(f"{number}.{i}", half, halvings - 1) for i, half in enumerate(halves, 1)]
+            note(f"{what} is tried in halves of {' and '.join(str(len(h.layers)) for h in halves)}: {said}")
+            continue
+        placed.append((part, run))
+        note(f"{what} runs through {REST if run is None else ENGINE}: {said}")
+    return placed, notes
 
 
 def _trusted(part: Part, inputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], flavour: str, precision: str,
@@ -108,11 +144,14 @@ def key(part: Part, inputs: Sequence[torch.Tensor], flavour: str) -> dict[str, s
     """Everything the engine depends on: see ``EngineCache``."""
     here = device_key(inputs[0].device)
     nodes = list(part.graph.graph.nodes)
+    place = {n: i for i, n in enumerate(nodes)}
+    calls = (f"{n.op} {n.target if n.op not in ('get_attr', 'placeholder') else ''} {[place[a] for a in n.all_input_nodes]}"
+             for n in nodes)
     numbers = [repr([a for a in n.args if isinstance(a, int | float)]) for n in nodes]
-    return {"part": _sha256(*(f"{n.op} {n.target if n.op != 'get_attr' else ''}" for n in nodes)), "scales": _sha256(*numbers),
-            "weights": _sha256(*part.graph.buffers()), "flavour": flavour, "version": engine.version(flavour),
-            "torch": here["torch"], "cuda": here["cuda"], "driver": here["driver"], "gpu": here["gpu"],
-            "sm": here["capability"], "shapes": " ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in inputs)}
+    return {"part": _sha256(*calls), "scales": _sha256(*numbers), "weights": _sha256(*part.graph.buffers()),
+            "flavour": flavour, "version": engine.version(flavour), "torch": here["torch"], "cuda": here["cuda"],
+            "driver": here["driver"], "gpu": here["gpu"], "sm": here["capability"],
+            "shapes": " ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in inputs)}
 
 
 def _sha256(*parts: str | torch.Tensor) -> str:

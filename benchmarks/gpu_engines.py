@@ -1,0 +1,277 @@
+"""One denoising step through Inductor and through TensorRT engines, beside each other, on one GPU:
+
+    python benchmarks/gpu_engines.py --model bundled --limit 540 --out results     # sd_fp8 and sd_int8, fp16
+    python benchmarks/gpu_engines.py --model sdxl --backends sd_fp8 --limit 540 --work kept --out results
+    python benchmarks/gpu_engines.py --tiny --engines inductor,torchao             # the same code on a CPU, small
+
+The bundled UNet has its own weights, calibrated on two prompts, and a step of a picture as input; SDXL has random weights and
+the inputs of ``gpu.py``. Each engine is compiled twice, in a copy of the module each: with empty caches (cold), and with what the
+first left on disk, engines too (cached). The second is the one that is timed, in turn with torch.compile.
+
+Every stage prints what it found as soon as it is over, and writes the JSON; an error is printed with its traceback, a build
+that the backend refused too, and the other columns go on. At ``--limit`` seconds the process prints where it is and ends with
+status 3. ``--work`` keeps recipe, caches and engines for the next call: nothing is cold then but what is not in there.
+
+What the columns of the table mean:
+cold, cached  seconds of the first call, the first and the second time
+step          median over ``--rounds``, ms; compile: torch.compile of the 16-bit module, replayed as a CUDA graph
+ratio         step of compile / this step, timed in turn
+error         relative, and cosine, to ``engine="reference"`` of the same backend: how far the engine is from its specification
+to full       relative error to the module in fp32
+8-bit         share of the FLOPs of linears and convolutions in 8 bits; layers: how many run where
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu
+import torch
+
+import sdtrt_backend
+from sdtrt_backend.demo import CALIBRATION_PROMPTS, GUIDANCE, LastCall
+from sdtrt_backend.recipe import versions
+
+START = time.monotonic()
+PACKAGES = ("sdtrt_backend", "torch", "triton", "tensorrt_rtx", "tensorrt", "torchao", "onnx", "diffusers")
+BACKENDS = ("sd_fp8", "sd_int8")
+ENGINES = ("inductor", "tensorrt", "torchao", "auto")
+OUT_OF_TIME = 3
+
+
+def say(*words: Any) -> None:
+    print(f"[{time.monotonic() - START:6.1f}]", *words, flush=True)
+
+
+# the model
+
+def bundled(batch: int, recipe: Path) -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
+    """(the bundled UNet, module -> its output on one step of a picture); writes the recipe where there is none."""
+    dtype = torch.float16 if gpu.DEVICE.type == "cuda" else torch.float32
+    pipe = sdtrt_backend.demo_pipeline(dtype).to(gpu.DEVICE)
+    pipe.set_progress_bar_config(disable=True)
+    if not recipe.exists():
+        sdtrt_backend.calibrate(pipe, CALIBRATION_PROMPTS[:2], guidance_scale=GUIDANCE, progress=False).save(recipe)
+    call = LastCall(pipe.unet)
+    pipe(list(CALIBRATION_PROMPTS[: max(1, batch // 2)]), num_inference_steps=8, guidance_scale=GUIDANCE,
+         generator=torch.Generator("cpu").manual_seed(0))
+    call.close()
+    args, kwargs = call.args, {k: v for k, v in call.kwargs.items() if v is not None} | {"return_dict": False}
+    return pipe.unet, lambda module: module(*_as(module, args), **_as(module, kwargs))[0]
+
+
+def sdxl(batch: int, tiny: bool, recipe: Path) -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
+    """The same of SDXL with random weights."""
+    module = gpu.build("sdxl", tiny)
+    arguments = gpu.inputs(module, batch, tiny)
+    if not recipe.exists():
+        gpu.calibrated(module, arguments, recipe)
+    kwargs = arguments(gpu.TIMESTEPS[2])
+    return module, lambda m: m(**_as(m, kwargs))[0]
+
+
+def _as(module: Any, values: Any) -> Any:
+    """Floating-point tensors in the module's dtype."""
+    dtype = next(module.parameters()).dtype
+    if isinstance(values, dict):
+        return {k: _as(module, v) for k, v in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_as(module, v) for v in values)
+    return values.to(dtype) if isinstance(values, torch.Tensor) and values.is_floating_point() else values
+
+
+# a column
+
+def distance(y: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """(relative error, cosine) of ``y``."""
+    y, expected = y.double().flatten(), expected.double().flatten()
+    return float((y - expected).norm() / expected.norm()), float(torch.nn.functional.cosine_similarity(y, expected, 0))
+
+
+def explained(module: torch.nn.Module) -> dict[str, Any]:
+    """What became of a module."""
+    report = sdtrt_backend.explain(module)
+    total = sum(layer.flops for layer in report.layers) or 1
+    return {"state": report.state, "fallbacks": list(report.fallbacks), "notes": list(report.notes),
+            "timings": dict(report.timings), "share": sum(la.flops for la in report.layers if la.amax is not None) / total,
+            "layers": dict(Counter(f"{la.engine} {la.precision}" for la in report.layers))}
+
+
+def started(module: torch.nn.Module, call: Callable[[Any], torch.Tensor], backend: str, **options: Any,
+            ) -> tuple[Callable[[], torch.Tensor], float, dict[str, Any]]:
+    """(a step of a copy of the module, compiled anew; seconds of its first call; what ``explained`` says)."""
+    torch._dynamo.reset()
+    mine = copy.deepcopy(module)
+    if backend == "compile":
+        compiled: Any = torch.compile(mine, dynamic=False)
+    else:
+        compiled = torch.compile(mine, backend=backend, dynamic=False, options=options)
+    seconds = gpu.first_call(lambda: call(compiled))
+    return lambda: call(compiled), seconds, {} if backend == "compile" else explained(mine)
+
+
+def column(module: torch.nn.Module, call: Callable[[Any], torch.Tensor], backend: str, engine: str, recipe: Path,
+           work: Path) -> tuple[dict[str, Any], Callable[[], torch.Tensor]]:
+    """(row, step) of an engine, compiled twice; says what it finds."""
+    row: dict[str, Any] = {"backend": backend, "engine": engine}
+    folder = work / f"{backend}_{engine}"
+    options = {"recipe": str(recipe), "engine": engine, "engine_dir": str(folder / "engines")}
+    step: Any = None
+    for which in ("cold", "cached"):
+        gpu.use_caches(folder, fresh=which == "cold")
+        step = None  # its memory is free before the next is built
+        gpu.memory()
+        step, row[f"{which}_s"], found = started(module, call, backend, **options)
+        row |= found | {f"{which}_notes": found["notes"]}
+        say(f"{backend} {engine} {which}: {row['state']}, {row[f'{which}_s']:.1f} s, layers {row['layers']}")
+        for sentence in (*found["fallbacks"], *found["notes"]):
+            say("   ", sentence)
+        say("   ", {name: round(value, 3) for name, value in found["timings"].items()})
+        if row["state"] != "ready":
+            break
+    return row, step
+
+
+# the run
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Every row that there is, in the columns of the module's docstring."""
+    lines = [f"{'':18}{'state':>9}{'cold s':>8}{'cached s':>9}{'step ms':>9}{'ratio':>7}{'error':>9}{'cosine':>9}{'to full':>9}"
+             f"{'8-bit':>7}  layers"]
+    for row in rows:
+        cells = [f"{row.get(name, math.nan):{width}.{digits}f}".replace("nan", "").rjust(width)
+                 for name, width, digits in (("cold_s", 8, 1), ("cached_s", 9, 1), ("step_ms", 9, 2), ("ratio", 7, 2),
+                                             ("error", 9, 4), ("cosine", 9, 5), ("to_full", 9, 4), ("share", 7, 2))]
+        layers = ", ".join(f"{n} {where}" for where, n in row.get("layers", {}).items())
+        lines.append(f"{row['backend'] + ' ' + row['engine']:18}{row.get('state', ''):>9}{''.join(cells)}  {layers}")
+        if row.get("failed"):
+            lines.append(f"    {row['failed']}")
+    return "\n".join(lines)
+
+
+class Rows:
+    """The rows of a run, on disk after every change."""
+
+    def __init__(self, facts: dict[str, Any], path: Path) -> None:
+        self.facts, self.path = facts, path
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.facts | {"rows": self.rows}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def main(given: argparse.Namespace, rows: Rows, work: Path) -> None:
+    recipe = work / "recipe"
+    module, call = bundled(given.batch, recipe) if given.model == "bundled" else sdxl(given.batch, given.tiny, recipe)
+    say(f"{given.model}: {sum(p.numel() for p in module.parameters()):,} parameters, calibrated")
+    full = call(copy.deepcopy(module).float()).float()
+    baseline: dict[str, Callable[[], Any]] = {}
+    if "compile" in given.engines:
+        gpu.use_caches(work / "compile", fresh=True)
+        step, seconds, _ = started(module, call, "compile")
+        row = {"backend": "compile", "engine": "inductor", "cold_s": seconds, "to_full": distance(step(), full)[0]}
+        replay = gpu.graphed(step)
+        rows.add(row | {"step_ms": gpu.times_ms({"compile": replay}, given.rounds)["compile"]})
+        say(f"torch.compile: first call {seconds:.1f} s, then {rows.rows[-1]['step_ms']:.3f} ms")
+        if gpu.DEVICE.type == "cuda":  # the others reset Dynamo, which a CUDA graph does not need
+            baseline["compile"] = replay
+    for backend in given.backends:
+        step, _, found = started(module, call, backend, recipe=str(recipe), engine="reference")
+        expected = step().float()
+        say(f"{backend} reference: {found['state']} {found['fallbacks']}, to full {distance(expected, full)[0]:.4f}")
+        step = None
+        for engine in (e for e in given.engines if e != "compile"):
+            try:
+                row, step = column(module, call, backend, engine, recipe, work)
+                y = step().float()
+                row["error"], row["cosine"] = distance(y, expected)
+                row["to_full"] = distance(y, full)[0]
+                times = gpu.times_ms(baseline | {"mine": step}, given.rounds)
+                row["step_ms"] = times["mine"]
+                if "compile" in times:
+                    row["compile_ms"], row["ratio"] = times["compile"], times["compile"] / times["mine"]
+                rows.add(row)
+            except Exception as error:
+                rows.add({"backend": backend, "engine": engine, "failed": gpu.first_line(error)})
+                say(f"{backend} {engine} failed")
+                traceback.print_exc(file=sys.stdout)
+            print(table(rows.rows), flush=True)
+            step = None
+
+
+def at_the_limit(rows: Rows) -> None:
+    say("out of time, here:")
+    print("".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0])[-12:]))
+    print(table(rows.rows), flush=True)
+    os._exit(OUT_OF_TIME)  # a builder may be deep in a library
+
+
+def show_tracebacks() -> None:
+    """The backend refuses a build that failed in one sentence, and logs its traceback at DEBUG."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.addFilter(lambda record: record.levelno == logging.INFO or record.exc_info is not None)
+    handler.setFormatter(logging.Formatter("    %(message)s"))
+    log = logging.getLogger("sdtrt_backend")
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+def names(valid: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Reader of a comma-separated option."""
+    def read(text: str) -> list[str]:
+        wrong = [name for name in text.split(",") if name not in valid]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(wrong)}; there are {', '.join(valid)}")
+        return text.split(",")
+
+    return read
+
+
+def parsed(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("bundled", "sdxl"), default="bundled")
+    parser.add_argument("--backends", type=names(BACKENDS), default=list(BACKENDS))
+    parser.add_argument("--engines", type=names(("compile", *ENGINES)), default=["compile", "inductor", "tensorrt"])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=540, help="seconds after which the process ends")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_engines")
+    parser.add_argument("--work", type=Path, help="folder of recipe, caches and engines; a temporary one when not given")
+    parser.add_argument("--tiny", action="store_true", help="SDXL in a small configuration of the same structure")
+    given = parser.parse_args(argv)
+    given.model = "sdxl" if given.tiny else given.model
+    return given
+
+
+if __name__ == "__main__":
+    given = parsed()
+    facts = {"model": given.model, "tiny": given.tiny, "batch": given.batch, "machine": gpu.machine(),
+             "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(PACKAGES)}
+    rows = Rows(facts, given.out / f"{'tiny-' * given.tiny}{given.model}_{given.batch}_engines.json")
+    timer = threading.Timer(given.limit, at_the_limit, [rows])
+    timer.daemon = True
+    timer.start()
+    show_tracebacks()
+    with tempfile.TemporaryDirectory() as folder:
+        main(given, rows, given.work or Path(folder))
