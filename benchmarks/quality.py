@@ -24,8 +24,12 @@ modelopt_percentile         NVIDIA's Percentile Quant as TensorRT's diffusion de
                             depend on the number of runs
 modelopt_percentile_mean    the same, the sum divided by the number of runs, which is what its name says
 modelopt_percentile_max     the same with its other rule, min-max: the least of each step's largest value
-minmax                      ours without its methods: rule "max", no smoothing (but convolutions on the CPU keep their zero point)
+minmax                      ours without its methods: rule "max", no smoothing, one code (but convolutions on the CPU keep their
+                            zero point)
 ours                        sd_int8, default options; further rows of ours by --ours NAME:OPTION=VALUE,...
+ours_min_psnr_32            with that budget: 6 of the 8 captions calibrate, 2 judge
+ours_...                    one option changed: the range rule; SmoothQuant of linears or of convolutions off; gated products in
+                            one code, or more layers with two
 ours_same_layers            ours, but what Model Optimizer's rows keep in high precision stays so too
 
 Columns:
@@ -264,7 +268,7 @@ def ours(options: dict[str, Any]) -> Callable[[Run], Prepared]:
         pipe.scheduler = run.pipe.scheduler
         recipe = sdtrt_backend.calibrate(pipe, run.calibration, num_inference_steps=run.steps, guidance_scale=GUIDANCE,
                                          seed=CALIBRATION_SEED, progress=False,
-                                         options={k: v for k, v in given.items() if k in ("rule", "percentile", "alpha")})
+                                         options={k: v for k, v in given.items() if k in ("rule", "percentile", "alpha", "alpha_conv", "min_psnr")})
         with tempfile.TemporaryDirectory() as folder:
             sdtrt_backend.accelerate(pipe, recipe=recipe.save(folder), **given)
             module = pipe.unet if dtype == torch.float32 else Cast(pipe.unet, dtype)
@@ -306,8 +310,16 @@ ROWS: dict[str, Row] = {
     "modelopt_percentile": row_of_modelopt(SMOOTH_08, "min-mean"),
     "modelopt_percentile_mean": row_of_modelopt(SMOOTH_08, "true min-mean"),
     "modelopt_percentile_max": row_of_modelopt(SMOOTH_08, "min-max"),
-    "minmax": row_of_ours(rule="max", alpha=None, alpha_conv=None),
+    "minmax": row_of_ours(rule="max", alpha=None, alpha_conv=None, two_codes=[]),
     "ours": row_of_ours(),
+    "ours_min_psnr_32": row_of_ours(min_psnr=32),
+    "ours_rule_max": row_of_ours(rule="max"),
+    "ours_rule_mse": row_of_ours(rule="mse"),
+    "ours_rule_value_9999": row_of_ours(rule="value_9999"),
+    "ours_linears_not_smoothed": row_of_ours(alpha=None),
+    "ours_convs_not_smoothed": row_of_ours(alpha_conv=None),
+    "ours_one_code": row_of_ours(two_codes=[]),
+    "ours_more_two_codes": row_of_ours(two_codes=["*ff*.net.2", "*.conv_shortcut", "*.proj_out"]),
     "ours_same_layers": row_of_ours(exclude=[f"*{part}*" for part in NVIDIA_KEEPS]),
 }
 
