@@ -259,6 +259,9 @@ def percentile_calibrator() -> type:
     return PercentileCalibrator
 
 
+OF_RECIPES = ("rule", "percentile", "alpha", "alpha_conv", "min_psnr")  # options that shape a recipe
+
+
 def ours(options: dict[str, Any]) -> Callable[[Run], Prepared]:
     """``backend`` among the options: sd_int8 unless given. On a GPU the kernels take 16-bit tensors, so the UNet is in fp16."""
     def prepare(run: Run) -> Prepared:
@@ -268,7 +271,7 @@ def ours(options: dict[str, Any]) -> Callable[[Run], Prepared]:
         pipe.scheduler = run.pipe.scheduler
         recipe = sdtrt_backend.calibrate(pipe, run.calibration, num_inference_steps=run.steps, guidance_scale=GUIDANCE,
                                          seed=CALIBRATION_SEED, progress=False,
-                                         options={k: v for k, v in given.items() if k in ("rule", "percentile", "alpha", "alpha_conv", "min_psnr")})
+                                         options={k: v for k, v in given.items() if k in OF_RECIPES})
         with tempfile.TemporaryDirectory() as folder:
             sdtrt_backend.accelerate(pipe, recipe=recipe.save(folder), **given)
             module = pipe.unet if dtype == torch.float32 else Cast(pipe.unet, dtype)

@@ -92,6 +92,33 @@ def test_every_layer_gives_what_fake_quantisation_gives(denoiser, recipe, quanti
         assert mine(x.half()).dtype is torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_product_has_two_codes_and_keeps_its_outliers(dtype, tmp_path):
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.ff = nn.Module()
+    module.ff.net = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Linear(64, 32)])
+    plain = module.ff.net[2]
+    x = torch.randn(2, 5, 64)
+    x[0, 0, :3] = torch.tensor([200.0, -90.0, 3.0])
+    calibration = Calibration()
+    calibration.start_call(0.0)
+    calibration.observe("ff.net.2", "linear", x, plain.weight, -1)
+    recipe = calibration.recipe(Options(), {})
+    expected = plain(x).detach()
+    weight = stats.quantize_weight(plain.weight, stats.weight_scale(plain.weight)).float() * stats.weight_scale(plain.weight)[:, None]
+    exact = nn.functional.linear(stats.fake_quantize(x, 1600 / 32767, 0, 32767), weight, plain.bias).detach()
+    fresh = copy.deepcopy(module)
+    quantize_(module, SDInt8Config(recipe), filter_fn=layers)
+    y = module.ff.net[2](x.to(dtype))
+    assert y.dtype is dtype
+    assert compare(y.float(), exact) < (1e-5 if dtype is torch.float32 else 4e-3)
+    assert compare(y.float(), expected) < 0.02
+    save_file(module.state_dict(), tmp_path / "two.safetensors")
+    load_quantized(fresh, tmp_path / "two.safetensors")
+    assert torch.equal(fresh.ff.net[2](x.to(dtype)), y)
+
+
 def test_compiled_it_is_one_graph_and_equals_eager_and_reference(denoiser, recipe, quantized, inputs, tmp_path):
     reference = torch.compile(denoiser, backend="sd_int8",
                               options={"recipe": str(recipe.save(tmp_path)), "engine": "reference"})

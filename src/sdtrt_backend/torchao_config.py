@@ -31,9 +31,9 @@ from .fx import pair
 from .kernels import NARROW, Problem, chooser, missing, provider
 from .quantize import FP8_HEADROOM, free_convs, plan, quantized_weights
 from .recipe import Recipe, fingerprint
-from .rules import MODULES
+from .rules import MODULES, TWO_CODES
 from .stats import over_channels
-from .values import DTYPES, FP8_MAX, INT8_MAX, UINT8_ZERO, Decision, Layer
+from .values import DTYPES, FP8_MAX, INT8_MAX, INT16_MAX, UINT8_ZERO, Decision, Layer
 
 log = logging.getLogger("sdtrt_backend")
 ONEDNN_OUTPUTS = (torch.float32, torch.bfloat16)
@@ -115,8 +115,8 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         if layer is None:
             return None
         free = free_convs(layer.weight.device, self.precision)
-        decision = plan((layer,), self._recipe, tuple(self.exclude), free_convs=free)[0]
-        reason = decision.reason or _own_reason(module)
+        decision = plan((layer,), self._recipe, tuple(self.exclude), free_convs=free, two_codes=TWO_CODES)[0]
+        reason = _own_reason(module) if decision.quantized else decision.reason
         self._decisions[layer.name] = reason or self.precision
         log.info("%s: %s", layer.name, self._decisions[layer.name])
         return None if reason else decision
@@ -155,7 +155,8 @@ def transform(module: torch.nn.Module, config: SDInt8Config, *, parameter_name: 
     codes, scale = quantized_weights([decision], smoothing)[0]
     device, fp8 = codes.device, config.precision == "fp8"
     step, zero = (decision.amax * FP8_HEADROOM / FP8_MAX, 0) if fp8 else decision.int8_range
-    return _become(module, codes.contiguous(), scale, torch.tensor([step, zero], dtype=torch.float64, device=device),
+    return _become(module, codes.contiguous(), scale,
+                   torch.tensor([step, zero, decision.largest_code], dtype=torch.float64, device=device),
                    None if smoothing is None else smoothing.reciprocal())
 
 
@@ -196,8 +197,8 @@ def _become(module: torch.nn.Module, codes: torch.Tensor, scale: torch.Tensor, s
 class QuantizedLayer(torch.nn.Module):
     """What the quantised linear and convolution share.
 
-    codes: int8 or float8_e4m3fn, shaped like the weight; weight_scale: fp32 [out] or [1]; input_scale: fp64 [2], the scale and
-    the zero point in -128..127;
+    codes: int8 or float8_e4m3fn, shaped like the weight; weight_scale: fp32 [out] or [1]; input_scale: fp64 [3], the scale,
+    the zero point in -128..127 and the largest code, 32767 where the input has two codes (``rules.TWO_CODES``);
     inverse_smoothing: fp32 [in] (of a convolution [in, 1, 1]) or None; bias as it was. ``prepare`` derives the other
     attributes from these.
     """
@@ -213,7 +214,7 @@ class QuantizedLayer(torch.nn.Module):
         self.packed = self.factor = self.scale = self.step = self.zeros = None
         if self.codes.is_meta:
             return
-        self.step, self.zero_point = float(self.input_scale[0]), int(self.input_scale[1])
+        self.step, self.zero_point, self.largest = float(self.input_scale[0]), int(self.input_scale[1]), int(self.input_scale[2])
         inverse = torch.ones(1, device=self.codes.device) if self.inverse_smoothing is None else self.inverse_smoothing
         self.factor = _shared(inverse * (1 / self.step))
         if self.codes.device.type == "cpu" and self.codes.dtype is torch.int8:
@@ -237,6 +238,24 @@ class QuantizedLayer(torch.nn.Module):
         y = (y.round() + self.zero_point).clamp(-INT8_MAX - 1, INT8_MAX)
         return (y + UINT8_ZERO).to(torch.uint8) if self.packed is not None else y.to(torch.int8)
 
+    def by_onednn(self, x: torch.Tensor, kernel: Callable[..., torch.Tensor], *geometry: Any) -> torch.Tensor:
+        """One product, or the sum of those of both codes."""
+        def product(code: torch.Tensor, step: float, zero: int, bias: torch.Tensor | None, out: torch.dtype) -> torch.Tensor:
+            if code.dim() == 4 and self.codes.dim() == 4:
+                code = code.contiguous(memory_format=torch.channels_last)
+            return kernel(code, step, zero, self.packed, self.weight_scale, self.zeros, bias, *geometry, out)
+
+        bias, step = self.bias_fp32(), self.step
+        assert step is not None
+        if self.largest == INT8_MAX:
+            out = x.dtype if x.dtype in ONEDNN_OUTPUTS else torch.float32
+            return product(self.encode(x), step, UINT8_ZERO + self.zero_point, bias, out).to(x.dtype)
+        factor: Any = self.factor
+        code = (x * factor).round().clamp(-INT16_MAX - 1, INT16_MAX)
+        high = (code / 256).floor()
+        y = product((high + UINT8_ZERO).to(torch.uint8), 256 * step, UINT8_ZERO, bias, torch.float32)
+        return (y + product((code - 256 * high).to(torch.uint8), step, 0, None, torch.float32)).to(x.dtype)
+
     def bias_fp32(self) -> torch.Tensor | None:
         """Kernels add the bias to an int32 or fp32 accumulator."""
         return None if self.bias is None else self.bias.float()
@@ -245,6 +264,9 @@ class QuantizedLayer(torch.nn.Module):
         """ModelError where no kernel takes this input."""
         if x.device.type == "cpu" and self.packed is not None:
             return
+        if self.zero_point or self.largest > INT8_MAX:
+            raise ModelError(f"{type(self).__name__} was quantised for the CPU, whose kernels take zero points and two codes, "
+                             f"and is on {x.device} now: quantise the module anew there")
         if x.device.type != "cuda" or x.dtype not in NARROW:
             raise ModelError.no_kernel(type(self).__name__, str(self.codes.dtype)[6:], x.device, x.dtype)
 
@@ -288,14 +310,10 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.check(input)
-        code, bias = self.encode(input), self.bias_fp32()
-        y: torch.Tensor
-        if self.packed is None:
-            y = ops.linear8(code, self.codes, self.scale, bias, input.dtype, MEASURED)
-            return y
-        out = input.dtype if input.dtype in ONEDNN_OUTPUTS else torch.float32
-        y = ops.packed_linear(code, self.step, UINT8_ZERO, self.packed, self.weight_scale, self.zeros, bias, out)
-        return y.to(input.dtype)
+        if self.packed is not None:
+            return self.by_onednn(input, ops.packed_linear)
+        y: torch.Tensor = ops.linear8(self.encode(input), self.codes, self.scale, self.bias_fp32(), input.dtype, MEASURED)
+        return y
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, codes={str(self.codes.dtype)[6:]}"
@@ -320,16 +338,11 @@ class QuantizedConv2d(QuantizedLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.check(input)
-        code = self.encode(input).contiguous(memory_format=torch.channels_last)
-        bias, (stride, padding, dilation) = self.bias_fp32(), self.geometry()
-        y: torch.Tensor
-        if self.packed is None:
-            y = ops.conv8(code, self.codes, self.scale, bias, None, stride, padding, input.dtype, MEASURED)
-            return y
-        out = input.dtype if input.dtype in ONEDNN_OUTPUTS else torch.float32
-        y = ops.packed_conv2d(code, self.step, UINT8_ZERO + self.zero_point, self.packed, self.weight_scale, self.zeros, bias,
-                              stride, padding, dilation, out)
-        return y.to(input.dtype)
+        if self.packed is not None:
+            return self.by_onednn(input, ops.packed_conv2d, *self.geometry())
+        code, (stride, padding, _) = self.encode(input).contiguous(memory_format=torch.channels_last), self.geometry()
+        y: torch.Tensor = ops.conv8(code, self.codes, self.scale, self.bias_fp32(), None, stride, padding, input.dtype, MEASURED)
+        return y
 
     def extra_repr(self) -> str:
         return (f"{self.in_channels}, {self.out_channels}, kernel_size={tuple(self.codes.shape[2:])}, stride={self.stride}, "
