@@ -22,6 +22,7 @@ from sdtrt_backend.kernels import Choice
 from sdtrt_backend.measure import compare
 from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import plan
+from sdtrt_backend.rules import TWO_CODES
 from sdtrt_backend.values import DTYPES, Layer
 
 pytest.importorskip("torchao", reason="the configurations are TorchAO's: pip install torchao")
@@ -68,11 +69,11 @@ def test_layers_that_the_rules_keep_stay_and_the_others_are_quantised(denoiser, 
 def fake_quantized(layer, name, recipe, x):
     """The formula of the reference lowering, written out: x / s in int8 steps, W * s per output channel."""
     w, op = layer.weight.detach(), "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
-    (decision,) = plan((Layer(name, op, name, name, w),), recipe, (), free_convs=True)
+    (decision,) = plan((Layer(name, op, name, name, w),), recipe, (), free_convs=True, two_codes=TWO_CODES)
     s = torch.ones(1) if decision.smoothing is None else stats.over_channels(decision.smoothing, w)
     scale = stats.weight_scale(w * s)
     w8 = stats.quantize_weight(w * s, scale).float() * scale.view(-1, *[1] * (w.dim() - 1))
-    x8 = stats.fake_quantize(x * s.reciprocal(), *decision.int8_range)
+    x8 = stats.fake_quantize(x * s.reciprocal(), *decision.int8_range, decision.largest_code)
     if op == "conv2d":
         return nn.functional.conv2d(x8, w8, layer.bias, layer.stride, layer.padding)
     return nn.functional.linear(x8, w8, layer.bias)
@@ -106,7 +107,8 @@ def test_a_gated_product_has_two_codes_and_keeps_its_outliers(dtype, tmp_path):
     calibration.observe("ff.net.2", "linear", x, plain.weight, -1)
     recipe = calibration.recipe(Options(), {})
     expected = plain(x).detach()
-    weight = stats.quantize_weight(plain.weight, stats.weight_scale(plain.weight)).float() * stats.weight_scale(plain.weight)[:, None]
+    scale = stats.weight_scale(plain.weight)
+    weight = stats.quantize_weight(plain.weight, scale).float() * scale[:, None]
     exact = nn.functional.linear(stats.fake_quantize(x, 1600 / 32767, 0, 32767), weight, plain.bias).detach()
     fresh = copy.deepcopy(module)
     quantize_(module, SDInt8Config(recipe), filter_fn=layers)
