@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,19 @@ def test_emulation_gives_what_the_inserted_graph_gives_and_leaves_nothing(graph,
         assert torch.equal(denoiser(*inputs), plain)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in denoiser.modules())
     assert free_convs(torch.device("cpu"), "int8")
+
+
+def test_pictures_that_are_not_finite_judge_nothing(denoiser, recipe):
+    with pytest.raises(CalibrationError, match="in its own precision are not finite"):
+        budget.fit(denoiser, recipe, Options(min_psnr=30.0), lambda *_: np.full((2, 8, 8, 3), np.nan), 2, 4, None)
+
+
+def test_a_pipeline_without_pictures_is_refused(pipe, monkeypatch):
+    kind = type(pipe)
+    plain = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, *args, **kwargs: (plain(self, *args, **kwargs),))
+    with pytest.raises(CalibrationError, match=f"{kind.__name__} gives none"):
+        solved(pipe, 30.0)
 
 
 @pytest.fixture

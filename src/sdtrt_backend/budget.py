@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import ops, stats
@@ -79,12 +81,15 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     weights = {name: stats.fake_quantize_weight(d, d.layer.weight).to(d.layer.weight.dtype) for name, d in decisions.items()}
     everyone = list(range(judges))
     plain = draw(everyone, steps, "np")
+    if not np.isfinite(plain).all():
+        raise CalibrationError("min_psnr compares pictures, and those of the denoiser in its own precision are not finite: check "
+                               "the VAE, or run the pipeline in fp32")
 
     def judged(kept: Sequence[Part]) -> tuple[float, float]:
         """(mean PSNR, what it surely is) of pictures with these parts in the user's precision, dB."""
         names = {name for part in kept for name in part.layers}
         with emulated(module, {n: d for n, d in decisions.items() if n not in names}, weights):
-            each = psnr(draw(everyone, steps, "np"), plain)
+            each = [p if math.isfinite(p) else 0.0 for p in psnr(draw(everyone, steps, "np"), plain)]
         mean = statistics.mean(each)
         return mean, mean - SURE * statistics.stdev(each) / len(each) ** 0.5
 
