@@ -70,3 +70,11 @@ def test_interval_of_the_mean_is_close_to_the_normal_one():
 
 def test_interval_of_equal_values_is_a_point():
     assert mean_interval([3.0] * 5) == (3.0, 3.0)
+
+
+def test_a_picture_that_is_not_finite_has_no_psnr():
+    pictures = np.zeros((3, 4, 4, 3), np.float32)
+    pictures[1, 0, 0, 0], pictures[2, 0, 0, 0] = np.nan, np.inf
+    first, *others = psnr(pictures, np.zeros_like(pictures))
+    assert first == BEST_PSNR
+    assert all(np.isnan(p) for p in others)

@@ -15,9 +15,9 @@ BEST_PSNR = 100.0  # dB, reported for equal pictures, whose PSNR is infinite
 
 
 def psnr(pictures: Pictures, reference: Pictures) -> list[float]:
-    """Peak signal to noise ratio of each picture, dB, peak 1."""
+    """Peak signal to noise ratio of each picture, dB, peak 1; NaN where either is not finite."""
     errors = ((pictures.astype(np.float64) - reference) ** 2).reshape(len(pictures), -1).mean(1)
-    return [min(BEST_PSNR, -10 * math.log10(e)) if e > 0 else BEST_PSNR for e in errors]
+    return [math.nan if not math.isfinite(e) else -10 * math.log10(max(e, 10 ** (-BEST_PSNR / 10))) for e in errors]
 
 
 def ssim(pictures: Pictures, reference: Pictures) -> list[float]:
