@@ -87,10 +87,10 @@ def cosine(a, b):
 
 
 def reference(pipe, recipe, exported):
-    """The reference lowering of the same layers, captured by Dynamo from the user's fp32 module."""
+    """The reference lowering of the same layers, one code each, captured by Dynamo from the user's fp32 module."""
     kept = [d.layer.name for d in exported.decisions if not d.quantized]
     return torch.compile(pipe.unet, backend=f"sd_{exported.precision}",
-                         options={"recipe": str(recipe), "engine": "reference", "exclude": kept})
+                         options={"recipe": str(recipe), "engine": "reference", "exclude": kept, "two_codes": []})
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
