@@ -210,13 +210,14 @@ def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decis
     finally:
         for handle in handles:
             handle.remove()
-    gains = {p: _gain_ms(p, exact.device) for p in set(problems.values())}
+    products = {n: 2 if decisions[n].two_codes else 1 for n in problems}
+    gains = {key: _gain_ms(*key, exact.device) for key in {(p, products[n]) for n, p in problems.items()}}
     parts, groups = [], grouped(recipe, list(decisions))
     bar.total = len(groups)
     for name, layers in groups.items():
         with emulated(module, {n: decisions[n] for n in layers}, weights):
             error = stats.relative_error(draw(prompts, TRIAL_STEPS, "latent"), exact) ** 2
-        parts.append(Part(name, layers, error, sum(gains[problems[n]] for n in layers if n in problems)))
+        parts.append(Part(name, layers, error, sum(gains[problems[n], products[n]] for n in layers if n in problems)))
         bar.update()
     return parts
 
@@ -248,8 +249,8 @@ def _problem(layer: Any, x: torch.Tensor) -> Problem:
     return Problem("conv2d", tuple(x.shape), tuple(layer.weight.shape), stride, padding, x.dtype)
 
 
-def _gain_ms(problem: Problem, device: torch.device) -> float:
-    """Milliseconds that 8 bits save, 0 where they save none."""
+def _gain_ms(problem: Problem, products: int, device: torch.device) -> float:
+    """Milliseconds that 8 bits save, 0 where they save none. products: 8-bit ones, two for two codes."""
     if device.type == "cuda":
         best, wide = chooser(device).best(problem, "int8"), chooser(device).wide_ms(problem)
         return max(0.0, wide - best.ms) if best else 0.0
@@ -271,4 +272,4 @@ def _gain_ms(problem: Problem, device: torch.device) -> float:
                  lambda: ops.packed_conv2d(unsigned, 1.0, UINT8_ZERO, packed, scale, weight_zero, None, *geometry, torch.float32))
     step_ms(*calls, repeats=2)  # warm-up
     wide_ms, narrow_ms = step_ms(*calls, repeats=TIMED)
-    return max(0.0, wide_ms - narrow_ms)
+    return max(0.0, wide_ms - products * narrow_ms)
