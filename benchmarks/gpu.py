@@ -609,7 +609,7 @@ def number(row: dict[str, Any], key: str, width: int, digits: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(PARAMETERS), default="sdxl")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, help="default 2, of FLUX, whose guidance needs no second pass, 1")
     parser.add_argument("--columns", default=",".join(OURS), help=f"of {', '.join((*BASELINES, *ALONE, *OURS))}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu")
     parser.add_argument("--rounds", type=int, default=20)
@@ -624,6 +624,7 @@ if __name__ == "__main__":
     parser.add_argument("--cold", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stamp", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    given.batch = given.batch or (1 if given.model == "flux" else 2)
     wanted = given.columns.split(",")
     if unknown := [c for c in wanted if c not in (*BASELINES, *ALONE, *OURS)]:
         parser.error(f"no column is called {', '.join(unknown)}; there are {', '.join((*BASELINES, *ALONE, *OURS))}")
