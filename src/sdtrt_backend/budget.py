@@ -41,6 +41,7 @@ MAX_PARTS = 48  # as each is tried by pictures
 SURE = 2.0
 ROUNDS = 8
 MARGIN_DB = 0.5  # more than what is missing is asked for at each round, so that rounds end
+SLACK_DB = 1.5  # beyond the budget: parts come back into 8 bits while there is more
 WITHIN = 0.8  # of max_error is aimed at: errors of parts do not quite add up
 TIMED = 10  # repeats of a layer's kernels
 
@@ -98,19 +99,23 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     mean, sure = judged(kept)
     if sure < target:
         parts = tried(module, recipe, decisions, weights, draw, bar)
+    best = (kept, mean, sure) if sure >= target else None
     whole = allowed = sum(p.error for p in parts)
-    for _ in range(ROUNDS):
-        if sure >= target:
-            break
-        allowed *= 10 ** ((sure - target - MARGIN_DB) / 10)
-        kept = fastest(parts, allowed)
-        if len(kept) == len(parts):
+    for _ in range(ROUNDS if best is None else 0):
+        allowed *= 10 ** ((sure - target - MARGIN_DB) / 10)  # less when it fell short, more when it had more than was asked for
+        before, kept = kept, fastest(parts, allowed)
+        if kept == before or len(kept) == len(parts):
             break
         mean, sure = judged(kept)
-    if sure < target:
+        if sure >= target:
+            best = kept, mean, sure
+        if best is not None and sure < target + SLACK_DB:
+            break
+    if best is None:
         raise CalibrationError(f"min_psnr={target:g} is out of reach: pictures have {mean:.1f} dB, surely {sure:.1f}, and "
                                f"more would keep {len(kept)} of {len(parts)} parts in the denoiser's own precision; ask for "
                                "less, or leave min_psnr out")
+    kept, mean, sure = best
     why = {name: f"kept for min_psnr={target:g}: in 8 bits {p.name} would bring {p.error / whole:.1%} of the error of the final "
                  f"latents and save {p.gain_ms:.3f} ms a step" for p in kept for name in p.layers}
     for part in kept:

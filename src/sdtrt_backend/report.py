@@ -112,6 +112,7 @@ def budget_table(recipe: Recipe) -> Table:
     title = (f"{facts['mean_db']:.1f} dB on {facts['judges']} prompts that calibrated nothing, surely {facts['surely_db']:.1f}, "
              f"{facts['target_db']:g} asked for")
     table = Table("part", "share of the error", "saves, ms a step", "runs in", title=title, title_justify="left", box=None)
+    table.columns[0].overflow = "fold"
     whole = sum(p["error"] for p in facts["parts"])
     for part in sorted(facts["parts"], key=lambda p: -p["error"]):
         table.add_row(part["name"], f"{part['error'] / whole:.1%}", f"{part['gain_ms']:.3f}",
