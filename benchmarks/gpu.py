@@ -12,9 +12,9 @@ depend on the weights' values; its error does, so an error here says that the ke
 line there and the others go on.
 
 Every column that does not make its own CUDA graph is replayed as one (the sd_ columns make theirs and are called as a user
-calls them); eager is timed without a graph as well. ``eager`` and ``compile`` always run, in the process of our columns and
-in turn with them. The other columns run before, each alone in a process of its own, which is killed when preparing and the
-first call take longer than ``--limit`` seconds; nothing else uses the GPU meanwhile.
+calls them); eager is timed without a graph as well. ``eager`` and ``compile`` always run, unless ``--no-baselines``, in the
+process of our columns and in turn with them. The other columns run before, each alone in a process of its own, which is
+killed when preparing and the first call take longer than ``--limit`` seconds; nothing else uses the GPU meanwhile.
 
 What the columns of the table mean:
 step        median over ``--rounds`` of the mean of CALLS back-to-back calls, CUDA events, after one call that fills the queue
@@ -271,6 +271,7 @@ def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         graph.output = step()  # type: ignore[attr-defined]
+    graph.step = step  # type: ignore[attr-defined]  # the weights that it reads
     return graph.replay
 
 
@@ -342,7 +343,8 @@ def start_column(column: str, module: torch.nn.Module, kwargs: dict[str, Any], e
             if column == "eager":
                 steps["eager, no graph"] = step
         except Exception as error:
-            row["note"] = f"no CUDA graph: {first_line(error)}"
+            cause = error.__context__ or error  # ending the capture fails, too
+            row["note"] = f"no CUDA graph: {first_line(cause)}"
             finish_device()
     row["peak_gb"] = max(peak - before[0], memory()[1] - before[1]) / 1e9
     return row, steps
@@ -527,7 +529,7 @@ def alone(run: Run, column: str, work: Path) -> None:
         (work / "compiling").touch()
         row, steps = start_column(column, module, kwargs, exact, "", "", before, (work / "compiled").touch)
         if column == "torchao-fp8" and given.model != "flux":
-            row["note"] = "; ".join(["bf16"] + [row["note"]] * ("note" in row))
+            row["note"] = "; ".join(filter(None, ("bf16", row.get("note"))))
         if given.profile:
             profile(column, steps[column])
         else:
@@ -616,6 +618,7 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=float, default=300, help="seconds that a column in its own process may compile")
     parser.add_argument("--weights", choices=("keep", "release"), default="release", help="option of the sd_ columns")
     parser.add_argument("--no-warm", action="store_true", help="one first call of our columns, the cold one")
+    parser.add_argument("--no-baselines", action="store_true", help="only the columns named; ratios are to another run's")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN chooses 16-bit convolutions by measuring")
     parser.add_argument("--profile", action="store_true", help="print GPU time by kernel of the columns named; times nothing")
     parser.add_argument("--table", action="store_true", help="print the table of --out, run nothing")
@@ -635,7 +638,7 @@ if __name__ == "__main__":
     elif given.cold:
         cold(Run(given, given.stamp), wanted[0], given.cold)
     elif not given.table:
-        if not given.profile:
+        if not (given.profile or given.no_baselines):
             wanted = [*BASELINES, *(c for c in wanted if c not in BASELINES)]
         with tempfile.TemporaryDirectory() as work:
             measure(Run(given, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), wanted, Path(work))

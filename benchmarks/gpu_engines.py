@@ -16,7 +16,9 @@ What the columns of the table mean:
 cold, cached  seconds of the first call, the first and the second time
 step          median over ``--rounds``, ms; compile: torch.compile of the 16-bit module, replayed as a CUDA graph
 ratio         step of compile / this step, timed in turn
-error         relative, and cosine, to ``engine="reference"`` of the same backend: how far the engine is from its specification
+error         relative, and cosine, the worst of several denoising steps, to ``engine="reference"`` with the same layers in
+              8 bits: how far the engine is from its specification. The row "ref fp32" is that reference computed in fp32: what
+              the rounding of 16-bit arithmetic alone does, as values near the border of two codes fall to the other side
 to full       relative error to the module in fp32
 8-bit         share of the FLOPs of linears and convolutions in 8 bits; layers: how many run where
 """
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import logging
 import math
@@ -43,7 +46,7 @@ import gpu
 import torch
 
 import sdtrt_backend
-from sdtrt_backend.demo import CALIBRATION_PROMPTS, GUIDANCE, LastCall
+from sdtrt_backend.demo import CALIBRATION_PROMPTS, GUIDANCE
 from sdtrt_backend.recipe import versions
 
 START = time.monotonic()
@@ -59,29 +62,41 @@ def say(*words: Any) -> None:
 
 # the model
 
-def bundled(batch: int, recipe: Path) -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
-    """(the bundled UNet, module -> its output on one step of a picture); writes the recipe where there is none."""
+Call = Callable[[Any], torch.Tensor]  # module -> its output on one denoising step
+
+
+def bundled(batch: int, recipe: Path) -> tuple[torch.nn.Module, list[Call]]:
+    """(the bundled UNet, the steps of a picture); writes the recipe where there is none."""
     dtype = torch.float16 if gpu.DEVICE.type == "cuda" else torch.float32
     pipe = sdtrt_backend.demo_pipeline(dtype).to(gpu.DEVICE)
     pipe.set_progress_bar_config(disable=True)
     if not recipe.exists():
         sdtrt_backend.calibrate(pipe, CALIBRATION_PROMPTS[:2], guidance_scale=GUIDANCE, progress=False).save(recipe)
-    call = LastCall(pipe.unet)
+    seen: list[tuple[Any, Any]] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     pipe(list(CALIBRATION_PROMPTS[: max(1, batch // 2)]), num_inference_steps=8, guidance_scale=GUIDANCE,
          generator=torch.Generator("cpu").manual_seed(0))
-    call.close()
-    args, kwargs = call.args, {k: v for k, v in call.kwargs.items() if v is not None} | {"return_dict": False}
-    return pipe.unet, lambda module: module(*_as(module, args), **_as(module, kwargs))[0]
+    handle.remove()
+
+    def call(args: Any, kwargs: Any) -> Call:
+        given = {k: v for k, v in kwargs.items() if v is not None} | {"return_dict": False}
+        return lambda module: module(*_as(module, args), **_as(module, given))[0]
+
+    return pipe.unet, [call(*step) for step in seen]
 
 
-def sdxl(batch: int, tiny: bool, recipe: Path) -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
+def sdxl(batch: int, tiny: bool, recipe: Path) -> tuple[torch.nn.Module, list[Call]]:
     """The same of SDXL with random weights."""
     module = gpu.build("sdxl", tiny)
     arguments = gpu.inputs(module, batch, tiny)
     if not recipe.exists():
         gpu.calibrated(module, arguments, recipe)
-    kwargs = arguments(gpu.TIMESTEPS[2])
-    return module, lambda m: m(**_as(m, kwargs))[0]
+
+    def call(t: float) -> Call:
+        given = arguments(t)
+        return lambda m: m(**_as(m, given))[0]
+
+    return module, [call(t) for t in gpu.TIMESTEPS]
 
 
 def _as(module: Any, values: Any) -> Any:
@@ -102,18 +117,25 @@ def distance(y: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     return float((y - expected).norm() / expected.norm()), float(torch.nn.functional.cosine_similarity(y, expected, 0))
 
 
+def distances(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> dict[str, Any]:
+    """The worst of the steps, and the cosine of each."""
+    errors, cosines = zip(*(distance(y, e) for y, e in zip(outputs, expected, strict=True)), strict=True)
+    return {"error": max(errors), "cosine": min(cosines), "cosines": cosines}
+
+
 def explained(module: torch.nn.Module) -> dict[str, Any]:
     """What became of a module."""
     report = sdtrt_backend.explain(module)
     total = sum(layer.flops for layer in report.layers) or 1
     return {"state": report.state, "fallbacks": list(report.fallbacks), "notes": list(report.notes),
             "timings": dict(report.timings), "share": sum(la.flops for la in report.layers if la.amax is not None) / total,
-            "layers": dict(Counter(f"{la.engine} {la.precision}" for la in report.layers))}
+            "layers": dict(Counter(f"{la.engine} {la.precision}" for la in report.layers)),
+            "kept": [la.name for la in report.layers if la.amax is None]}
 
 
-def started(module: torch.nn.Module, call: Callable[[Any], torch.Tensor], backend: str, **options: Any,
-            ) -> tuple[Callable[[], torch.Tensor], float, dict[str, Any]]:
-    """(a step of a copy of the module, compiled anew; seconds of its first call; what ``explained`` says)."""
+def started(module: torch.nn.Module, call: Call, backend: str, **options: Any,
+            ) -> tuple[Any, float, dict[str, Any]]:
+    """(a copy of the module, compiled anew; seconds of its first call; what ``explained`` says)."""
     torch._dynamo.reset()
     mine = copy.deepcopy(module)
     if backend == "compile":
@@ -121,21 +143,21 @@ def started(module: torch.nn.Module, call: Callable[[Any], torch.Tensor], backen
     else:
         compiled = torch.compile(mine, backend=backend, dynamic=False, options=options)
     seconds = gpu.first_call(lambda: call(compiled))
-    return lambda: call(compiled), seconds, {} if backend == "compile" else explained(mine)
+    return compiled, seconds, {} if backend == "compile" else explained(mine)
 
 
-def column(module: torch.nn.Module, call: Callable[[Any], torch.Tensor], backend: str, engine: str, recipe: Path,
-           work: Path) -> tuple[dict[str, Any], Callable[[], torch.Tensor]]:
-    """(row, step) of an engine, compiled twice; says what it finds."""
+def column(module: torch.nn.Module, call: Call, backend: str, engine: str, recipe: Path,
+           work: Path) -> tuple[dict[str, Any], Any]:
+    """(row, compiled module) of an engine, compiled twice; says what it finds."""
     row: dict[str, Any] = {"backend": backend, "engine": engine}
     folder = work / f"{backend}_{engine}"
     options = {"recipe": str(recipe), "engine": engine, "engine_dir": str(folder / "engines")}
-    step: Any = None
+    compiled: Any = None
     for which in ("cold", "cached"):
         gpu.use_caches(folder, fresh=which == "cold")
-        step = None  # its memory is free before the next is built
+        compiled = None  # its memory is free before the next is built
         gpu.memory()
-        step, row[f"{which}_s"], found = started(module, call, backend, **options)
+        compiled, row[f"{which}_s"], found = started(module, call, backend, **options)
         row |= found | {f"{which}_notes": found["notes"]}
         say(f"{backend} {engine} {which}: {row['state']}, {row[f'{which}_s']:.1f} s, layers {row['layers']}")
         for sentence in (*found["fallbacks"], *found["notes"]):
@@ -143,7 +165,25 @@ def column(module: torch.nn.Module, call: Callable[[Any], torch.Tensor], backend
         say("   ", {name: round(value, 3) for name, value in found["timings"].items()})
         if row["state"] != "ready":
             break
-    return row, step
+    return row, compiled
+
+
+class References:
+    """Outputs of the reference lowering, each made once: by backend, kept layers and precision."""
+
+    def __init__(self, module: torch.nn.Module, calls: list[Call], recipe: Path) -> None:
+        self.module, self.calls, self.recipe = module, calls, recipe
+        self.known: dict[Any, list[torch.Tensor]] = {}
+
+    def outputs(self, backend: str, kept: list[str], wide: bool = False) -> list[torch.Tensor]:
+        key = backend, tuple(kept), wide
+        if key not in self.known:
+            module = copy.deepcopy(self.module).float() if wide else self.module
+            compiled, _, found = started(module, self.calls[-1], backend, recipe=str(self.recipe), engine="reference",
+                                         exclude=list(kept))
+            assert found["state"] == "ready", found["fallbacks"]
+            self.known[key] = [call(compiled).float() for call in self.calls]
+        return self.known[key]
 
 
 # the run
@@ -182,41 +222,45 @@ class Rows:
 @torch.no_grad()
 def main(given: argparse.Namespace, rows: Rows, work: Path) -> None:
     recipe = work / "recipe"
-    module, call = bundled(given.batch, recipe) if given.model == "bundled" else sdxl(given.batch, given.tiny, recipe)
+    module, calls = bundled(given.batch, recipe) if given.model == "bundled" else sdxl(given.batch, given.tiny, recipe)
+    call = calls[-1]
     say(f"{given.model}: {sum(p.numel() for p in module.parameters()):,} parameters, calibrated")
     full = call(copy.deepcopy(module).float()).float()
+    references = References(module, calls, recipe)
     baseline: dict[str, Callable[[], Any]] = {}
     if "compile" in given.engines:
         gpu.use_caches(work / "compile", fresh=True)
-        step, seconds, _ = started(module, call, "compile")
-        row = {"backend": "compile", "engine": "inductor", "cold_s": seconds, "to_full": distance(step(), full)[0]}
-        replay = gpu.graphed(step)
+        compiled, seconds, _ = started(module, call, "compile")
+        row = {"backend": "compile", "engine": "inductor", "cold_s": seconds, "to_full": distance(call(compiled), full)[0]}
+        replay = gpu.graphed(functools.partial(call, compiled))
         rows.add(row | {"step_ms": gpu.times_ms({"compile": replay}, given.rounds)["compile"]})
         say(f"torch.compile: first call {seconds:.1f} s, then {rows.rows[-1]['step_ms']:.3f} ms")
         if gpu.DEVICE.type == "cuda":  # the others reset Dynamo, which a CUDA graph does not need
             baseline["compile"] = replay
     for backend in given.backends:
-        step, _, found = started(module, call, backend, recipe=str(recipe), engine="reference")
-        expected = step().float()
-        say(f"{backend} reference: {found['state']} {found['fallbacks']}, to full {distance(expected, full)[0]:.4f}")
-        step = None
         for engine in (e for e in given.engines if e != "compile"):
+            compiled = None
             try:
-                row, step = column(module, call, backend, engine, recipe, work)
-                y = step().float()
-                row["error"], row["cosine"] = distance(y, expected)
-                row["to_full"] = distance(y, full)[0]
+                row, compiled = column(module, call, backend, engine, recipe, work)
+                step = functools.partial(call, compiled)
                 times = gpu.times_ms(baseline | {"mine": step}, given.rounds)
                 row["step_ms"] = times["mine"]
                 if "compile" in times:
                     row["compile_ms"], row["ratio"] = times["compile"], times["compile"] / times["mine"]
+                row["to_full"] = distance(step(), full)[0]
                 rows.add(row)
+                outputs = [call(compiled).float() for call in calls]
+                row |= distances(outputs, references.outputs(backend, row["kept"]))
+                if given.model == "bundled":
+                    wide = references.outputs(backend, row["kept"], wide=True)
+                    rows.add({"backend": backend, "engine": "ref fp32", "kept": row["kept"]}
+                             | distances(wide, references.outputs(backend, row["kept"])))
+                rows.write()
             except Exception as error:
                 rows.add({"backend": backend, "engine": engine, "failed": gpu.first_line(error)})
                 say(f"{backend} {engine} failed")
                 traceback.print_exc(file=sys.stdout)
             print(table(rows.rows), flush=True)
-            step = None
 
 
 def at_the_limit(rows: Rows) -> None:

@@ -39,8 +39,10 @@ def test_the_second_time_nothing_is_built(cache):
 
 
 @pytest.mark.parametrize(("name", "value", "says"), [
-    ("version", "1.5.0", "another version (1.4.0, now 1.5.0)"), ("driver", "581", "another driver (580.1, now 581)"),
-    ("scales", "c" * 64, "another scales"), ("weights", "d" * 64, "another weights"), ("shapes", "4x4x32x32", "another shapes")])
+    ("version", "1.5.0", "differs in version (1.4.0, now 1.5.0)"),
+    ("driver", "581", "differs in driver (580.1, now 581)"),
+    ("scales", "c" * 64, "differs in scales"), ("weights", "d" * 64, "differs in weights"),
+    ("shapes", "4x4x32x32", "differs in shapes")])
 def test_another_dependency_is_another_engine(kept, name, value, says):
     engine, said = kept.get(KEY | {name: value}, lambda: b"new")
     assert engine == b"new"
@@ -70,7 +72,7 @@ def change_version(path):
     (damage_manifest, "manifest of the one on disk cannot be read"),
     (lambda path: path.with_suffix(".json").unlink(), "manifest of the one on disk cannot be read"),
     (lambda path: path.with_suffix(".json").write_text("[]"), "not one of ours"),
-    (change_version, "another version (1.3.0, now 1.4.0)"),
+    (change_version, "differs in version (1.3.0, now 1.4.0)"),
 ], ids=["byte", "truncated", "empty", "manifest", "no manifest", "foreign manifest", "version"])
 def test_what_was_damaged_is_built_anew_and_then_good(kept, damage, says):
     damage(kept.folder / f"{digest(KEY)}.engine")

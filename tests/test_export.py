@@ -296,6 +296,15 @@ def test_nested_inputs_are_named_and_a_timestep_keeps_its_precision(tmp_path):
     assert file.ranges["added_cond_kwargs_text_embeds"] == ((2, 1, 64), (2, 1, 64), (3, 1, 64))
 
 
+def test_tensors_of_two_precisions_are_concatenated_as_torch_does(tmp_path):
+    pytest.importorskip("onnxscript", reason=NEEDS_ONNX)
+    gm = torch.fx.symbolic_trace(lambda text, time: (torch.cat([text, time], dim=-1) * 2,))
+    inputs = {"text": torch.randn(2, 3).half(), "time": torch.randn(2, 4)}
+    (file,) = lowering.write(gm, inputs, ["y"], tmp_path)
+    (y,) = run(session(file), inputs, ["y"])
+    torch.testing.assert_close(y, torch.cat(list(inputs.values()), -1) * 2, rtol=0, atol=0)
+
+
 def test_a_recipe_of_another_model_is_refused(pipe, recipe, tmp_path):
     other = sdtrt_backend.demo_pipeline()
     with torch.no_grad():

@@ -25,8 +25,7 @@ from .recipe import Recipe
 from .report import Watched
 from .values import Decision
 
-# Where steps are watched. On a GPU the code is there but was never run, so it stays out of everybody's way
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")  # where steps are watched
 # Calls after a build that are sampled whatever they cost: a model that has drifted is noticed in its first picture.
 FIRST = (5, 11, 23)
 # Then every so many calls: the first at which a sample costs less than COST of the calls between two of them. Primes: a
@@ -106,8 +105,8 @@ def widest(decision: Decision, recipe: Recipe) -> float:
 
 
 def share_beyond(x: torch.Tensor, limit: float) -> torch.Tensor:
-    """Share of |x| > limit, 0..1: fp32 scalar on the device of ``x``."""
-    return torch.count_nonzero(x.abs() > limit) / x.numel()
+    """Share of |x| > limit and of NaN, which 8-bit codes would hide, 0..1: fp32 scalar on the device of ``x``."""
+    return 1 - torch.count_nonzero(x.abs() <= limit) / x.numel()
 
 
 def watch(counts: Counter, tensors: Sequence[torch.Tensor], step_ms: float | None) -> Watch:
@@ -140,11 +139,6 @@ def peaks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """max |t| of each floating-point tensor, NaN where it has one: fp32, 0 for an empty tensor."""
     # not vector_norm: on the CPU that one is 20 times slower
     return torch.stack([(t.detach().abs().amax() if t.numel() else t.new_zeros(())).float() for t in tensors])
-
-
-def finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether there is no NaN and no infinity; waits for the device."""
-    return all(bool(t.isfinite().all()) for t in tensors)
 
 
 def trouble(values: Sequence[float]) -> str | None:

@@ -100,7 +100,7 @@ class EngineCache:
         if isinstance(manifest, str):
             return manifest
         if manifest["key"] != dict(key):
-            return f"the one on disk has another {_differences(manifest['key'], key)}"
+            return f"the one on disk differs in {_differences(manifest['key'], key)}"
         engine = self._path(name).read_bytes()
         return _problem(engine, manifest) or engine
 
@@ -119,7 +119,7 @@ class EngineCache:
         for path in sorted(self._engines(), key=lambda p: -p.stat().st_mtime):
             manifest = self._manifest(path.stem)
             if not isinstance(manifest, str) and manifest["key"].get("part") == key.get("part"):
-                return f"the one on disk has another {_differences(manifest['key'], key)}"
+                return f"the one on disk differs in {_differences(manifest['key'], key)}"
         return "there was none on disk"
 
     def _entry(self, name: str) -> Entry:
@@ -166,4 +166,4 @@ def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n))
     said = [f"{n} ({old.get(n, 'none')}, now {new.get(n, 'none')})" if max(len(old.get(n, "")), len(new.get(n, ""))) <= 24 else n
             for n in names]
-    return " and another ".join(said)
+    return " and ".join(said)

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .calibrate import Calibration, Observer
 from .capture import Captured, tensor_inputs
-from .drift import KEPT_BYTES, ZEROS, Drift, Later, Watch, finite, peaks, trouble
+from .drift import KEPT_BYTES, ZEROS, Drift, Later, Watch, peaks, trouble
 from .errors import CalibrationError
 from .graphs import Memory
 from .measure import outputs
@@ -254,28 +254,29 @@ class Step:
         made, given = outputs(result), outputs(tensors)
         if not made:
             return result
-        keep = sum(t.numel() * t.element_size() for t in given) <= KEPT_BYTES
-        numbers = Later(peaks(made if keep else [*made, *(t for t in given if t.device == made[0].device)]))
+        numbers = Later(peaks([*made, *(t for t in given if t.device == made[0].device)]))
         if numbers.ready():
             own = self._examine(call, args, len(made), numbers.values())
             return result if own is None else own
-        kept = args if keep else None
+        kept = args if sum(t.numel() * t.element_size() for t in given) <= KEPT_BYTES else None
         drift.waiting.append((numbers, lambda values: self._examine(call, kept, len(made), values, late=True)))
         return result
 
     def _examine(self, call: int, args: Sequence[Any] | None, outs: int, values: Sequence[float], late: bool = False) -> Any:
         """The module's own result where the 8-bit step is to blame for a bad one, else None.
 
-        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs where ``args`` were not kept.
+        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs. args: None where they were not kept.
         """
         state, what = self.state, trouble(values[:outs])
-        if what is None or state.status == REFUSED or (what == ZEROS and state.drift.own_zeros):
+        if state.status == REFUSED:
+            return None
+        if not all(map(math.isfinite, values[outs:])):
+            state.say(state.notes, "the module was given NaN or infinite inputs, so its outputs mean nothing, even where 8-bit "
+                                   "codes made them finite; the 8-bit step goes on")
+            return None
+        if what is None or (what == ZEROS and state.drift.own_zeros):
             return None
         own, whose, at = None, "from finite inputs", ""
-        if not (finite(outputs(tensor_inputs(self.captured, args))) if args else all(map(math.isfinite, values[outs:]))):
-            state.say(state.notes, "the module was given NaN or infinite inputs, so its outputs are not finite either; the 8-bit "
-                                   "step goes on")
-            return None
         if args:
             with state.memory.weights.borrowed(), torch.no_grad():
                 own = self.captured.graph(*args)

@@ -37,8 +37,6 @@ def compiled(pipe, recipe, backend, **options):
 @torch.no_grad()
 def test_engines_are_built_once_run_and_stay_near_the_reference(prepared, backend, tmp_path, capsys):
     pipe, recipe, calls = prepared
-    reference = compiled(pipe, recipe, backend, engine="reference")
-    expected = [reference(*c, return_dict=False)[0].float() for c in calls]
     for said in ("the engine was built in", "the engine came from the cache"):
         unet = compiled(pipe, recipe, backend, engine="tensorrt", engine_dir=str(tmp_path))
         results = [unet(*c, return_dict=False)[0].float() for c in calls]
@@ -48,8 +46,14 @@ def test_engines_are_built_once_run_and_stay_near_the_reference(prepared, backen
         assert report.state == "ready"
         assert any(said in note for note in report.notes)
         assert {layer.engine for layer in report.layers} & {"tensorrt"}
+        # int8 convolutions, which TensorRT-RTX does not take, are in 16 bits on both sides
+        kept = [layer.name for layer in report.layers if layer.amax is None]
+        reference = compiled(pipe, recipe, backend, engine="reference", exclude=kept)
+        expected = [reference(*c, return_dict=False)[0].float() for c in calls]
         cosines = [float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0))
                    for a, b in zip(results, expected, strict=True)]
+        with capsys.disabled():
+            print("cosine to the reference at every step:", *(f"{c:.5f}" for c in cosines))
         assert min(cosines) > 0.999
 
 

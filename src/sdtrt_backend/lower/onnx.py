@@ -7,6 +7,7 @@ either side: in fp16 an int8 product overflows before it is scaled, and the scal
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
@@ -34,12 +35,15 @@ def write(gm: fx.GraphModule, inputs: Mapping[str, torch.Tensor], outputs: Seque
     """Write ``model.onnx`` (and ``model.onnx.data`` beyond EMBED_LIMIT bytes of constants) into ``folder``, each atomically.
 
     gm: Q/DQ graph whose placeholders are the keys of ``inputs``, in order; dynamic: input -> axis -> name of the dimension.
-    Returns the files. Raises ExportError when the ONNX packages are missing.
+    Changes ``gm``. Returns the files. Raises ExportError when the ONNX packages are missing.
     """
     try:
         table = _translations()
     except ImportError:
         raise ExportError.not_installed("ONNX export", "'sdtrt_backend[onnx]'") from None
+    for node in gm.graph.find_nodes(op="call_function", target=torch.cat):
+        node.target = _cat
+    gm.recompile()
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(gm.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
                                     input_names=list(inputs), output_names=list(outputs), custom_translation_table=table,
@@ -55,6 +59,12 @@ def write(gm: fx.GraphModule, inputs: Mapping[str, torch.Tensor], outputs: Seque
     if DATA_NAME not in written:
         (folder / DATA_NAME).unlink(missing_ok=True)
     return [folder / name for name in reversed(written)]
+
+
+def _cat(tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """torch.cat with the type promotion spelled out, which the exporter leaves out and ONNX does not have."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return torch.cat([t.to(dtype) for t in tensors], *args, **kwargs)
 
 
 @contextlib.contextmanager

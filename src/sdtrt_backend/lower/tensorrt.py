@@ -148,7 +148,7 @@ def key(part: Part, inputs: Sequence[torch.Tensor], flavour: str) -> dict[str, s
     calls = (f"{n.op} {n.target if n.op not in ('get_attr', 'placeholder') else ''} {[place[a] for a in n.all_input_nodes]}"
              for n in nodes)
     numbers = [repr([a for a in n.args if isinstance(a, int | float)]) for n in nodes]
-    return {"part": _sha256(*calls), "scales": _sha256(*numbers), "weights": _sha256(*part.graph.buffers()),
+    return {"part": _sha256(*part.layers, *calls), "scales": _sha256(*numbers), "weights": _sha256(*part.graph.buffers()),
             "flavour": flavour, "version": engine.version(flavour), "torch": here["torch"], "cuda": here["cuda"],
             "driver": here["driver"], "gpu": here["gpu"], "sm": here["capability"],
             "shapes": " ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in inputs)}
