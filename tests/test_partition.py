@@ -87,6 +87,18 @@ def test_what_lies_alone_between_two_cuts_is_no_engine():
     assert torch.equal(*(t[0] for t in run(gm, parts, tensors)))
 
 
+def test_an_engine_between_two_cuts_needs_one_layer_more():
+    def block(m, x):
+        first = F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(x)), heads(m.v(x))).transpose(1, 2).reshape(2, -1, 64)
+        between = heads(m.up(m.o(first)))
+        return m.last(m.down(F.scaled_dot_product_attention(between, between, between).transpose(1, 2).reshape(2, -1, 64)))
+
+    gm, parts, tensors = cut(Fragment(block, **dict.fromkeys(("q", "k", "v", "o", "up", "down", "last"), linear)), TOKENS)
+    assert [(p.target, len(p.layers)) for p in parts] == [(ENGINE, 3), (REST, 2), (ENGINE, 2)]
+    mine, theirs = run(gm, parts, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
 def test_what_is_made_of_constants_is_made_where_it_is_read_and_a_result_of_it_once():
     def body(m, x):
         w = m.a.weight * 2.0

@@ -22,6 +22,10 @@ Ranges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 _ONE_AT_A_TIME = threading.Lock()  # a process has one TensorRT logger, and the layer information arrives through it
 
 
+class UnsupportedGPU(ExportError):
+    """TensorRT runs no engine at all on this GPU."""
+
+
 @dataclass(frozen=True)
 class Flavour:
     """One TensorRT. install: what pip takes; command: its command-line builder; options: those it needs for this file.
@@ -184,7 +188,7 @@ class Runner:
     """A built engine of fixed shapes on the current GPU: tensors in, tensors out, on the current stream.
 
     inputs, outputs: names of its tensors in the order of the call. Raises ExportError where the engine cannot be read or its
-    context cannot be created, as when it holds a kernel that this card lacks.
+    context cannot be created, as when it holds a kernel that this card lacks, and UnsupportedGPU where none can be read.
     """
 
     def __init__(self, flavour: str, blob: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -196,7 +200,8 @@ class Runner:
         self.runtime = trt.Runtime(logger)
         self.engine = self.runtime.deserialize_cuda_engine(blob)
         if self.engine is None:
-            raise ExportError(f"{flavour} {trt.__version__} cannot read the engine: " + "; ".join(logger.errors))
+            kind = UnsupportedGPU if any("does not support this compute capability" in e for e in logger.errors) else ExportError
+            raise kind(f"{flavour} {trt.__version__} cannot read the engine: " + "; ".join(logger.errors))
         self.context = self.engine.create_execution_context()
         if self.context is None:
             raise ExportError(f"{flavour} {trt.__version__} has no execution context for the engine on this GPU: "

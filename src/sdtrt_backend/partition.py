@@ -17,11 +17,11 @@ from .rules import OPS
 QD = torch.ops.quantized_decomposed
 CODING = {QD.quantize_per_tensor.default, QD.dequantize_per_tensor.default, ops.quantize_fp8, ops.dequantize_fp8}
 ENGINE, REST = "tensorrt", "inductor"
-# Layers (linears, convolutions) between two cuts from which an engine pays: a cut costs a launch, and two passes over every
-# tensor that crosses it in the layout of the other side
+# Layers (linears, convolutions) from which an engine pays, one more where it has a cut on either side, as between the attentions
+# of a transformer block: a cut costs a launch, and two passes over every tensor that crosses it in the layout of the other side
 MIN_LAYERS = 2
 ATTENTION_REASON = "attention stays in 16 bits and outside of engines: TensorRT-RTX has no kernel for it on every card"
-SMALL_REASON = f"fewer than {MIN_LAYERS} linears or convolutions between two cuts: an engine gains less than the cut costs"
+SMALL_REASON = "too few linears or convolutions between two cuts: an engine gains less than the cut costs"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,10 @@ def partition(gm: fx.GraphModule, refuses: Callable[[fx.Node], str | None] = ref
         # what takes a result apart stays with what made it: only tensors cross a border
         made = next((a for a in reads[node] if not _is_tensor(a)), None)
         reasons[node] = (refuses(node) or "") if made is None else reasons.get(made, "")
-    for level in _by_level(calls, reads, reasons).values():
-        if not reasons[level[0]] and sum(n.target in OPS for n in level) < MIN_LAYERS:
+    levels = _by_level(calls, reads, reasons)
+    for place, level in levels.items():
+        between = min(levels) < place < max(levels)
+        if not reasons[level[0]] and sum(n.target in OPS for n in level) < MIN_LAYERS + between:
             reasons.update(dict.fromkeys(level, SMALL_REASON))
     return tuple(_part(gm, level, reads, *_why([reasons[n] for n in level if reasons[n]]))
                  for _, level in sorted(_by_level(calls, reads, reasons).items()))

@@ -107,6 +107,20 @@ def test_an_engine_without_a_context_falls_back(stand, monkeypatch):
         assert measure.compare(step(*tensors), gm(*tensors)) == 0
 
 
+def test_a_gpu_that_tensorrt_does_not_support_is_asked_once(stand, monkeypatch):
+    def fail(*arguments):
+        raise engine.UnsupportedGPU("cannot read the engine: this GPU has compute capability 9.0")
+
+    monkeypatch.setattr(engine, "Runner", fail)
+    gm, tensors = quantised()
+    step = tensorrt.lower(gm, tensors, OPTIONS)
+    assert stand.built == 1
+    assert set(step.engines.values()) == {"inductor"}
+    assert sum("no engine: UnsupportedGPU: cannot read the engine: this GPU" in note for note in step.notes) == 2
+    with torch.no_grad():
+        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+
+
 def test_every_part_can_be_taken_by_inductor_with_its_8_bit_operators(stand, monkeypatch):
     """Engines may refuse any part: each must hold the codes of its own weights, not read them from another one."""
     linears = []

@@ -73,9 +73,10 @@ def _place(parts: Sequence[Part], values: dict[str, torch.Tensor],
     """([part, its engine or None], sentences), in the order they run. A part without a trusted engine is tried in halves, so
     that as little as possible is left to Inductor.
 
-    values: name -> tensor of the whole graph's inputs; what crosses a border is added. attempt: see ``_trusted``.
+    values: name -> tensor of the whole graph's inputs; what crosses a border is added. attempt: see ``_trusted``; after an
+    UnsupportedGPU there is no other.
     """
-    placed, notes, retries = [], [], RETRIES
+    placed, notes, retries, hopeless = [], [], RETRIES, ""
 
     def note(sentence: str) -> None:
         notes.append(sentence)
@@ -88,9 +89,17 @@ def _place(parts: Sequence[Part], values: dict[str, torch.Tensor],
         with torch.no_grad():
             expected = part.graph(*inputs)
         values.update((name, t.contiguous()) for name, t in zip(part.outputs, expected, strict=True))
-        run, said = attempt(part, inputs, expected) if part.target == ENGINE else (None, part.reason)
+        run, said = None, part.reason
+        if part.target == ENGINE and hopeless:
+            said = hopeless
+        elif part.target == ENGINE:
+            try:
+                run, said = attempt(part, inputs, expected)
+            except engine.UnsupportedGPU as failure:
+                said = hopeless = _first_line(failure)
         what = f"part {number} of {len(parts)}, {len(part.layers)} layers,"
-        halves = halve(part) if part.target == ENGINE and run is None and halvings and retries > 1 else None
+        again = part.target == ENGINE and run is None and not hopeless and halvings and retries > 1
+        halves = halve(part) if again else None
         if halves is not None:
             torch.cuda.empty_cache()  # memory may be what was missing, and TensorRT allocates beside torch
             retries -= 2
@@ -109,12 +118,18 @@ def _trusted(part: Part, inputs: Sequence[torch.Tensor], expected: Sequence[torc
         blob, said = cache.get(key(part, inputs, flavour), lambda: _build(part, inputs, flavour, precision))
         run = engine.Runner(flavour, blob, *_names(part))
         error = compare(run(*inputs), expected)
+    except engine.UnsupportedGPU:
+        raise
     except Exception as failure:  # whatever a builder, a parser or a driver raises: this part has another way to run
         log.debug("no engine", exc_info=True)
-        return None, f"no engine: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+        return None, _first_line(failure)
     if not error < TRUST:
         return None, f"the engine's output differs from the reference by {error:.3f}, {TRUST} is allowed"
     return run, f"{said}; relative error to the reference {error:.4f}"
+
+
+def _first_line(failure: Exception) -> str:
+    return f"no engine: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
 
 
 def _names(part: Part) -> tuple[list[str], list[str]]:
