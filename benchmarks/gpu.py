@@ -598,7 +598,8 @@ def table(folder: Path) -> None:
             best = min((same or newest).values(), default=math.nan)
             print(f"{r['column']:18}{r['step_ms']:9.2f}{r['tflops']:9.1f}{r['share_of_floor']:7.1%}{number(r, 'cold_s', 8, 1)}"
                   f"{number(r, 'warm_s', 8, 1)}{number(r, 'weights_gb', 11, 2)}{number(r, 'peak_gb', 9, 2)}"
-                  f"{number(r, 'relative_error', 9, 5)}{best / r['step_ms']:7.2f}x{' ' if same else '*'} "
+                  f"{number(r, 'relative_error', 9, 5)}"
+                  + ("" if math.isnan(best) else f"{best / r['step_ms']:7.2f}x{' ' if same else '*'} ")
                   + "; ".join(s for s in (r.get("state", ""), r.get("note", "")) if s))
             if "no_graph_ms" in r:
                 print(f"{r['column'] + ', no graph':18}{r['no_graph_ms']:9.2f}")
