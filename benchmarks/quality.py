@@ -29,7 +29,7 @@ minmax                      ours without its methods: rule "max", no smoothing, 
 ours                        sd_int8, default options; further rows of ours by --ours NAME:OPTION=VALUE,...
 ours_min_psnr_32            with that budget: 6 of the 8 captions calibrate, 2 judge
 ours_...                    one option changed: the range rule; SmoothQuant of linears or of convolutions off; two codes for no
-                            layer, for gated products alone, or for every layer
+                            layer, for gated products alone, for shortcuts as well, or for every layer
 ours_same_layers            ours, but what Model Optimizer's rows keep in high precision stays so too
 
 Columns:
@@ -323,6 +323,7 @@ ROWS: dict[str, Row] = {
     "ours_convs_not_smoothed": row_of_ours(alpha_conv=None),
     "ours_one_code": row_of_ours(two_codes=[]),
     "ours_fewer_two_codes": row_of_ours(two_codes=["*ff*.net.2"]),
+    "ours_more_two_codes": row_of_ours(two_codes=["*ff*.net.2", "*.proj_out", "*.conv_shortcut"]),
     "ours_all_two_codes": row_of_ours(two_codes=["*"]),
     "ours_same_layers": row_of_ours(exclude=[f"*{part}*" for part in NVIDIA_KEEPS]),
 }
