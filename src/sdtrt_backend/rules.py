@@ -60,9 +60,9 @@ KEEP: tuple[tuple[str, str], ...] = (
 # read SiLU's output, which is never below -0.28, so half of the codes of a symmetric range would be lost. Elsewhere kernels
 # take one factor per tensor, and pad with the code 0
 FREE_CONVS = ("cpu",)
-# Layers that read what no norm has tamed: a gated product, or the sum of a transformer's residuals, whose tails are so heavy that
-# outliers of prompts nobody calibrated on are clipped, or take all codes. Where a second product costs little (``FREE_CONVS``: 2 %
-# of the bundled model's step), their input is held in two codes, and their kernel runs for each of them
+# Layers that read what no norm has tamed: a gated product, or the sum of a transformer's residuals, whose tails are so heavy
+# that outliers of prompts nobody calibrated on are clipped, or take all codes. Where a second product costs little
+# (``FREE_CONVS``: 2 % of the bundled model's step), their input is held in two codes, and their kernel runs for each of them
 TWO_CODES = ("*ff*.net.2", "*.proj_out")
 TWO_CODES_REASON = "its input, which no norm has tamed, is held in two 8-bit codes, 16 bits together"
 TWO_CODES_HEADROOM = 8.0  # of the range to what was seen: 13 bits are left
