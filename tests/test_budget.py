@@ -127,16 +127,17 @@ def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, q
     loose = solved(pipe, 10.0).provenance["min_psnr"]["mean_db"]
     target = loose + 4
     recipe = solved(pipe, target)
-    kept = {name: layer.keep for name, layer in recipe.layers.items() if layer.keep}
+    kept = {name: layer.keep or layer.second for name, layer in recipe.layers.items() if layer.keep or layer.second}
     facts = recipe.provenance["min_psnr"]
     assert kept
     assert len(kept) < len(recipe.layers)
     assert facts["mean_db"] > facts["surely_db"] >= target
-    assert all(f"kept for min_psnr={target:g}: in 8 bits" in why and "ms a step" in why for why in kept.values())
-    assert sum(p["kept"] for p in facts["parts"]) < len(facts["parts"])
+    assert all(f"for min_psnr={target:g}: " in why and "ms a step" in why for why in kept.values())
+    assert 0 < sum(p["kept"] or p["two_codes"] for p in facts["parts"]) < len(facts["parts"])
 
     again = sdtrt_backend.Recipe.load(recipe.save(tmp_path))
-    assert {n: layer.keep for n, layer in again.layers.items() if layer.keep} == kept
+    assert {n: layer.keep or layer.second for n, layer in again.layers.items() if layer.keep or layer.second} == kept
+
     def pictures():
         noise = [torch.Generator().manual_seed(2 + i) for i in range(2)]  # of the prompts that judged
         return pipe(PROMPTS[2:], num_inference_steps=4, guidance_scale=5.0, generator=noise, output_type="np").images
@@ -148,6 +149,20 @@ def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, q
     assert report.state == "ready"
     assert {layer.name: layer.reason for layer in report.layers if layer.name in kept} == kept
     assert sum(each) / len(each) == pytest.approx(facts["mean_db"], abs=1.0)  # another batch rounds other ties
+
+
+def test_a_second_code_is_taken_where_it_costs_less_and_elsewhere_the_layer_is_out_of_8_bits(pipe, quick, monkeypatch):
+    monkeypatch.setattr(budget, "_times_ms", lambda problem, device: (3.0, 1.0))
+    loose = solved(pipe, 10.0)
+    recipe = solved(pipe, loose.provenance["min_psnr"]["mean_db"] + 6)
+    twice = {name for name, layer in recipe.layers.items() if layer.second}
+    assert twice
+    two_already = {d.layer.name for d in budget.decided(pipe.unet, loose, Options()) if d.two_codes}
+    assert {name for name, layer in recipe.layers.items() if layer.keep} <= two_already
+    free, plain = (budget.decided(pipe.unet, recipe, Options(precision=p)) for p in ("int8", "fp8"))
+    assert twice <= {d.layer.name for d in free if d.two_codes}
+    assert {d.layer.name: d.reason for d in plain if d.layer.name in twice} == {n: recipe.layers[n].second for n in twice}
+    assert not any(d.quantized for d in plain if d.layer.name in twice)
 
 
 def test_a_budget_beyond_reach_is_said(pipe, quick):

@@ -107,10 +107,9 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     """
     tensors = tensor_inputs(captured, args)
     start = time.perf_counter()
-    free = free_convs(tensors[0].device, options.precision)
     target, refusal = choose(options, tensors[0].device)
-    two_codes = () if target == "torchao" else options.two_codes  # its product takes one
-    decisions = plan(captured.layers, recipe, options.exclude, options.level, free, two_codes)
+    free = free_convs(tensors[0].device, options.precision) and target != "torchao"  # whose product takes one code
+    decisions = plan(captured.layers, recipe, options.exclude, options.level, free, options.two_codes)
     if not any(d.quantized for d in decisions):
         return Built(None, f"no layer can be quantised ({decisions[0].layer.name}: {decisions[0].reason})")
     if refusal is not None:

@@ -2,9 +2,10 @@
 
 For ``min_psnr``, solved while calibrating, two numbers of every part of the denoiser are measured: the error of the final
 latents of real pictures when this part alone runs in 8 bits, so a timestep counts as much as the scheduler makes it, and the
-milliseconds that 8 bits save. Parts stay in the user's precision, most error per millisecond first, until pictures of prompts
-that calibrated nothing have the PSNR. For ``max_error``, looked at where the first 8-bit step exceeds it, the error is that of
-the step, and multiplications stand for milliseconds.
+milliseconds that 8 bits save. Parts leave the 8 bits, most error per millisecond first, until pictures of prompts that
+calibrated nothing have the PSNR: for a second code of their inputs where kernels take two and the user's precision would cost
+more, else for that precision, and all of them for that one where second codes are not enough. For ``max_error``, looked at
+where the first 8-bit step exceeds it, the error is that of the step, and multiplications stand for milliseconds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,12 +52,15 @@ Draw = Callable[[Sequence[int], int, str], Any]  # (indices of prompts, steps, o
 @dataclass(frozen=True)
 class Part:
     """Layers decided together. error: squared relative error of the final latents when they alone run in 8 bits; gain_ms: what
-    a step is faster by then."""
+    a step is faster by then; second_ms: what a second code costs of that, infinity where there is none to add; two_codes:
+    whether the alternative to 8 bits is a second code, else it is the user's precision."""
 
     name: str
     layers: tuple[str, ...]
     error: float
     gain_ms: float
+    second_ms: float = math.inf
+    two_codes: bool = False
 
 
 def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -71,7 +75,8 @@ def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 @torch.no_grad()
 def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, judges: int, steps: int,
         bar: Any) -> Recipe:
-    """``recipe`` with the layers named (``LayerRecipe.keep``) that stay in the user's precision for ``options.min_psnr``.
+    """``recipe`` with the layers named that have two codes (``LayerRecipe.second``) or stay in the user's precision (``keep``)
+    for ``options.min_psnr``.
 
     module: the denoiser that ``draw`` calls; judges: prompts that ``draw`` knows, steps: of a picture of theirs; bar: tqdm's,
     advanced by each part that was tried. Raises CalibrationError when nothing would be left in 8 bits.
@@ -79,7 +84,9 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     target = options.min_psnr
     assert target is not None
     decisions = {d.layer.name: d for d in decided(module, recipe, options) if d.quantized}
-    weights = {name: stats.fake_quantize_weight(d, d.layer.weight).to(d.layer.weight.dtype) for name, d in decisions.items()}
+    twice = {d.layer.name: d for d in decided(module, recipe, replace(options, two_codes=("*",))) if d.two_codes}
+    weights, twice_weights = ({name: stats.fake_quantize_weight(d, d.layer.weight).to(d.layer.weight.dtype)
+                               for name, d in found.items()} for found in (decisions, twice))
     everyone = list(range(judges))
     plain = draw(everyone, steps, "np")
     if not np.isfinite(plain).all():
@@ -87,43 +94,58 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
                                "the VAE, or run the pipeline in fp32")
 
     def judged(kept: Sequence[Part]) -> tuple[float, float]:
-        """(mean PSNR, what it surely is) of pictures with these parts in the user's precision, dB."""
-        names = {name for part in kept for name in part.layers}
-        with emulated(module, {n: d for n, d in decisions.items() if n not in names}, weights):
+        """(mean PSNR, what it surely is) of pictures without these parts in one code, dB."""
+        out = {name: part.two_codes for part in kept for name in part.layers}
+        narrow = {n: twice[n] if n in out else d for n, d in decisions.items() if out.get(n, True)}
+        with emulated(module, narrow, {n: (twice_weights if n in out else weights)[n] for n in narrow}):
             each = [p if math.isfinite(p) else 0.0 for p in psnr(draw(everyone, steps, "np"), plain)]
         mean = statistics.mean(each)
         return mean, mean - SURE * statistics.stdev(each) / len(each) ** 0.5
 
+    def searched(parts: Sequence[Part], mean: float, sure: float) -> tuple[bool, list[Part], float, float]:
+        """(whether it is enough, the parts that are not in one code, mean and sure PSNR); mean, sure: with all of them in it."""
+        kept: list[Part] = []
+        best, allowed = None, sum(p.error for p in parts)
+        for _ in range(ROUNDS):
+            allowed *= 10 ** ((sure - target - MARGIN_DB) / 10)  # less when it fell short, more when it had more than asked for
+            before, kept = kept, fastest(parts, allowed)
+            if kept == before or (len(kept) == len(parts) and not any(p.two_codes for p in kept)):
+                break
+            mean, sure = judged(kept)
+            if sure >= target:
+                best = kept, mean, sure
+            if best is not None and sure < target + SLACK_DB:
+                break
+        return (True, *best) if best is not None else (False, kept, mean, sure)
+
     kept: list[Part] = []
     parts: list[Part] = []
-    mean, sure = judged(kept)
-    if sure < target:
-        parts = tried(module, recipe, decisions, weights, draw, bar)
-    best = (kept, mean, sure) if sure >= target else None
-    whole = allowed = sum(p.error for p in parts)
-    for _ in range(ROUNDS if best is None else 0):
-        allowed *= 10 ** ((sure - target - MARGIN_DB) / 10)  # less when it fell short, more when it had more than was asked for
-        before, kept = kept, fastest(parts, allowed)
-        if kept == before or len(kept) == len(parts):
-            break
-        mean, sure = judged(kept)
-        if sure >= target:
-            best = kept, mean, sure
-        if best is not None and sure < target + SLACK_DB:
-            break
-    if best is None:
+    all_mean, all_sure = mean, sure = judged(kept)
+    enough = sure >= target
+    if not enough:
+        parts = tried(module, recipe, decisions, weights, twice, draw, bar)
+        seconds = [replace(p, two_codes=True, gain_ms=p.second_ms) if p.second_ms < p.gain_ms else p for p in parts]
+        for alternatives in (seconds, parts) if seconds != parts else (parts,):
+            enough, kept, mean, sure = searched(alternatives, all_mean, all_sure)
+            if enough:
+                break
+    if not enough:
         raise CalibrationError(f"min_psnr={target:g} is out of reach: pictures have {mean:.1f} dB, surely {sure:.1f}, and "
                                f"more would keep {len(kept)} of {len(parts)} parts in the denoiser's own precision; ask for "
                                "less, or leave min_psnr out")
-    kept, mean, sure = best
-    why = {name: f"kept for min_psnr={target:g}: in 8 bits {p.name} would bring {p.error / whole:.1%} of the error of the final "
-                 f"latents and save {p.gain_ms:.3f} ms a step" for p in kept for name in p.layers}
+    whole = sum(p.error for p in parts)
+    why: dict[bool, dict[str, str]] = {True: {}, False: {}}  # two codes: layer -> sentence
     for part in kept:
-        log.info("min_psnr=%g keeps %s: %.1f %% of the error, %.3f ms a step", target, part.name, 100 * part.error / whole,
-                 part.gain_ms)
+        price = f"would bring {part.error / whole:.1%} of the error of the final latents and save {part.gain_ms:.3f} ms a step"
+        said = f"has two codes for min_psnr={target:g}: one" if part.two_codes else f"kept for min_psnr={target:g}: in 8 bits"
+        why[part.two_codes] |= dict.fromkeys(part.layers, f"{said} {'for ' * part.two_codes}{part.name} {price}")
+        log.info("%s %s", part.name, why[part.two_codes][part.layers[0]])
+    changed = {part.name: part.two_codes for part in kept}
     facts = {"target_db": target, "mean_db": mean, "surely_db": sure, "judges": judges,
-             "parts": [{"name": p.name, "error": p.error, "gain_ms": p.gain_ms, "kept": p in kept} for p in parts]}
-    return replace(recipe, layers={n: replace(la, keep=why.get(n)) for n, la in recipe.layers.items()},
+             "parts": [{"name": p.name, "error": p.error, "gain_ms": p.gain_ms, "kept": changed.get(p.name) is False,
+                        "two_codes": changed.get(p.name) is True} for p in parts]}
+    return replace(recipe, layers={n: replace(la, keep=why[False].get(n), second=why[True].get(n))
+                                   for n, la in recipe.layers.items()},
                    provenance={**recipe.provenance, "min_psnr": facts})
 
 
@@ -198,8 +220,8 @@ def emulated(module: torch.nn.Module, decisions: Mapping[str, Decision], weights
 
 
 def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor],
-          draw: Draw, bar: Any) -> list[Part]:
-    """Every part with its error and its gain."""
+          can_have_two: Container[str], draw: Draw, bar: Any) -> list[Part]:
+    """Every part with its error and its gain. can_have_two: layers whose kernels take two codes."""
     prompts = list(range(TRIED))
     problems: dict[str, Problem] = {}
 
@@ -215,14 +237,18 @@ def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decis
     finally:
         for handle in handles:
             handle.remove()
-    products = {n: 2 if decisions[n].two_codes else 1 for n in problems}
-    gains = {key: _gain_ms(*key, exact.device) for key in {(p, products[n]) for n, p in problems.items()}}
+    took = {p: _times_ms(p, exact.device) for p in set(problems.values())}
     parts, groups = [], grouped(recipe, list(decisions))
     bar.total = len(groups)
     for name, layers in groups.items():
         with emulated(module, {n: decisions[n] for n in layers}, weights):
             error = stats.relative_error(draw(prompts, TRIAL_STEPS, "latent"), exact) ** 2
-        parts.append(Part(name, layers, error, sum(gains[problems[n], products[n]] for n in layers if n in problems)))
+        gain = second = 0.0
+        for n in layers:
+            wide, narrow = took[problems[n]] if n in problems else (0.0, 0.0)
+            gain += max(0.0, wide - narrow * (2 if decisions[n].two_codes else 1))
+            second += narrow if n in can_have_two and not decisions[n].two_codes else math.inf
+        parts.append(Part(name, layers, error, gain, second))
         bar.update()
     return parts
 
@@ -254,11 +280,11 @@ def _problem(layer: Any, x: torch.Tensor) -> Problem:
     return Problem("conv2d", tuple(x.shape), tuple(layer.weight.shape), stride, padding, x.dtype)
 
 
-def _gain_ms(problem: Problem, products: int, device: torch.device) -> float:
-    """Milliseconds that 8 bits save, 0 where they save none. products: 8-bit ones, two for two codes."""
+def _times_ms(problem: Problem, device: torch.device) -> tuple[float, float]:
+    """Milliseconds of a layer in the user's precision and of its 8-bit product."""
     if device.type == "cuda":
         best, wide = chooser(device).best(problem, "int8"), chooser(device).wide_ms(problem)
-        return max(0.0, wide - best.ms) if best else 0.0
+        return wide, best.ms if best else wide
     noise = torch.Generator().manual_seed(0)
     x, w = (torch.randn(shape, generator=noise).to(problem.dtype) for shape in (problem.x, problem.weight))
     unsigned = torch.randint(0, 256, problem.x, generator=noise, dtype=torch.uint8)
@@ -277,4 +303,4 @@ def _gain_ms(problem: Problem, products: int, device: torch.device) -> float:
                  lambda: ops.packed_conv2d(unsigned, 1.0, UINT8_ZERO, packed, scale, weight_zero, None, *geometry, torch.float32))
     step_ms(*calls, repeats=2)  # warm-up
     wide_ms, narrow_ms = step_ms(*calls, repeats=TIMED)
-    return max(0.0, wide_ms - products * narrow_ms)
+    return wide_ms, narrow_ms

@@ -121,7 +121,7 @@ def to_modelopt(recipe: Recipe, module: torch.nn.Module, original: torch.nn.Modu
             _original_weight(name, layer, original)
     recipe.check_model({n: original_fingerprint(n, layer, original) for n, layer in found if n in recipe.layers})
     excluded = {name for name, _ in found if any(fnmatchcase(name, pattern) for pattern in exclude)}
-    excluded |= {name for name, layer in recipe.layers.items() if layer.keep is not None}
+    excluded |= {name for name, layer in recipe.layers.items() if layer.keep or layer.second}
     for quantizer in module.modules():
         if isinstance(quantizer, TensorQuantizer):
             quantizer.disable()

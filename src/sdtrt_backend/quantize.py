@@ -74,12 +74,15 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
     elif reason is None and calibrated is not None and not calibrated.amax > TINY_AMAX:
         reason = "its input was zero throughout calibration"
     elif reason is None and calibrated is not None:
-        reason = calibrated.keep
+        reason = calibrated.keep or (None if free else calibrated.second)
     if reason is not None or calibrated is None:
         return Decision(layer, "16-bit", reason or "")
-    if free and any(fnmatchcase(layer.name, pattern) for pattern in two_codes):
+    twice = calibrated.second
+    if twice is None and any(fnmatchcase(layer.name, pattern) for pattern in two_codes):
+        twice = TWO_CODES_REASON
+    if free and twice is not None:
         amax, smoothing = recipe.input_of(layer.name, free) if calibrated.plain_amax is None else (calibrated.plain_amax, None)
-        return Decision(layer, "int8", TWO_CODES_REASON, amax * TWO_CODES_HEADROOM, smoothing, calibrated.group, two_codes=True)
+        return Decision(layer, "int8", twice, amax * TWO_CODES_HEADROOM, smoothing, calibrated.group, two_codes=True)
     decision = Decision(layer, "int8", "", *recipe.input_of(layer.name, free), calibrated.group)
     return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 

@@ -71,7 +71,7 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         layers, smoothing = self._recipe.layers, self._recipe.smoothing
         first, second = (smoothing.get(layers[n].group) for n in (a, b))
         same = first is second or (first is not None and second is not None and torch.equal(first, second))
-        shaping = ("op", "amax", "plain_amax", "low", "high", "keep")
+        shaping = ("op", "amax", "plain_amax", "low", "high", "keep", "second")
         return same and all(getattr(layers[a], key) == getattr(layers[b], key) for key in shaping)
 
     @classmethod
