@@ -139,8 +139,9 @@ def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, q
     assert {n: layer.keep or layer.second for n, layer in again.layers.items() if layer.keep or layer.second} == kept
 
     def pictures():
-        noise = [torch.Generator().manual_seed(2 + i) for i in range(2)]  # of the prompts that judged
-        return pipe(PROMPTS[2:], num_inference_steps=4, guidance_scale=5.0, generator=noise, output_type="np").images
+        noise = [torch.Generator().manual_seed(2 + i) for i in range(budget.PICTURES)]  # of the prompts that judged
+        return pipe(PROMPTS[2:] * (budget.PICTURES // 2), num_inference_steps=4, guidance_scale=5.0, generator=noise,
+                    output_type="np").images
 
     plain = pictures()
     with sdtrt_backend.accelerated(pipe, recipe=tmp_path, engine="reference", min_psnr=target):

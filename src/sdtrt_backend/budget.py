@@ -35,6 +35,7 @@ from .values import UINT8_ZERO, Decision, Layer
 
 log = logging.getLogger(__name__)
 JUDGES = (2, 8)  # prompts that judge: a quarter of all, at least and at most
+PICTURES = 8  # of theirs at least, from as many noises as that takes: what is sure depends on their number
 TRIED = 2  # of them that every part is tried on
 TRIAL_STEPS = 10  # of such a picture
 MAX_PARTS = 48  # as each is tried by pictures
@@ -46,7 +47,8 @@ SLACK_DB = 1.5  # beyond the budget: parts come back into 8 bits while there is 
 WITHIN = 0.8  # of max_error is aimed at: errors of parts do not quite add up
 TIMED = 10  # repeats of a layer's kernels
 
-Draw = Callable[[Sequence[int], int, str], Any]  # (indices of prompts, steps, output_type) -> what the pipeline gives
+# (indices of pictures, steps, output_type) -> what the pipeline gives; each has its own noise, and the prompts take turns
+Draw = Callable[[Sequence[int], int, str], Any]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     """``recipe`` with the layers named that have two codes (``LayerRecipe.second``) or stay in the user's precision (``keep``)
     for ``options.min_psnr``.
 
-    module: the denoiser that ``draw`` calls; judges: prompts that ``draw`` knows, steps: of a picture of theirs; bar: tqdm's,
+    module: the denoiser that ``draw`` calls; judges: prompts that ``draw`` knows; steps: of a picture of theirs; bar: tqdm's,
     advanced by each part that was tried. Raises CalibrationError when nothing would be left in 8 bits.
     """
     target = options.min_psnr
@@ -87,7 +89,7 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     twice = {d.layer.name: d for d in decided(module, recipe, replace(options, two_codes=("*",))) if d.two_codes}
     weights, twice_weights = ({name: stats.fake_quantize_weight(d, d.layer.weight).to(d.layer.weight.dtype)
                                for name, d in found.items()} for found in (decisions, twice))
-    everyone = list(range(judges))
+    everyone = list(range(max(judges, PICTURES)))
     plain = draw(everyone, steps, "np")
     if not np.isfinite(plain).all():
         raise CalibrationError("min_psnr compares pictures, and those of the denoiser in its own precision are not finite: check "

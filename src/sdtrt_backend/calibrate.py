@@ -302,7 +302,8 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
 
     def judge(which: Sequence[int], steps: int, output_type: str) -> Any:
         batches = [which[i : i + batch_size] for i in range(0, len(which), batch_size)]
-        made = [draw([judging[i] for i in batch], len(prompts) + batch[0], steps, output_type) for batch in batches]
+        made = [draw([judging[i % len(judging)] for i in batch], len(prompts) + batch[0], steps, output_type)
+                for batch in batches]
         if not hasattr(made[0], "images"):
             raise CalibrationError(f"min_psnr compares pictures, and {type(pipe).__name__} gives none: leave it out")
         made = [output.images for output in made]
