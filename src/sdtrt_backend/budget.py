@@ -36,6 +36,7 @@ from .values import UINT8_ZERO, Decision, Layer
 log = logging.getLogger(__name__)
 JUDGES = (2, 8)  # prompts that judge: a quarter of all, at least and at most
 PICTURES = 8  # of theirs at least, from as many noises as that takes: what is sure depends on their number
+OWN_SHARE = 0.5  # of the variance is taken to be a prompt's own, which more noises do not average out
 TRIED = 2  # of them that every part is tried on
 TRIAL_STEPS = 10  # of such a picture
 MAX_PARTS = 48  # as each is tried by pictures
@@ -102,7 +103,7 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
         with emulated(module, narrow, {n: (twice_weights if n in out else weights)[n] for n in narrow}):
             each = [p if math.isfinite(p) else 0.0 for p in psnr(draw(everyone, steps, "np"), plain)]
         mean = statistics.mean(each)
-        return mean, mean - SURE * statistics.stdev(each) / len(each) ** 0.5
+        return mean, mean - SURE * statistics.stdev(each) * (OWN_SHARE / judges + (1 - OWN_SHARE) / len(each)) ** 0.5
 
     def searched(parts: Sequence[Part], mean: float, sure: float) -> tuple[bool, list[Part], float, float]:
         """(whether it is enough, the parts that are not in one code, mean and sure PSNR); mean, sure: with all of them in it."""
