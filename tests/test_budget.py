@@ -16,6 +16,7 @@ from sdtrt_backend.metrics import psnr
 from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import free_convs, insert, plan
 from sdtrt_backend.recipe import LayerRecipe, Recipe
+from sdtrt_backend.report import budget_table
 
 PROMPTS = ["rocket, fluent style", "owl, fluent style", "guitar, noto style", "cactus, fluent style"]
 
@@ -162,7 +163,11 @@ def test_a_second_code_is_taken_where_it_costs_less_and_elsewhere_the_layer_is_o
     assert {name for name, layer in recipe.layers.items() if layer.keep} <= two_already
     free, plain = (budget.decided(pipe.unet, recipe, Options(precision=p)) for p in ("int8", "fp8"))
     assert twice <= {d.layer.name for d in free if d.two_codes}
-    assert {d.layer.name: d.reason for d in plain if d.layer.name in twice} == {n: recipe.layers[n].second for n in twice}
+    assert {d.layer.name: d.reason for d in plain if d.layer.name in twice} == {
+        n: f"kernels take one code here, and it {recipe.layers[n].second}" for n in twice}
+    said = list(budget_table(recipe).columns[-1].cells)
+    assert said.count("two codes") == sum(p["two_codes"] for p in recipe.provenance["min_psnr"]["parts"]) > 0
+    assert said.count("its own precision") == sum(p["kept"] for p in recipe.provenance["min_psnr"]["parts"])
     assert not any(d.quantized for d in plain if d.layer.name in twice)
 
 

@@ -65,6 +65,13 @@ class Part:
     second_ms: float = math.inf
     two_codes: bool = False
 
+    def why(self, target: float, whole: float) -> str:
+        """The sentence for its layers, which are not in one code. whole: the error of all parts."""
+        price = f"would bring {self.error / whole:.1%} of the error of the final latents and save {self.gain_ms:.3f} ms a step"
+        if self.two_codes:
+            return f"has two codes for min_psnr={target:g}: one for {self.name} {price}"
+        return f"kept for min_psnr={target:g}: in 8 bits {self.name} {price}"
+
 
 def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """(prompts that calibrate, those that judge). Raises CalibrationError when they are too few."""
@@ -137,18 +144,14 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
                                f"more would keep {len(kept)} of {len(parts)} parts in the denoiser's own precision; ask for "
                                "less, or leave min_psnr out")
     whole = sum(p.error for p in parts)
-    why: dict[bool, dict[str, str]] = {True: {}, False: {}}  # two codes: layer -> sentence
     for part in kept:
-        price = f"would bring {part.error / whole:.1%} of the error of the final latents and save {part.gain_ms:.3f} ms a step"
-        said = f"has two codes for min_psnr={target:g}: one" if part.two_codes else f"kept for min_psnr={target:g}: in 8 bits"
-        why[part.two_codes] |= dict.fromkeys(part.layers, f"{said} {'for ' * part.two_codes}{part.name} {price}")
-        log.info("%s %s", part.name, why[part.two_codes][part.layers[0]])
-    changed = {part.name: part.two_codes for part in kept}
+        log.info("%s %s", part.name, part.why(target, whole))
+    keep, second = ({name: p.why(target, whole) for p in kept if p.two_codes is two for name in p.layers}
+                    for two in (False, True))
     facts = {"target_db": target, "mean_db": mean, "surely_db": sure, "judges": judges,
-             "parts": [{"name": p.name, "error": p.error, "gain_ms": p.gain_ms, "kept": changed.get(p.name) is False,
-                        "two_codes": changed.get(p.name) is True} for p in parts]}
-    return replace(recipe, layers={n: replace(la, keep=why[False].get(n), second=why[True].get(n))
-                                   for n, la in recipe.layers.items()},
+             "parts": [{"name": p.name, "error": p.error, "gain_ms": p.gain_ms, "kept": p.layers[0] in keep,
+                        "two_codes": p.layers[0] in second} for p in parts]}
+    return replace(recipe, layers={n: replace(la, keep=keep.get(n), second=second.get(n)) for n, la in recipe.layers.items()},
                    provenance={**recipe.provenance, "min_psnr": facts})
 
 

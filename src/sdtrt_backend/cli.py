@@ -66,8 +66,9 @@ def calibrate(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,
     rule: Annotated[str, typer.Option(help="Range rule over timesteps.")] = Options.rule,
-    min_psnr: Annotated[float | None, typer.Option(help="dB to full precision that new prompts are to have: keeps layers "
-                                                        "unquantised where it must; a quarter of the prompts judges.")] = None,
+    min_psnr: Annotated[float | None, typer.Option(help="dB to full precision that new prompts are to have: layers get a "
+                                                        "second code or stay unquantised where they must; a quarter of the "
+                                                        "prompts judges.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder that keeps finished prompts; the same call goes on.")] = None,
 ) -> None:
     """Run the pipeline over your prompts and save the recipe for options={"recipe": ...}."""

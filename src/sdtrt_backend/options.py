@@ -24,7 +24,8 @@ class Options:
     alpha: SmoothQuant migration strength of linears, 0..1; None switches their smoothing off.
     alpha_conv: the same of convolutions, which are smoothed on the CPU only.
     min_psnr: dB that pictures of prompts that calibrated nothing are to have at least on average, against the user's precision:
-        ``calibrate`` measures what each layer brings of the error and of the speed, and names those that stay unquantised.
+        ``calibrate`` measures what each layer brings of the error and of the speed, and names those that get a second
+        code or stay unquantised.
     max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step.
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
     engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a

@@ -74,7 +74,9 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
     elif reason is None and calibrated is not None and not calibrated.amax > TINY_AMAX:
         reason = "its input was zero throughout calibration"
     elif reason is None and calibrated is not None:
-        reason = calibrated.keep or (None if free else calibrated.second)
+        reason = calibrated.keep
+        if reason is None and calibrated.second is not None and not free:
+            reason = f"kernels take one code here, and it {calibrated.second}"
     if reason is not None or calibrated is None:
         return Decision(layer, "16-bit", reason or "")
     twice = calibrated.second

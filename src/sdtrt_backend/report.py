@@ -116,7 +116,7 @@ def budget_table(recipe: Recipe) -> Table:
     whole = sum(p["error"] for p in facts["parts"])
     for part in sorted(facts["parts"], key=lambda p: -p["error"]):
         table.add_row(part["name"], f"{part['error'] / whole:.1%}", f"{part['gain_ms']:.3f}",
-                      "its own precision" if part["kept"] else "8 bits")
+                      "its own precision" if part["kept"] else "two codes" if part.get("two_codes") else "8 bits")
     return table
 
 

@@ -71,8 +71,9 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         layers, smoothing = self._recipe.layers, self._recipe.smoothing
         first, second = (smoothing.get(layers[n].group) for n in (a, b))
         same = first is second or (first is not None and second is not None and torch.equal(first, second))
-        shaping = ("op", "amax", "plain_amax", "low", "high", "keep", "second")
-        return same and all(getattr(layers[a], key) == getattr(layers[b], key) for key in shaping)
+        one, other = ((la.op, la.amax, la.plain_amax, la.low, la.high, la.keep is None, la.second is None)
+                      for la in (layers[a], layers[b]))
+        return same and one == other
 
     @classmethod
     def for_module(cls, module: torch.nn.Module, recipe: Recipe | str | os.PathLike[str], *,
