@@ -72,6 +72,12 @@ def test_each_distinct_shape_is_timed_once_and_the_fastest_is_applied(timed):
     assert "3 of 3 linears in 8 bits" in str(plan)
 
 
+def test_shapes_with_next_to_no_work_are_not_timed(timed, monkeypatch):
+    monkeypatch.setattr(autoquant, "NEGLIGIBLE", 0.5)  # layers 0 and 3 have two thirds of the work
+    assert set(function(make_module(), (example(),)).layers) == {"0", "3"}
+    assert timed["layers"] == 1
+
+
 def test_keyword_arguments_are_a_dict_and_candidates_can_be_named(timed):
     module = make_module()
     plan = function(module, {"input": example()}, candidates=["int8_weight_only"])

@@ -1,8 +1,8 @@
 """``autoquant``: TorchAO's 8-bit schemes timed on a module's own linear shapes; the fastest inside an error bound is applied.
 
-Every distinct (input rows, weight shape, dtype) is compiled and timed once per scheme, alone, on an input that the module gave
-it. The error is measured on every layer. At the end the whole module is timed: a plan slower than plain ``torch.compile`` is
-emptied. What was found is a plan, a JSON file that another process applies without timing anything.
+Every distinct (input rows, weight shape, dtype) that counts is compiled and timed once per scheme, alone, on an input that the
+module gave it. The error is measured on every layer. At the end the whole module is timed: a plan slower than plain
+``torch.compile`` is emptied. What was found is a plan, a JSON file that another process applies without timing anything.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SCHEMA = 1
 MIN_SQNR = 30.0  # dB: 3 % of the output's norm
 LAYER_REPEATS, MODULE_REPEATS = 15, 10
 GAIN = 0.95  # a scheme must win by a twentieth: less is the noise of a timing
+NEGLIGIBLE = 1e-3  # share of the linears' work: layers of a shape that has less are not worth the timing
 OWN = "own precision"
 
 
@@ -190,15 +191,22 @@ def autoquant(module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, An
         return made
     if not isinstance(example_inputs, tuple | list | Mapping):
         raise OptionError.example_inputs(example_inputs)
+    from tqdm.auto import tqdm
+
     device = _device(module)
     names = _checked(candidates, device)
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     seen: dict[str, Seen] = {}
     with torch.no_grad(), _observed(module, names, seen):
         module(*args, **kwargs)
+    work: dict[str, int] = {}
+    for s in seen.values():
+        work[s.shape] = work.get(s.shape, 0) + s.work
+    counting = [shape for shape, mine in work.items() if mine > NEGLIGIBLE * sum(work.values())]
     times = {shape: _times(next(s for s in seen.values() if s.shape == shape), names, min_sqnr)
-             for shape in dict.fromkeys(s.shape for s in seen.values())}
-    layers = {name: choice for name, s in seen.items() if (choice := _choose(s, times[s.shape], min_sqnr)) is not None}
+             for shape in tqdm(counting, "autoquant: timing layers", disable=None, leave=False)}
+    layers = {name: choice for name, s in seen.items()
+              if (choice := _choose(s, times.get(s.shape, {}), min_sqnr)) is not None}
     found = AutoquantPlan(environment(device), min_sqnr, layers, times)
     result = _judged(module, found, len(seen), partial(_call, args, kwargs))
     log.info("autoquant: %s", result.verdict)
@@ -218,10 +226,12 @@ def environment(device: torch.device) -> dict[str, str]:
 
 @dataclass
 class Seen:
-    """One linear in one call of the module. x: its input, kept for the first layer of each shape; noise: candidate -> SQNR."""
+    """One linear in one call of the module. work: its multiplications; x: its input, kept for the first layer of each shape;
+    noise: candidate -> SQNR."""
 
     layer: nn.Linear
     shape: str
+    work: int
     x: torch.Tensor | None
     amax: float
     dims: int
@@ -268,7 +278,8 @@ def _observed(module: nn.Module, names: Sequence[str], seen: dict[str, Seen]) ->
         rows = math.prod(x.shape[:-1])
         shape = f"{rows} x {x.shape[-1]} by {layer.out_features} {'' if layer.bias is None else 'bias '}{str(x.dtype)[6:]}"
         first = all(s.shape != shape for s in seen.values())
-        entry = seen[name] = Seen(layer, shape, x.detach().clone() if first else None, float(x.abs().max()), x.dim(), {})
+        entry = seen[name] = Seen(layer, shape, x.numel() * layer.out_features, x.detach().clone() if first else None,
+                                  float(x.abs().max()), x.dim(), {})
         for candidate in names:
             noisy = _attempt(entry, candidate, lambda quantized: quantized(x))
             if noisy is not None and bool(noisy.isfinite().all()):
@@ -352,6 +363,7 @@ def _judged(module: nn.Module, found: AutoquantPlan, linears: int, call: Callabl
 
     if not found.layers:
         return verdict({}, {}, f"none of {linears} linears is faster in 8 bits within {found.min_sqnr:g} dB: they stay as is")
+    log.info("autoquant: %d of %d linears are faster alone; timing the whole module with and without", len(found.layers), linears)
     twin = copy.deepcopy(module)
     found.apply(twin)
     steps = [partial(call, torch.compile(m, dynamic=False)) for m in (module, twin)]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import sdtrt_backend
 from sdtrt_backend import measure
 from sdtrt_backend.demo import CALIBRATION_PROMPTS, LastCall, draw
+from sdtrt_backend.kernels import Chooser, Problem, installed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 BACKENDS = ["sd_int8", "sd_fp8"]
@@ -31,6 +32,13 @@ def calls(unet, args, text, repeat):
     """The inputs of a real step, ``repeat`` times along the batch."""
     sample, timestep = args
     return unet(sample.repeat(repeat, 1, 1, 1), timestep, text.repeat(repeat, 1, 1), return_dict=False)[0]
+
+
+def allocated(unet):
+    """Bytes when no call waits for its verdict any more: until then the drift watch keeps a call's inputs."""
+    torch.cuda.synchronize()
+    sdtrt_backend.explain(unet)
+    return torch.cuda.memory_allocated()
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +80,11 @@ def test_the_step_is_8_bit_and_close_to_fp16(compiled):
 def test_two_hundred_steps_of_alternating_shapes_equal_the_first_and_take_no_memory(compiled):
     unet, _, args, text = compiled
     first = {repeat: calls(unet, args, text, repeat) for repeat in (1, 2, 3)}
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = allocated(unet)
     for step in range(200):
         repeat = 1 + step % 3
         assert torch.equal(calls(unet, args, text, repeat), first[repeat])
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before
+    assert allocated(unet) <= before
 
 
 @torch.no_grad()
@@ -116,6 +122,16 @@ def test_a_fresh_process_gives_the_same_to_the_bit(prepared, compiled, request, 
     subprocess.run([sys.executable, "-c", FRESH, backend, str(prepared[1]), str(tmp_path)], check=True)
     fresh = load_file(tmp_path / "output.safetensors", device="cuda")["y"]
     assert torch.equal(calls(unet, args, text, 2), fresh)
+
+
+@pytest.mark.skipif(not installed("cudnn"), reason="needs nvidia-cudnn-frontend")
+def test_timing_kernels_keeps_no_memory(monkeypatch, tmp_path):
+    monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
+    timer = Chooser(torch.device("cuda", 0))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    assert timer.best(Problem("conv2d", (2, 96, 24, 24), (160, 96, 3, 3), (1, 1), (1, 1), torch.float16), "int8") is not None
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

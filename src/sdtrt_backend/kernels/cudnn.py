@@ -55,7 +55,7 @@ class Plans:
         import cudnn
 
         self.device, self.handle = device, handle(device)
-        self.built: dict[str, tuple[int, torch.Tensor]] = {}  # variant -> (index, workspace)
+        self.built: dict[str, tuple[int, int]] = {}  # variant -> (index, bytes of workspace)
         kind = cudnn.data_type
         kinds = {dtype: getattr(kind, name) for dtype, name in KINDS.items()}
         integer = fusion.operand is torch.int8
@@ -88,7 +88,7 @@ class Plans:
         g.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         g.check_support()
 
-    def _build(self, variant: str) -> tuple[int, torch.Tensor]:
+    def _build(self, variant: str) -> tuple[int, int]:
         import cudnn
 
         engine, _, number = variant.rpartition(".")
@@ -97,8 +97,7 @@ class Plans:
             self.graph.create_execution_plan(int(engine), {cudnn.knob_type.KERNEL_CFG: int(number)})
             index = self.graph.get_execution_plan_count() - 1
         self.graph.build_plan_at_index(index)
-        size = max(1, self.graph.get_workspace_size_plan_at_index(index))
-        return index, torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.device}")
+        return index, self.graph.get_workspace_size_plan_at_index(index)
 
     def __call__(self, variant: str, y: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         """Write ``y``; inputs in order: x, weight, scale, then bias and residual where the fusion has them."""
@@ -106,11 +105,16 @@ class Plans:
 
         if variant not in self.built:
             self.built[variant] = self._build(variant)
-        index, workspace = self.built[variant]
+        index, size = self.built[variant]
         cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
         pack = {self.output: y, **dict(zip(self.inputs, inputs, strict=True))}
-        self.graph.execute_plan_at_index(pack, workspace, index, handle=self.handle)
+        self.graph.execute_plan_at_index(pack, workspace(size, y), index, handle=self.handle)
         return y
+
+
+def workspace(size: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory for one call of a plan: torch hands it on to the next, where a plan that kept its own would hold it for ever."""
+    return torch.empty(max(1, size), dtype=torch.uint8, device=like.device)
 
 
 KINDS = {torch.int8: "INT8", torch.float8_e4m3fn: "FP8_E4M3", torch.float16: "HALF", torch.bfloat16: "BFLOAT16",
@@ -155,7 +159,7 @@ class AttentionPlan:
         g.check_support()
         g.build_plans()
         self.graph = g
-        self.workspace = torch.empty(max(1, g.get_workspace_size()), dtype=torch.uint8, device=f"cuda:{device}")
+        self.workspace = g.get_workspace_size()
         one = torch.ones(1, device=f"cuda:{device}")
         self.constants = (one / PROBABILITY_SCALE, one * PROBABILITY_SCALE, one)
         self.amax = (torch.zeros_like(one), torch.zeros_like(one))
@@ -168,8 +172,8 @@ class AttentionPlan:
         of_q, of_k, _ = scales.split(1)
         unit = self.constants[2]  # codes of v are summed as they are: the result has v's scale
         given = (*codes, of_q, of_k, unit, *self.constants, y, *self.amax)
-        self.graph.execute(dict(zip((*self.codes, *self.scalars, *self.outputs), given, strict=True)), self.workspace,
-                           handle=self.handle)
+        self.graph.execute(dict(zip((*self.codes, *self.scalars, *self.outputs), given, strict=True)),
+                           workspace(self.workspace, y), handle=self.handle)
         return y
 
 
