@@ -304,7 +304,8 @@ def _attempt(entry: Seen, candidate: str, use: Callable[[nn.Module], Any]) -> An
         quantize_(twin, CANDIDATES[candidate].config(entry.amax, entry.dims, layer.weight.device))
         return use(twin)
     except Exception as refusal:  # which shapes a scheme takes is written nowhere
-        log.info("autoquant: %s is no candidate for %s: %s", candidate, entry.shape, str(refusal).partition("\n")[0])
+        if entry.x is not None:  # once for every shape
+            log.info("autoquant: %s is no candidate for %s: %s", candidate, entry.shape, str(refusal).partition("\n")[0])
         return None
 
 

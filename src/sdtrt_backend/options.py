@@ -39,7 +39,7 @@ class Options:
         3 and every other linear, 4 and attention (sd_fp8 only, where it is faster).
     weights: "keep", or "release": the 16-bit weights of quantised layers leave the GPU once the 8-bit step is in use; until
         ``restore`` the module can then be called in its compiled form only.
-    watch: notice a step that left its calibrated ranges, or gives NaN or black, while it is in use (``drift.py``; on the CPU).
+    watch: notice a step that left its calibrated ranges, or gives NaN or black, while it is in use (``drift.py``).
     precision: "int8" or "fp8"; not an option but the backend's name, ``sd_int8`` or ``sd_fp8``.
     """
 
