@@ -109,7 +109,7 @@ def test_demo_writes_picture_page_and_numbers(tmp_path, prompts, monkeypatch):
 @pytest.mark.parametrize(("flags", "says"), [
     (["--int8", "--fp8"], "one of --int8, --fp8 and --full"), (["--full", "--engine-dir", "e"], "not for --full"),
     (["--onnx-dir", "o"], "--onnx-dir needs a recipe"), (["--recipe", "nowhere"], "nowhere"),
-    (["--quantization-level", "5"], "option 'level' expects one of 1, 2, 2.5, 3, 4")])
+    (["--quantization-level", "5"], "option 'level' expects one of 1, 2, 2.5, 3, 4"), (["--out", "pictures"], "picture.png")])
 def test_generate_refuses_what_does_not_go_together(flags, says):
     result = run(cli.app, ["generate", "owl, fluent style", "--steps", "1", *flags])
     assert says in str(result.exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from datetime import datetime
 from importlib.metadata import requires
@@ -23,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="8-bit infere
 console = Console()
 BAD_INPUT, NOT_QUANTIZED = 2, 3
 SHORT = 24  # characters of a value that a table cell shows
+CHATTY = ("torchao", "torch.utils._pytree")  # warn, on being imported, of what a user of this command can do nothing about
 
 Model = Annotated[Path | None, typer.Option(help="A diffusers pipeline folder; the bundled model when omitted.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
@@ -31,6 +33,8 @@ Seed = Annotated[int, typer.Option(help="Picture i starts from noise of seed + i
 
 def main() -> None:
     """Run the command line; errors of this package become one line and exit code 2."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except SdtrtError as error:
@@ -123,6 +127,7 @@ def generate(
 ) -> None:
     """Draw pictures of one prompt, in 8 bits by default, and print the latency of each part."""
     import numpy as np
+    from PIL import Image
 
     from .demo import draw
     from .latency import Stopwatch
@@ -133,6 +138,8 @@ def generate(
         raise SdtrtError("name one of --int8, --fp8 and --full, not several")
     if (onnx_dir or engine_dir) and full:
         raise SdtrtError("--onnx-dir and --engine-dir are for --int8 and --fp8, not for --full")
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise SdtrtError(f"--out expects the file of a picture, such as picture.png, got {out}")
     pipe = _load(model)
     backend = None if full else "sd_fp8" if fp8 else "sd_int8"
     if onnx_dir:
