@@ -45,20 +45,22 @@ _FACTORS: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
 class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
     """Calibrated static int8 for ``nn.Linear`` and ``nn.Conv2d``: inputs per tensor, weights per output channel.
 
-    recipe: a Recipe or the folder of a saved one; exclude: glob patterns of module paths that stay as they are; name: the
-    one layer this configuration is for, else a layer is found by its weight.
+    recipe: a Recipe or the folder of a saved one; exclude: glob patterns of module paths that stay as they are; two_codes: of
+    those whose input is held in two 8-bit codes on the CPU, as the backend's option; name: the one layer this configuration is
+    for, else a layer is found by its weight.
     Layers that ``rules.py`` keeps in the user's precision stay as they are; ``decisions`` names them with the reason.
     Raises RecipeError when two layers have one weight and different ranges: ``for_module`` tells them apart.
     """
 
     precision = "int8"
 
-    def __init__(self, recipe: Recipe | str | os.PathLike[str], *, exclude: Iterable[str] = (), name: str | None = None) -> None:
+    def __init__(self, recipe: Recipe | str | os.PathLike[str], *, exclude: Iterable[str] = (),
+                 two_codes: Iterable[str] = TWO_CODES, name: str | None = None) -> None:
         # TorchAO writes attributes without an underscore to JSON
         self._recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self._decisions: dict[str, str] = {}
         self._names: dict[str, str] = {}
-        self.model_hash, self.exclude, self.name = self._recipe.model_hash, list(exclude), name
+        self.model_hash, self.exclude, self.two_codes, self.name = self._recipe.model_hash, list(exclude), list(two_codes), name
         if name is not None and name not in self._recipe.layers:
             raise RecipeError.no_layer(name, self._recipe.layers)
         for other, layer in self._recipe.layers.items() if name is None else ():
@@ -77,7 +79,7 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
 
     @classmethod
     def for_module(cls, module: torch.nn.Module, recipe: Recipe | str | os.PathLike[str], *,
-                   exclude: Iterable[str] = ()) -> FqnToConfig:
+                   exclude: Iterable[str] = (), two_codes: Iterable[str] = TWO_CODES) -> FqnToConfig:
         """One configuration per layer of ``module`` that the recipe names, for ``quantize_(module, ..., filter_fn=None)``.
 
         Raises RecipeError unless the weights are the calibrated ones.
@@ -86,8 +88,8 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         found = {name: fingerprint(child.get_parameter("weight")) for name, child in module.named_modules()
                  if type(child) in MODULES}
         recipe.check_model(found)
-        patterns = tuple(exclude)
-        return FqnToConfig(OrderedDict((name, cls(recipe, exclude=patterns, name=name)) for name in found
+        out, twice = tuple(exclude), tuple(two_codes)
+        return FqnToConfig(OrderedDict((name, cls(recipe, exclude=out, two_codes=twice, name=name)) for name in found
                                        if name in recipe.layers))
 
     @property
@@ -117,7 +119,8 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         if layer is None:
             return None
         free = free_convs(layer.weight.device, self.precision)
-        decision = plan((layer,), self._recipe, tuple(self.exclude), free_convs=free, two_codes=TWO_CODES)[0]
+        decision = plan((layer,), self._recipe, tuple(self.exclude), free_convs=free,
+                        two_codes=tuple(self.two_codes))[0]
         reason = _own_reason(module) if decision.quantized else decision.reason
         self._decisions[layer.name] = reason or self.precision
         log.info("%s: %s", layer.name, self._decisions[layer.name])
