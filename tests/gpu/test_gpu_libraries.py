@@ -1,0 +1,101 @@
+"""cuDNN's and cuBLASLt's 8-bit kernels against float64, on a GPU: odd sizes, every kind of addition, memory that held NaN."""
+
+from itertools import chain
+
+import pytest
+import torch
+from torch.nn.functional import conv2d
+
+from sdtrt_backend import kernels, ops, stats
+from sdtrt_backend.kernels import PROVIDERS, Problem, installed
+from sdtrt_backend.values import DTYPES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+              pytest.mark.skipif(not installed("cudnn"), reason="needs nvidia-cudnn-frontend")]
+DEVICE = torch.device("cuda")
+ROWS = [p for p in PROVIDERS if p.name in ("cudnn", "cublaslt")]
+# fp16 results; sums of fp8 products have 14 bits on Hopper
+BOUNDS = {"int8": 1e-3, "fp8": 4e-3}
+
+
+def codes(shape, precision):
+    x = torch.randn(shape, device=DEVICE) * 30
+    x = x.round().clamp(-127, 127).to(torch.int8) if precision == "int8" else x.to(DTYPES[precision])
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def poison(shape):
+    """The next tensor of this size gets memory full of NaN."""
+    torch.full(shape, float("nan"), dtype=torch.float16, device=DEVICE)
+
+
+def check(row, arguments, expected):
+    """Every variant that takes the shape gives the float64 result; there is one at least."""
+    kernels.register()
+    taken = 0
+    for variant in chain(*row.variants(row.precision), row.fallback):
+        poison(expected.shape)
+        try:
+            y = ops.KERNELS[row.op, row.name](*arguments, variant)
+        except Exception:  # not every configuration takes every shape; one must
+            continue
+        taken += 1
+        assert (y.shape, y.dtype) == (expected.shape, torch.float16)
+        assert stats.relative_error(y, expected) < BOUNDS[row.precision], variant
+    assert taken
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.op == "linear8"], ids=lambda r: f"{r.name}-{r.precision}")
+@pytest.mark.parametrize("rows", [3, 154, 1031])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear(row, rows, with_bias):
+    torch.manual_seed(rows)
+    x, weight = codes((rows, 192), row.precision), codes((320, 192), row.precision)
+    scale = torch.rand(1 if row.one_scale else 320, device=DEVICE) * 1e-3
+    bias = torch.randn(320, device=DEVICE, dtype=torch.float16 if row.narrow_bias else torch.float32) if with_bias else None
+    expected = x.double() @ weight.double().t() * scale + (0.0 if bias is None else bias.double())
+    check(row, (x, weight, scale, bias, torch.float16), expected)
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.op == "conv8"], ids=lambda r: f"{r.name}-{r.precision}")
+@pytest.mark.parametrize(("size", "taps", "stride", "padding"), [
+    ((2, 64, 13, 9), 3, 1, 1), ((1, 96, 16, 16), 3, 2, 1), ((3, 64, 7, 11), 1, 1, 0)])
+@pytest.mark.parametrize("added", ["", "channel", "image", "channel and residual"])
+def test_convolution(row, size, taps, stride, padding, added):
+    torch.manual_seed(taps)
+    x, weight = codes(size, row.precision), codes((160, size[1], taps, taps), row.precision)
+    scale = torch.rand(160, device=DEVICE) * 1e-3
+    expected = conv2d(x.double(), weight.double(), None, stride, padding) * scale.view(-1, 1, 1)
+    bias = residual = None
+    if added:
+        bias = torch.randn((size[0], 160) if added == "image" else 160, device=DEVICE)
+        expected = expected + bias.double()[..., None, None]
+    if "residual" in added:
+        residual = torch.randn(expected.shape, device=DEVICE).half().contiguous(memory_format=torch.channels_last)
+        expected = expected + residual.double()
+    check(row, (x, weight, scale, bias, residual, [stride] * 2, [padding] * 2, torch.float16), expected)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_channels_that_the_kernels_cannot_take_are_refused_not_wrong(precision, monkeypatch, tmp_path):
+    monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
+    chooser = kernels.Chooser(torch.device("cuda", 0))
+    for problem in (Problem("linear", (64, 33), (47, 33), (1, 1), (0, 0), torch.float16),
+                    Problem("conv2d", (1, 33, 8, 8), (47, 33, 3, 3), (1, 1), (1, 1), torch.float16)):
+        assert chooser.best(problem, precision) is None
+        assert chooser.wide_ms(problem) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < kernels.ATTENTION_FP8_CAPABILITY,
+                    reason="needs compute capability 9.0")
+@pytest.mark.parametrize(("queries", "tokens", "width"), [(130, 130, 64), (256, 77, 128)])
+def test_attention_in_fp8(queries, tokens, width):
+    kernels.register()
+    torch.manual_seed(queries)
+    q, k, v = (torch.randn((2, t, 3, width), device=DEVICE).mul(30).to(torch.float8_e4m3fn).transpose(1, 2)
+               for t in (queries, tokens, tokens))
+    scales = torch.tensor([0.03, 0.04, 0.02], device=DEVICE)
+    scores = torch.softmax(q.double() @ k.double().transpose(-1, -2) * (scales[0] * scales[1] * width**-0.5).double(), -1)
+    expected = (scores @ v.double()).transpose(1, 2).flatten(2)
+    y = ops.KERNELS["attention_fp8", "cudnn"](q, k, v, scales, width**-0.5)
+    assert stats.relative_error(y, expected) < kernels.ATTENTION_FP8_BOUND
