@@ -15,7 +15,7 @@ from torch import nn
 from toy import ToyDenoiser
 
 import sdtrt_backend
-from sdtrt_backend import ModelError, RecipeError, stats
+from sdtrt_backend import ModelError, OptionError, RecipeError, stats
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.demo import draw
 from sdtrt_backend.kernels import Choice
@@ -272,6 +272,12 @@ def test_where_gradients_are_on_it_still_runs(quantized, inputs):
     assert torch.equal(quantized(*inputs).detach(), expected)
     compiled = torch.compile(quantized)
     assert compare(compiled(*inputs).detach(), expected) < TOLERANCES["kernels_vs_reference_step"]
+
+
+@pytest.mark.parametrize("name", ["exclude", "two_codes"])
+def test_a_pattern_that_is_no_list_is_refused(recipe, name):
+    with pytest.raises(OptionError, match=f"'{name}' expects a list of glob patterns, got 'ff_"):
+        SDInt8Config(recipe, **{name: "ff_*"})
 
 
 def test_a_configuration_can_be_written_down_without_its_recipe(recipe):

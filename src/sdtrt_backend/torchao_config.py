@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -29,6 +29,7 @@ from . import ops
 from .errors import ModelError, RecipeError
 from .fx import pair
 from .kernels import NARROW, Problem, chooser, missing, provider
+from .options import Options
 from .quantize import FP8_HEADROOM, free_convs, plan, quantized_weights
 from .recipe import Recipe, fingerprint
 from .rules import MODULES, TWO_CODES
@@ -49,18 +50,21 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
     those whose input is held in two 8-bit codes on the CPU, as the backend's option; name: the one layer this configuration is
     for, else a layer is found by its weight.
     Layers that ``rules.py`` keeps in the user's precision stay as they are; ``decisions`` names them with the reason.
-    Raises RecipeError when two layers have one weight and different ranges: ``for_module`` tells them apart.
+    Raises RecipeError when two layers have one weight and different ranges: ``for_module`` tells them apart; OptionError for
+    patterns that are no lists.
     """
 
     precision = "int8"
 
-    def __init__(self, recipe: Recipe | str | os.PathLike[str], *, exclude: Iterable[str] = (),
-                 two_codes: Iterable[str] = TWO_CODES, name: str | None = None) -> None:
+    def __init__(self, recipe: Recipe | str | os.PathLike[str], *, exclude: Sequence[str] = (),
+                 two_codes: Sequence[str] = TWO_CODES, name: str | None = None) -> None:
         # TorchAO writes attributes without an underscore to JSON
         self._recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self._decisions: dict[str, str] = {}
         self._names: dict[str, str] = {}
-        self.model_hash, self.exclude, self.two_codes, self.name = self._recipe.model_hash, list(exclude), list(two_codes), name
+        patterns = Options.parse({"exclude": exclude, "two_codes": two_codes})
+        self.exclude, self.two_codes = list(patterns.exclude), list(patterns.two_codes)
+        self.model_hash, self.name = self._recipe.model_hash, name
         if name is not None and name not in self._recipe.layers:
             raise RecipeError.no_layer(name, self._recipe.layers)
         for other, layer in self._recipe.layers.items() if name is None else ():
@@ -79,7 +83,7 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
 
     @classmethod
     def for_module(cls, module: torch.nn.Module, recipe: Recipe | str | os.PathLike[str], *,
-                   exclude: Iterable[str] = (), two_codes: Iterable[str] = TWO_CODES) -> FqnToConfig:
+                   exclude: Sequence[str] = (), two_codes: Sequence[str] = TWO_CODES) -> FqnToConfig:
         """One configuration per layer of ``module`` that the recipe names, for ``quantize_(module, ..., filter_fn=None)``.
 
         Raises RecipeError unless the weights are the calibrated ones.
@@ -88,8 +92,7 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         found = {name: fingerprint(child.get_parameter("weight")) for name, child in module.named_modules()
                  if type(child) in MODULES}
         recipe.check_model(found)
-        out, twice = tuple(exclude), tuple(two_codes)
-        return FqnToConfig(OrderedDict((name, cls(recipe, exclude=out, two_codes=twice, name=name)) for name in found
+        return FqnToConfig(OrderedDict((name, cls(recipe, exclude=exclude, two_codes=two_codes, name=name)) for name in found
                                        if name in recipe.layers))
 
     @property
