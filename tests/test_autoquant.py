@@ -74,8 +74,10 @@ def test_each_distinct_shape_is_timed_once_and_the_fastest_is_applied(timed):
 
 def test_shapes_with_next_to_no_work_are_not_timed(timed, monkeypatch):
     monkeypatch.setattr(autoquant, "NEGLIGIBLE", 0.5)  # layers 0 and 3 have two thirds of the work
-    assert set(function(make_module(), (example(),)).layers) == {"0", "3"}
-    assert timed["layers"] == 1
+    plan = function(make_module(), (example(),))
+    assert (set(plan.layers), timed["layers"]) == ({"0", "3"}, 1)
+    assert plan.verdict.startswith("2 of 2 linears in 8 bits")
+    assert plan.verdict.endswith("1 linears with next to no work were not timed and stay as is")
 
 
 def test_keyword_arguments_are_a_dict_and_candidates_can_be_named(timed):

@@ -15,7 +15,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,10 @@ def autoquant(module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, An
     layers = {name: choice for name, s in seen.items()
               if (choice := _choose(s, times.get(s.shape, {}), min_sqnr)) is not None}
     found = AutoquantPlan(environment(device), min_sqnr, layers, times)
-    result = _judged(module, found, len(seen), partial(_call, args, kwargs))
+    small = sum(s.shape not in times for s in seen.values())
+    result = _judged(module, found, len(seen) - small, partial(_call, args, kwargs))
+    if small:
+        result = replace(result, verdict=f"{result.verdict}; {small} linears with next to no work were not timed and stay as is")
     log.info("autoquant: %s", result.verdict)
     result.apply(module)
     return result

@@ -54,7 +54,7 @@ class Plans:
     def __init__(self, fusion: Fusion, device: int) -> None:
         import cudnn
 
-        self.device, self.handle = device, handle(device)
+        self.handle = handle(device)
         self.built: dict[str, tuple[int, int]] = {}  # variant -> (index, bytes of workspace)
         kind = cudnn.data_type
         kinds = {dtype: getattr(kind, name) for dtype, name in KINDS.items()}
