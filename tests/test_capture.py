@@ -1,5 +1,7 @@
 """Dynamo's graph in, layers and a fresh graph out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,13 @@ def test_the_bound_graph_takes_tensors_alone_and_gives_the_modules_own_numbers(d
 def test_the_timestep_is_the_second_input(graph, inputs):
     captured, args = graph
     assert args[captured.timestep] is inputs[1]
+
+
+def test_tensors_on_the_cpu_go_to_the_device_of_the_weights(graph):
+    captured, args = graph
+    away = replace(captured, layers=tuple(replace(layer, weight=layer.weight.to("meta")) for layer in captured.layers))
+    assert {t.device.type for t in tensor_inputs(away, args)} == {"meta"}
+    assert any(t is args[captured.timestep] for t in tensor_inputs(captured, args))
 
 
 def test_sizes_that_dynamo_makes_symbolic_become_literals(denoiser, inputs):

@@ -104,7 +104,7 @@ def test_operators_with_a_chosen_kernel_have_the_shape_and_layout_they_promise(d
     cases = [(ops.linear8, (x, w, torch.rand(16), None, half, "reference")),
              (ops.linear8, (x, w, one, torch.rand(16), torch.bfloat16, "reference")),
              (ops.conv8, (pixels, taps, torch.rand(16), torch.rand(16), None, [2, 2], [1, 1], half, "reference")),
-             (ops.conv8, (pixels, taps, torch.rand(16), torch.rand(2, 16), torch.randn(2, 16, 5, 4).half(), [1, 1], [0, 0], half,
+             (ops.conv8, (pixels, taps, torch.rand(16), torch.rand(16), torch.randn(2, 16, 5, 4).half(), [1, 1], [0, 0], half,
                           "reference")),
              (ops.group_norm8, (wide, None, torch.rand(2, 32), 8, affine, affine, 1e-5, True, one, dtype, "reference")),
              (ops.group_norm8, (wide, wide, None, 8, None, None, 1e-5, False, None, half, "reference")),

@@ -325,7 +325,8 @@ def _times(entry: Seen, names: Sequence[str], min_sqnr: float) -> dict[str, floa
         return {}
     if x.is_cuda:
         # replays of a CUDA graph: a single layer's launch from Python takes longer than the layer
-        return {name: graph_ms([step]) for name, step in compiled.items()}
+        with torch.cuda.device_of(x):
+            return {name: graph_ms([step]) for name, step in compiled.items()}
     return dict(zip(compiled, step_ms(*compiled.values(), repeats=LAYER_REPEATS), strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ import torch
 from .weights import Weights
 
 WARM_UPS = 2
+
+
+@cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """Where steps and kernels run before they are captured. One for all: cuBLAS keeps a workspace, 32 MiB on Hopper, for every
+    stream that it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 class Memory:
@@ -37,11 +45,11 @@ class Graphed:
     def __init__(self, step: Callable[..., Sequence[Any]], example: Sequence[torch.Tensor], memory: Memory) -> None:
         self.memory = memory
         self.inputs = [t.detach().clone() for t in example]
-        device = next(t.device for t in example if t.is_cuda)
-        with memory.lock, torch.cuda.device(device):
+        self.device = next(t.device for t in example if t.is_cuda)
+        with memory.lock, torch.cuda.device(self.device):
             torch.cuda.synchronize()
             memory.pool = memory.pool or torch.cuda.graph_pool_handle()
-            side = torch.cuda.Stream()
+            side = side_stream(torch.cuda.current_device())
             with torch.cuda.stream(side), torch.no_grad():
                 for _ in range(WARM_UPS):
                     step(*self.inputs)
@@ -53,7 +61,7 @@ class Graphed:
 
     def __call__(self, *inputs: torch.Tensor) -> list[Any]:
         memory = self.memory
-        with memory.lock:
+        with memory.lock, torch.cuda.device(self.device):
             if memory.last is not None:
                 torch.cuda.current_stream().wait_event(memory.last)
             for mine, given in zip(self.inputs, inputs, strict=True):

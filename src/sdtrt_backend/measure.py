@@ -45,9 +45,11 @@ def step_ms(*steps: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
 
 
 def finish_device() -> None:
-    """Wait for the GPU where one is in use."""
+    """Wait for the GPUs that are in use."""
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        for i in range(torch.cuda.device_count()):
+            if i == torch.cuda.current_device() or torch.cuda.memory_reserved(i):
+                torch.cuda.synchronize(i)
 
 
 def layer_flops(layer: Layer, output: torch.Tensor) -> int:

@@ -142,9 +142,11 @@ VARIED = ("linear8", "conv8", "attention8")  # operators whose kernels take the 
 
 
 def _run(op: str, kernel: str, *arguments: Any) -> Any:
-    """``kernel`` is "provider" or "provider:variant"."""
+    """``kernel`` is "provider" or "provider:variant". The GPU of the tensors is the current one meanwhile: libraries and Triton
+    launch on that."""
     provider, _, variant = kernel.partition(":")
-    return KERNELS[op, provider](*arguments, *([variant] if op in VARIED else []))
+    with torch.cuda.device_of(arguments[0]):
+        return KERNELS[op, provider](*arguments, *([variant] if op in VARIED else []))
 
 
 @torch.library.impl(LIBRARY, "linear8", "CompositeExplicitAutograd")
@@ -159,8 +161,8 @@ def _linear8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: t
 @torch.library.impl(LIBRARY, "conv8", "CompositeExplicitAutograd")
 def _conv8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
            stride: list[int], padding: list[int], dtype: torch.dtype, kernel: str) -> torch.Tensor:
-    """x int8 or float8_e4m3fn [n, in, h, w], weight likewise [out, in, kh, kw], scale fp32 [out], bias fp32 [out] or
-    [n, out], residual like the result -> dtype [n, out, h', w'], channels last = conv(x, W) * scale + bias + residual."""
+    """x int8 or float8_e4m3fn [n, in, h, w], weight likewise [out, in, kh, kw], scale fp32 [out], bias fp32 [out],
+    residual like the result -> dtype [n, out, h', w'], channels last = conv(x, W) * scale + bias + residual."""
     y: torch.Tensor = _run("conv8", kernel, x, weight, scale, bias, residual, stride, padding, dtype)
     return y
 
@@ -192,7 +194,7 @@ def reference_conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, b
     """Plain torch in fp32: the oracle of every conv8 kernel."""
     y = torch.nn.functional.conv2d(x.float(), weight.float(), None, stride, padding) * scale.view(1, -1, 1, 1)
     if bias is not None:
-        y = y + bias.float().view(-1, weight.shape[0], 1, 1)
+        y = y + bias.float().view(1, -1, 1, 1)
     return (y if residual is None else y + residual.float()).to(dtype, memory_format=torch.channels_last)
 
 

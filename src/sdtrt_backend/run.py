@@ -216,7 +216,8 @@ class Step:
         log.info("sd_%s: building the 8-bit step", state.options.precision)
         start = time.perf_counter()
         try:
-            built = self.build(self.captured, args, state.recipe, state.options, state.memory)
+            with torch.cuda.device_of(self.weights[0]):
+                built = self.build(self.captured, args, state.recipe, state.options, state.memory)
         except Exception as error:
             log.debug("building failed", exc_info=True)
             state.refuse(f"building the 8-bit step failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}")

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import ops, stats
+from ..graphs import side_stream
 from ..store import Store, device_key
 from ..values import DTYPES
 
@@ -158,14 +159,20 @@ class Chooser:
         self.device = device
         self.store = Store(device_key(device))
 
+    def _known(self, name: str, measure: Callable[[], Mapping[str, float | None]]) -> dict[str, Any]:
+        """What the store has under ``name``, else what ``measure`` finds on the device."""
+        with torch.cuda.device(-1 if self.device.index is None else self.device.index):
+            found: dict[str, Any] = self.store.get(name, measure)
+        return found
+
     def best(self, problem: Problem, precision: str) -> Choice | None:
         """The fastest kernel of ``precision`` inside the error bound; None when there is none."""
-        known = self.store.get(f"{precision} {problem}", lambda: self._time(problem, precision))
+        known = self._known(f"{precision} {problem}", lambda: self._time(problem, precision))
         return min((Choice(k, ms) for k, ms in known.items() if ms is not None), key=lambda c: c.ms, default=None)
 
     def wide_ms(self, problem: Problem) -> float:
         """Milliseconds of the 16-bit kernel that torch itself uses."""
-        return float(self.store.get(f"16-bit {problem}", lambda: {"torch": self._time_wide(problem)})["torch"])
+        return float(self._known(f"16-bit {problem}", lambda: {"torch": self._time_wide(problem)})["torch"])
 
     def producer(self, op: str) -> str | None:
         """The kernel that writes ``op``'s result in 8 bits, None where its package is missing."""
@@ -204,7 +211,7 @@ class Chooser:
             return times
 
         name = f"attention {'x'.join(map(str, query))} over {tokens} {str(dtype)[6:]} to {str(out)[6:]}"
-        return dict(self.store.get(name, measure))
+        return dict(self._known(name, measure))
 
     def attention_fp8_ms(self, query: tuple[int, ...], tokens: int) -> float | None:
         """Milliseconds of attention over codes q, k, v of float8_e4m3fn, None where no kernel takes them."""
@@ -220,7 +227,7 @@ class Chooser:
             return {"cudnn": _attempt(partial(ops.KERNELS["attention_fp8", "cudnn"], q), [k], tail, expected,
                                       ATTENTION_FP8_BOUND)}
 
-        ms = self.store.get(f"attention fp8 {'x'.join(map(str, query))} over {tokens}", measure)["cudnn"]
+        ms = self._known(f"attention fp8 {'x'.join(map(str, query))} over {tokens}", measure)["cudnn"]
         return None if ms is None else float(ms)
 
     def quantize_ms(self, numel: int, dtype: torch.dtype) -> float:
@@ -229,7 +236,7 @@ class Chooser:
             wide, narrow = (torch.zeros(numel, dtype=d, device=self.device) for d in (dtype, torch.int8))
             return {"torch": graph_ms([lambda: narrow.copy_(wide)])}
 
-        return float(self.store.get(f"quantize {numel} {dtype}", measure)["torch"])
+        return float(self._known(f"quantize {numel} {dtype}", measure)["torch"])
 
     def _time(self, problem: Problem, precision: str) -> dict[str, float | None]:
         op = {"linear": "linear8", "conv2d": "conv8"}[problem.op]
@@ -303,7 +310,7 @@ def _codes(shape: tuple[int, ...], dtype: torch.dtype, noise: torch.Generator) -
 
 def graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
     """Median milliseconds of one call, from replays of a CUDA graph of CALLS of them in turn."""
-    stream = torch.cuda.Stream()
+    stream = side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:

@@ -28,7 +28,7 @@ class Fusion:
     """What a plan is built for: y = conv(x, w) * scale [+ bias] [+ residual].
 
     x: [n, c, h, w], weight: [out, c, kh, kw], all tensors channels last; operand: int8 or float8_e4m3fn; scale fp32 [out];
-    bias: "" (none), "channel" (fp32 [out]) or "image" (fp32 [n, out]); residual: of the shape and dtype ``out`` of y.
+    bias: fp32 [out]; residual: of the shape and dtype ``out`` of y.
     """
 
     x: tuple[int, int, int, int]
@@ -37,7 +37,7 @@ class Fusion:
     padding: tuple[int, int]
     operand: torch.dtype
     out: torch.dtype
-    bias: str = "channel"
+    bias: bool = True
     residual: bool = False
 
     @property
@@ -74,8 +74,7 @@ class Plans:
         y.set_data_type(INT32 if integer else FLOAT)
         y = g.mul(a=y, b=self.inputs[2], compute_data_type=FLOAT)
         if fusion.bias:
-            rows = fusion.x[0] if fusion.bias == "image" else 1
-            self.inputs.append(tensor("bias", (rows, *channels[1:]), torch.float32))
+            self.inputs.append(tensor("bias", channels, torch.float32))
             y = g.add(a=y, b=self.inputs[-1], compute_data_type=FLOAT)
         if fusion.residual:
             self.inputs.append(tensor("residual", fusion.y, fusion.out))
@@ -212,7 +211,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
     """A 1x1 convolution over [1, in, rows, 1]; see ``ops.linear8``."""
     k, n = x.shape[-1], weight.shape[0]
     x = x.contiguous()
-    fusion = Fusion((1, k, x.numel() // k, 1), (n, k, 1, 1), (1, 1), (0, 0), x.dtype, dtype, "" if bias is None else "channel")
+    fusion = Fusion((1, k, x.numel() // k, 1), (n, k, 1, 1), (1, 1), (0, 0), x.dtype, dtype, bias is not None)
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
     return plans(fusion, x.device.index)(variant, y, x, weight, scale, *(() if bias is None else (bias,)))
 
@@ -220,9 +219,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
 def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
          stride: list[int], padding: list[int], dtype: torch.dtype, variant: str) -> torch.Tensor:
     """See ``ops.conv8``."""
-    kind = "" if bias is None else ("channel" if bias.dim() == 1 else "image")
-    fusion = Fusion(tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), x.dtype, dtype, kind,  # type: ignore[arg-type]
-                    residual is not None)
+    fusion = Fusion(tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), x.dtype, dtype,  # type: ignore[arg-type]
+                    bias is not None, residual is not None)
     y = torch.empty(fusion.y, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     extra = [] if bias is None else [bias]
