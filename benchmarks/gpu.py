@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --model sdxl --batch 2                                  # eager, compile, sd_int8, sd_fp8
     python benchmarks/gpu.py --model sdxl --batch 2 --columns compile-max,torchao-fp8,torchao-int8,sdnq-int8
-    python benchmarks/gpu.py --model sdxl --batch 2 --columns sd_fp8 --profile       # GPU time by kernel, nothing written
+    python benchmarks/gpu.py --model sdxl --batch 2 --columns sd_fp8 --profile       # GPU time by kernel, nothing timed
     python benchmarks/gpu.py --table                                                 # every JSON in --out, one table
     python benchmarks/gpu.py --tiny --model sdxl --columns eager,compile,sd_int8     # the same code on a CPU
 
@@ -96,7 +96,9 @@ TINY: dict[str, dict[str, Any]] = {
 GROUPS = (("attention", r"flash|fmha|sdpa|attention|attn|^_short"),
           ("8-bit matmul/conv", r"^_gemm|^_conv$|^_conv_|i8i8|i8i32|_s8|s8s8|int8.*gemm|gemm.*int8|16832gemm|igmma|imma|nvjet_qq|"
                                 r"e4m3.*(gemm|fprop|conv)|(gemm|fprop|conv).*e4m3|scaled_mm|int_mm|fp8.*gemm|gemm.*fp8"),
-          ("16-bit matmul/conv", r"gemm|nvjet|fprop|xmma|cutlass|convolve|winograd|wgrad|dgrad|conv2d|triton_tem|_mm_"))
+          ("16-bit matmul/conv", r"gemm|nvjet|fprop|xmma|cutlass|convolve|winograd|wgrad|dgrad|conv2d|triton_tem|_mm_"),
+          ("norms, GEGLU and rotary embedding of ours", r"^_channel_statistics|^_normalise|^_layer_norm|^_geglu|^_rms_rope"),
+          ("Inductor's fused kernels", r"^triton_"))
 
 
 # the models and their inputs
@@ -449,7 +451,7 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
     if given.profile:
         for column in together:
             if column in steps and column in given.columns.split(","):
-                profile(column, steps[column])
+                profile(run, column, steps[column])
         return
     times = times_ms(steps, given.rounds)
     for column, row in rows.items():
@@ -533,7 +535,7 @@ def alone(run: Run, column: str, work: Path) -> None:
         if column == "torchao-fp8" and given.model != "flux":
             row["note"] = "; ".join(filter(None, ("bf16", row.get("note"))))
         if given.profile:
-            profile(column, steps[column])
+            profile(run, column, steps[column])
         else:
             row["step_ms"] = times_ms(steps, given.rounds)[column]
     except Exception as error:
@@ -544,8 +546,8 @@ def alone(run: Run, column: str, work: Path) -> None:
 
 # seeing
 
-def profile(column: str, step: Callable[[], Any]) -> None:
-    """GPU time of one step by kernel and by kind."""
+def profile(run: Run, column: str, step: Callable[[], Any]) -> None:
+    """GPU time of one step by kernel and by kind; kept in ``gpu_profile`` beside ``--out``."""
     from torch.profiler import ProfilerActivity
 
     step()
@@ -563,14 +565,19 @@ def profile(column: str, step: Callable[[], Any]) -> None:
         entry = kernels.setdefault(event.name, [0.0, 0])
         entry[0] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
         entry[1] += 1
-    groups = dict.fromkeys([name for name, _ in GROUPS] + ["everything else"], 0.0)
-    for name, (ms, _) in kernels.items():
-        groups[kind(name)] += ms
-    print(f"\n{column}: {sum(groups.values()):.3f} ms in {sum(int(n) for _, n in kernels.values())} kernels of one step")
-    for name, ms in groups.items():
-        print(f"  {ms:8.3f} ms  {name}")
-    for name, (ms, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
+    groups = {name: [0.0, 0] for name in (*dict(GROUPS), "everything else")}
+    for name, (ms, count) in kernels.items():
+        groups[kind(name)][0] += ms
+        groups[kind(name)][1] += count
+    print(f"\n{column}: {sum(ms for ms, _ in groups.values()):.3f} ms in {sum(int(n) for _, n in groups.values())} kernels")
+    for name, (ms, count) in groups.items():
+        print(f"  {ms:8.3f} ms {int(count):5} x  {name}")
+    slowest = dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:40])
+    for name, (ms, count) in slowest.items():
         print(f"  {ms:8.3f} ms {int(count):5} x  [{kind(name)}]  {name[:140]}")
+    path = run.given.out.parent / "gpu_profile" / run.path(column).name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run.facts | {"column": column, "kinds": groups, "slowest": slowest}, indent=1) + "\n")
 
 
 def kind(kernel: str) -> str:
@@ -623,7 +630,7 @@ if __name__ == "__main__":
     parser.add_argument("--no-warm", action="store_true", help="one first call of our columns, the cold one")
     parser.add_argument("--no-baselines", action="store_true", help="only the columns named; ratios are to another run's")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN chooses 16-bit convolutions by measuring")
-    parser.add_argument("--profile", action="store_true", help="print GPU time by kernel of the columns named; times nothing")
+    parser.add_argument("--profile", action="store_true", help="GPU time by kernel of the columns named, no times of steps")
     parser.add_argument("--table", action="store_true", help="print the table of --out, run nothing")
     parser.add_argument("--tiny", action="store_true", help="small configurations of the same structure")
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
