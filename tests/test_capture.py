@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import grab
+from fragments import TOKENS, Fragment, linear
 
 from sdtrt_backend.capture import bind, tensor_inputs, trace
 
@@ -123,3 +124,58 @@ def test_padding_in_words_is_a_reason():
     captured, _ = grab(torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding="same")), (torch.randn(1, 64, 8, 8),))
     assert captured.layers == ()
     assert "'same'" in captured.unquantizable["0"]
+
+
+def add(h, x):
+    h.add_(torch.tanh(x))
+    return h
+
+
+def scale_a_view(h, x):
+    part = h[:, :2]
+    part.mul_(3.0)
+    return h
+
+
+def assign(h, x):
+    h[:, :2] = 0.5
+    return h
+
+
+def augment_a_view(h, x):
+    h[:, 2:] += 1.0
+    return h
+
+
+def fill_where(h, x):
+    h.masked_fill_(x > 0, 0.0)
+    return h
+
+
+def augment_under_another_name(h, x):
+    same = h
+    h += torch.tanh(x)
+    return same
+
+
+def out_of_add(h, x):
+    torch.add(h, torch.tanh(x), out=h)
+    return h
+
+
+def into_an_earlier_view(h, x):
+    early = h.view(2, -1)
+    F.relu(h, inplace=True)
+    return early.view_as(x)
+
+
+@pytest.mark.parametrize("change", [add, scale_a_view, assign, augment_a_view, fill_where, augment_under_another_name, out_of_add,
+                                    into_an_earlier_view])
+def test_what_a_module_changes_in_place_is_changed_and_not_quantised(change):
+    module = Fragment(lambda m, x: m.late(change(torch.sin(m.early(x)), x)), early=linear, late=linear).eval()
+    captured, args = grab(module, (TOKENS,))
+    assert [layer.name for layer in captured.layers] == ["early"]
+    assert "in place" in captured.unquantizable["late"]
+    bound, _ = bind(captured, args)
+    with torch.no_grad():
+        assert torch.equal(bound(TOKENS)[0], module(TOKENS))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fx import call_arguments, finish, module_path
+from .fx import call_arguments, finish, module_path, written
 from .recipe import fingerprint
 from .rules import OPS
 from .timesteps import find_timestep
@@ -44,6 +44,7 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     value_of = {placeholders[i]: v for i, v in constants.items()}
     layers: list[Layer] = []
     unquantizable: dict[str, str] = {}
+    changed = written(graph.graph)
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target not in OPS:
             continue
@@ -54,6 +55,9 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
             continue
         if arguments["bias"] is not None and arguments["bias"] not in value_of:
             unquantizable[name] = "its bias is computed in the graph, not a parameter"
+            continue
+        if arguments["input"] in changed or arguments["weight"] in changed:
+            unquantizable[name] = "the module changes in place what it reads, so its codes could be older than the call"
             continue
         if isinstance(arguments.get("padding"), str):
             unquantizable[name] = f"its padding is given as {arguments['padding']!r}, not in pixels"

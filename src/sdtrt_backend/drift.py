@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from . import measure, ops
+from .fx import drop_dead
 from .quantize import FP8_HEADROOM, QD
 from .recipe import Recipe
 from .report import Watched
@@ -91,7 +92,7 @@ def counter(gm: fx.GraphModule, decisions: Mapping[str, Decision], recipe: Recip
     if not shares:  # quantised in a way that is not in QUANTIZE: outputs are watched all the same
         return Counter((), lambda *_: torch.zeros(0))
     graph.output(graph.call_function(torch.stack, (shares,)))
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     graph.lint()
     return Counter(tuple(groups), fx.GraphModule(gm, graph).forward)
 

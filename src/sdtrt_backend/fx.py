@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,13 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from .rules import OPS
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
+# calls that change their first argument; so do methods and functions whose name ends in one underscore
+IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow,
+            operator.imod, operator.iand, operator.ior, operator.ixor}
+# names of methods and functions whose result may share the memory of their first argument
+VIEWS = {"getitem", "view", "view_as", "reshape", "reshape_as", "transpose", "permute", "t", "movedim", "swapaxes", "flatten",
+         "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "chunk", "split", "tensor_split", "unbind", "narrow",
+         "select", "contiguous", "to", "type", "type_as", "float", "half", "bfloat16", "detach", "dropout", "getattr"}
 
 
 def module_path(node: fx.Node) -> str:
@@ -79,9 +87,46 @@ def inserting_after(node: fx.Node) -> AbstractContextManager[None]:
     return node.graph.inserting_after(inputs[-1])
 
 
+def _name(node: fx.Node) -> str:
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name.partition(".")[0]  # of an overload: "add_.Tensor"
+
+
+def changes(node: fx.Node) -> fx.Node | None:
+    """The tensor that a call changes in place, or None."""
+    name = _name(node)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return node.kwargs["out"]  # type: ignore[return-value]
+    named = name.endswith("_") and not name.endswith("__")
+    if not (named or node.target in IN_PLACE or node.kwargs.get("inplace")):
+        return None
+    return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """Every node whose memory some call of the graph may change: what it reads there depends on when it reads."""
+    found = {base for n in graph.nodes if (base := changes(n)) is not None}
+    pairs = [(n, base) for n in graph.nodes
+             if isinstance(base := changes(n) or (n.args[0] if _name(n) in VIEWS and n.args else None), fx.Node)]
+    before = 0
+    while len(found) > before:
+        before = len(found)
+        for pair in pairs:
+            if not found.isdisjoint(pair):
+                found.update(pair)
+    return found
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove what nobody reads and what changes nothing."""
+    graph.eliminate_dead_code(lambda n: n.is_impure() or changes(n) is not None)
+
+
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
     """Clean up after a pass: drop dead nodes and unused constants, check, recompile."""
-    gm.graph.eliminate_dead_code()
+    drop_dead(gm.graph)
     gm.delete_all_unused_submodules()
     used = {n.target for n in gm.graph.nodes if n.op == "get_attr"}
     for name in [name for name, _ in gm.named_buffers() if name not in used]:

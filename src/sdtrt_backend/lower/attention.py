@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..fx import ATTENTION, add_constant, plain_attention
+from ..fx import ATTENTION, add_constant, drop_dead, plain_attention
 from ..kernels import Chooser
 from ..values import FP8_MAX
 from .producers import ADDITIONS, PRODUCTS, TRANSPOSED
@@ -38,7 +38,7 @@ def rewrite_attention(gm: fx.GraphModule, choose: Chooser) -> None:
                 codes.append(rotated or _coded(gm, operand, inverse))
             y = _in_fp8(gm, node, codes, scales, found[3], fp8_kernel)
         node.replace_all_uses_with(y)
-    gm.graph.eliminate_dead_code()
+    drop_dead(gm.graph)
 
 
 def _scalar(like: fx.Node, value: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import ops
-from ..fx import add_constant, call_arguments, finish, pair
+from ..fx import add_constant, call_arguments, drop_dead, finish, pair
 from ..measure import step_ms
 from ..options import Options
 from ..rules import OPS
@@ -208,7 +208,7 @@ class PackForOneDNN(CustomGraphPass):
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
-        graph.eliminate_dead_code()
+        drop_dead(graph)
 
     def uuid(self) -> None:
         """None: graphs that went through this pass are not stored in Inductor's graph cache."""

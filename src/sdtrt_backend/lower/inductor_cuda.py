@@ -15,7 +15,7 @@ from torch import fx
 
 from .. import ops
 from ..assign import problem
-from ..fx import add_constant, call_arguments, finish, propagate
+from ..fx import add_constant, call_arguments, drop_dead, finish, propagate
 from ..kernels import Chooser, Problem, chooser, provider
 from ..options import Options
 from ..quantize import QD
@@ -56,7 +56,7 @@ def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
                 _conv(gm, call, code, scale, precision, choose)
         if linears:
             _linears(gm, linears, code, scale, precision, choose)
-    gm.graph.eliminate_dead_code()
+    drop_dead(gm.graph)
     for norm in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.group_norm):
         _wide_group_norm(gm, norm, choose)
     for merged in [n for how in ("reshape", "flatten") for n in gm.graph.find_nodes(op="call_method", target=how)]:
@@ -80,7 +80,7 @@ def _wide_group_norm(gm: fx.GraphModule, norm: fx.Node, choose: Chooser) -> None
     with gm.graph.inserting_before(last):
         y = producers.group_norm_call(gm, norm, silu, None, value.dtype, kernel)
     last.replace_all_uses_with(y)
-    gm.graph.eliminate_dead_code()
+    drop_dead(gm.graph)
 
 
 def _code(gm: fx.GraphModule, quantize: fx.Node, precision: str, choose: Chooser) -> tuple[fx.Node, float]:
@@ -208,7 +208,7 @@ def _conv(gm: fx.GraphModule, call: fx.Node, code: fx.Node, x_scale: float, prec
                                                p.dtype, _kernel(choose, p, precision)))
     y.meta.update(last.meta)
     last.replace_all_uses_with(y)
-    gm.graph.eliminate_dead_code()
+    drop_dead(gm.graph)
 
 
 def _added(node: fx.Node, fits: Callable[[Any], bool]) -> tuple[fx.Node, fx.Node] | None:
