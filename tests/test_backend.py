@@ -10,7 +10,7 @@ from tolerances import TOLERANCES
 
 import sdtrt_backend
 from sdtrt_backend import measure
-from sdtrt_backend.run import states
+from sdtrt_backend.run import shapes, states
 
 STEPS = (999, 666, 333, 1)
 REFERENCE = {"engine": "reference"}  # plain torch fake quantisation: the same state machine, no compile time
@@ -54,6 +54,13 @@ def test_the_call_after_the_last_trajectory_is_8_bit_and_close(denoiser):
     assert {layer.precision for layer in report.layers} == {"int8", "float32"}
     assert all(layer.reason for layer in report.layers if layer.precision == "float32")
     assert "state: ready" in str(report)
+
+
+def test_a_step_is_for_the_strides_it_was_made_for(graph):
+    """Compiled code asserts them: a pipeline's timestep.expand(batch) has others than a dense one of the same size."""
+    captured, args = graph
+    other = [a.to(memory_format=torch.channels_last) if isinstance(a, torch.Tensor) and a.shape == (2, 4, 8, 8) else a for a in args]
+    assert shapes(captured, args) == shapes(captured, list(args)) != shapes(captured, other)
 
 
 def test_two_modules_of_one_structure_keep_their_own_weights(make_denoiser):

@@ -92,11 +92,12 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...
     return cast(Callable[..., Any], compile_fx(gm, list(example_inputs)))
 
 
-def unquantized(captured: Captured, args: Sequence[Any]) -> Callable[..., Any]:
-    """The captured graph in the user's precision through Inductor, for the shapes of ``args``."""
+def unquantized(captured: Captured, args: Sequence[Any], tensors: Sequence[torch.Tensor] | None = None) -> Callable[..., Any]:
+    """The captured graph in the user's precision through Inductor, for the shapes of ``args``. tensors: what it will be called
+    with, if not with the tensors of ``args``."""
     graph, _ = bind(captured, args)
     with torch.no_grad():
-        return _inductor(graph, tensor_inputs(captured, args))
+        return _inductor(graph, tensor_inputs(captured, args) if tensors is None else tensors)
 
 
 def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Options, memory: Memory,
@@ -106,6 +107,8 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     budgeted: the recipe names layers that stay unquantised for ``max_error``.
     """
     tensors = tensor_inputs(captured, args)
+    if tensors[0].is_cuda:  # dense, as a CUDA graph holds them: a pipeline's timestep.expand(batch) is not
+        tensors = [t.detach().clone() for t in tensors]
     start = time.perf_counter()
     target, refusal = choose(options, tensors[0].device)
     free = free_convs(tensors[0].device, options.precision) and target != "torchao"  # whose product takes one code
@@ -148,7 +151,7 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     timings["build_s"] = time.perf_counter() - start
     bar.n = 2
     bar.set_description(f"sd_{options.precision}: comparing with full precision")
-    built = _judge(captured, args, decisions, step, target, where, options, timings, memory)
+    built = _judge(captured, args, tensors, decisions, step, target, where, options, timings, memory)
     if built.step is None and built.error is not None and options.max_error < built.error < math.inf and not budgeted:
         flops = {layer.name: layer.flops for layer in built.layers}
         smaller = budget.within(captured, args, recipe, decisions, flops, built.error, options)
@@ -189,10 +192,13 @@ def _progress(options: Options) -> Any:
                 bar_format="{desc} |{bar}| {elapsed}")
 
 
-def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision], step: Callable[..., Any], target: str,
-           where: Mapping[str, str], options: Options, timings: dict[str, float], memory: Memory) -> Built:
-    """Use the step only if its first output is finite and inside ``max_error``, and its time beats the 16-bit step."""
-    tensors = tensor_inputs(captured, args)
+def _judge(captured: Captured, args: Sequence[Any], tensors: Sequence[torch.Tensor], decisions: Sequence[Decision],
+           step: Callable[..., Any], target: str, where: Mapping[str, str], options: Options, timings: dict[str, float],
+           memory: Memory) -> Built:
+    """Use the step only if its first output is finite and inside ``max_error``, and its time beats the 16-bit step.
+
+    tensors: the inputs of ``step``, which are those of ``args``.
+    """
     with torch.no_grad():
         layers = _layer_reports(captured, args, decisions, where)
         full = captured.graph(*args)
@@ -213,6 +219,8 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
     share = counted.flops / max(1, sum(layer.flops for layer in layers))
     if target != "reference" and tensors[0].is_cuda:
         step = Graphed(step, tensors, memory)
+        if not measure.compare(step(*tensors), full) <= options.max_error:
+            return Built(None, "the CUDA graph of the 8-bit step does not give what the step gives", layers, error)
     replaced = tuple(d.layer.weight for d in decisions if d.quantized)
     built = Built(step, None, layers, error, share if target != "reference" else 0.0, timings, replaced)
     if target == "reference":
@@ -220,7 +228,7 @@ def _judge(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision
     mine = f"sd_{options.precision}_ms"
     timings["eager_ms"], timings[mine] = measure.step_ms(lambda: captured.graph(*args), lambda: step(*tensors))
     if options.engine == "auto" and _may_be_slower(timings, mine, target):
-        compiled = unquantized(captured, args)
+        compiled = unquantized(captured, args, tensors)
         compiled(*tensors)
         if target == "inductor-cuda":
             compiled = Graphed(compiled, tensors, memory)

@@ -104,11 +104,14 @@ def test_streams_and_inference_mode_give_the_same(compiled):
 
 
 @torch.no_grad()
-def test_a_timestep_on_the_cpu_gives_the_same(compiled):
-    """Loops of one's own leave the scheduler's timesteps there."""
+def test_timesteps_on_the_cpu_or_expanded_over_the_batch_give_the_same(compiled):
+    """Loops of one's own leave the scheduler's timesteps on the CPU; transformers' pipelines expand them."""
     unet, _, (sample, timestep), text = compiled
-    assert torch.equal(calls(unet, (sample, timestep.cpu()), text, 1), calls(unet, (sample, timestep), text, 1))
-    assert not any("timestep" in sentence or "failed" in sentence for sentence in sdtrt_backend.explain(unet).fallbacks)
+    first = calls(unet, (sample, timestep), text, 2)
+    assert torch.equal(calls(unet, (sample, timestep.cpu()), text, 2), first)
+    assert torch.equal(calls(unet, (sample, timestep.expand(2 * len(sample))), text, 2), first)
+    report = sdtrt_backend.explain(unet)
+    assert (report.state, report.fallbacks) == ("ready", ())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import ops, stats
-from ..graphs import side_stream
+from ..graphs import record, side_stream
 from ..store import Store, device_key
 from ..values import DTYPES
 
@@ -310,17 +310,16 @@ def _codes(shape: tuple[int, ...], dtype: torch.dtype, noise: torch.Generator) -
 
 def graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
     """Median milliseconds of one call, from replays of a CUDA graph of CALLS of them in turn."""
-    stream = side_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    def in_turn() -> None:
         for i in range(CALLS):
             calls[i % len(calls)]()
+
+    with side_stream() as stream:
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.synchronize()
+        graph, _ = record(in_turn, stream)
     times = []
     for _ in range(REPLAYS + 1):  # the first replay warms up
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
