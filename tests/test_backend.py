@@ -59,7 +59,8 @@ def test_the_call_after_the_last_trajectory_is_8_bit_and_close(denoiser):
 def test_a_step_is_for_the_strides_it_was_made_for(graph):
     """Compiled code asserts them: a pipeline's timestep.expand(batch) has others than a dense one of the same size."""
     captured, args = graph
-    other = [a.to(memory_format=torch.channels_last) if isinstance(a, torch.Tensor) and a.shape == (2, 4, 8, 8) else a for a in args]
+    last = torch.channels_last
+    other = [a.to(memory_format=last) if isinstance(a, torch.Tensor) and a.shape == (2, 4, 8, 8) else a for a in args]
     assert shapes(captured, args) == shapes(captured, list(args)) != shapes(captured, other)
 
 

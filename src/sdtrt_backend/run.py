@@ -306,6 +306,6 @@ class Step:
 
 
 def shapes(captured: Captured, args: Iterable[Any]) -> tuple[Any, ...]:
-    """What a built step is valid for: sizes, dtypes and devices of the tensor inputs, and strides where no CUDA graph copies them."""
+    """What a built step is valid for: sizes, dtypes and devices of the tensor inputs, and strides unless a CUDA graph copies them."""
     return tuple((a.shape, None if a.is_cuda else a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a
                  for i, a in enumerate(args) if i not in captured.constants)
