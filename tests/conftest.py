@@ -9,6 +9,7 @@ from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.capture import capture
 from sdtrt_backend.options import Options
 from sdtrt_backend.run import Step
+from sdtrt_backend.weights import Weights
 
 
 @pytest.fixture
@@ -20,6 +21,19 @@ def make_denoiser():
 @pytest.fixture
 def denoiser(make_denoiser):
     return make_denoiser()
+
+
+@pytest.fixture
+def weights_leave_the_cpu_too(monkeypatch):
+    """What a GPU does with ``weights="release"``."""
+    def release(self, parameters):
+        with self.lock:
+            self._fetch()
+            self.released = [p for p in parameters if p.untyped_storage().nbytes() == p.numel() * p.element_size()]
+            if not self.borrowers:
+                self._send()
+
+    monkeypatch.setattr(Weights, "release", release)
 
 
 @pytest.fixture

@@ -35,6 +35,10 @@ def calibrated(denoiser, **options):
     return compiled
 
 
+def away(module):
+    return sum(p.untyped_storage().nbytes() == 0 for p in module.parameters())
+
+
 def test_calibrating_calls_return_the_users_own_numbers_to_the_bit(denoiser):
     compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
     for seed in (0, 1):
@@ -195,6 +199,33 @@ def test_gradients_run_unquantised_and_say_why(denoiser):
     assert "gradients" in sdtrt_backend.explain(compiled).fallbacks[0]
 
 
+def test_gradients_of_inputs_are_those_of_the_module_with_frozen_weights(denoiser):
+    """Guidance by gradients, inversion."""
+    compiled = calibrated(denoiser.requires_grad_(False))
+    call(compiled, 999)
+    grads = []
+    for module in (compiled, denoiser):
+        x = torch.ones(2, 4, 8, 8, requires_grad=True)
+        module(x, torch.tensor(5), encoder_hidden_states=torch.ones(2, 5, 64)).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    assert sdtrt_backend.explain(compiled).state == "ready"
+
+
+def test_a_call_with_gradients_finds_the_weights_that_were_away(denoiser, weights_leave_the_cpu_too):
+    compiled = calibrated(denoiser, engine="inductor", weights="release")
+    first = call(compiled, 999)
+    assert away(denoiser)
+    x, context = torch.ones(2, 4, 8, 8), torch.ones(2, 5, 64)
+    mine = compiled(x, torch.tensor(5), encoder_hidden_states=context)
+    torch.testing.assert_close(mine, denoiser(x, torch.tensor(5), encoder_hidden_states=context), rtol=1e-3, atol=1e-3)
+    mine.sum().backward()
+    assert denoiser.conv1.weight.grad is not None
+    assert torch.equal(call(compiled, 999), first)
+    call(compiled, 999, batch=3)
+    assert not away(denoiser)
+
+
 def test_an_error_beyond_the_bound_is_refused_and_the_module_keeps_its_numbers(denoiser):
     compiled = calibrated(denoiser, max_error=1e-6)
     mine = call(compiled, 999)
@@ -285,6 +316,46 @@ def test_weights_changed_after_the_build_are_noticed(denoiser):
     mine = call(compiled, 999)
     torch.testing.assert_close(mine, call(denoiser, 999), rtol=1e-3, atol=1e-3)
     assert any("weights were changed" in sentence for sentence in sdtrt_backend.explain(compiled).fallbacks)
+
+
+def test_weights_changed_without_a_version_are_noticed(denoiser):
+    """As adapters are merged: ``weight.data += delta``."""
+    compiled = calibrated(denoiser, watch=True)
+    call(compiled, 999)
+    for linear in (denoiser.to_q, denoiser.to_k, denoiser.to_v, denoiser.to_out, denoiser.conv1):
+        linear.weight.data += 0.3
+    for _ in range(4):  # a call looks at a few of them
+        mine = call(compiled, 999)
+    torch.testing.assert_close(mine, call(denoiser, 999), rtol=1e-3, atol=1e-3)
+    assert any("weights were changed" in sentence and "noticed on call" in sentence
+               for sentence in sdtrt_backend.explain(compiled).fallbacks)
+
+
+def test_weights_changed_before_another_size_is_built_are_noticed(denoiser):
+    compiled = calibrated(denoiser)
+    for batch in (2, 3, 4):
+        call(compiled, 999, batch=batch)
+    with torch.no_grad():
+        denoiser.conv1.weight.mul_(2.0)
+    for batch in (7, 3, 2):
+        torch.testing.assert_close(call(compiled, 999, batch=batch), call(denoiser, 999, batch=batch), rtol=1e-3, atol=1e-3)
+    assert any("weights were changed" in sentence for sentence in sdtrt_backend.explain(compiled).fallbacks)
+
+
+def test_a_size_whose_build_fails_leaves_the_others_in_8_bits(denoiser, monkeypatch):
+    compiled = calibrated(denoiser)
+    first = call(compiled, 999)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("8 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "compare", fail)
+        torch.testing.assert_close(call(compiled, 999, batch=5), call(denoiser, 999, batch=5), rtol=1e-3, atol=1e-3)
+    assert torch.equal(call(compiled, 999), first)
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == "ready"
+    assert "OutOfMemoryError: 8 GiB; inputs of 5x4x8x8" in report.fallbacks[0]
 
 
 def test_an_interrupted_trajectory_does_not_count(denoiser):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import warnings
 
 import numpy as np
@@ -67,6 +69,61 @@ def test_accelerating_again_after_restore_starts_anew(pipe):
             assert sdtrt_backend.explain(pipe).state == "calibrating"
             draw(pipe, [PROMPT], 1, 0)
             assert sdtrt_backend.explain(pipe).state == "ready"
+
+
+class Toy:
+    """A pipeline of the toy denoiser."""
+
+    def __init__(self, unet):
+        self.unet = unet
+
+    @torch.no_grad()
+    def draw(self, batch=2):
+        for timestep in (900, 500, 100):
+            y = self.unet(torch.ones(batch, 4, 8, 8), torch.tensor(timestep), torch.ones(batch, 5, 64))
+        return y
+
+
+@pytest.fixture
+def toy(denoiser):
+    return Toy(denoiser)
+
+
+def test_accelerating_again_finds_the_weights_that_were_away(toy, weights_leave_the_cpu_too):
+    own = toy.draw()
+    for level in (4, 3, 4):
+        sdtrt_backend.accelerate(toy, engine="inductor", calibration_runs=1, level=level)
+        assert torch.equal(toy.draw(), own)
+        toy.draw()
+        assert sdtrt_backend.explain(toy).state == "ready"
+        assert not all(p.untyped_storage().nbytes() for p in toy.unet.parameters())
+    sdtrt_backend.restore(toy)
+    assert torch.equal(toy.draw(), own)
+
+
+def test_many_pipelines_of_one_class_are_all_accelerated(make_denoiser):
+    first = make_denoiser()
+    for seed in range(10):
+        toy = Toy(type(first)(seed).eval())
+        sdtrt_backend.accelerate(toy, engine="reference", calibration_runs=1)
+        toy.draw()
+        toy.draw()
+        assert sdtrt_backend.explain(toy).state == "ready"
+
+
+def test_an_accelerated_denoiser_can_be_pickled_and_copied(toy):
+    own = toy.draw()
+    sdtrt_backend.accelerate(toy, engine="reference", calibration_runs=1)
+    for twin in (pickle.loads(pickle.dumps(toy.unet)), copy.deepcopy(toy.unet)):
+        assert torch.equal(Toy(twin.to(torch.float64).float()).draw(), own)
+
+
+def test_restore_leaves_what_the_user_had_compiled(toy):
+    toy.unet.compile(backend="eager")
+    before = toy.unet._compiled_call_impl
+    with sdtrt_backend.accelerated(toy, engine="reference"):
+        assert toy.unet._compiled_call_impl is not before
+    assert toy.unet._compiled_call_impl is before
 
 
 def test_accelerate_refuses_bad_options_and_recipes_at_once(pipe, tmp_path):

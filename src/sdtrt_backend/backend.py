@@ -57,9 +57,10 @@ def _backend(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options)
     state = _state(captured, parsed)
     for name, why in captured.unquantizable.items():
         state.say(state.notes, f"{name} stays in its own precision: {why}")
-    if torch.is_grad_enabled() and any(p.requires_grad for p in captured.constants.values()):
-        state.say(state.fallbacks, "gradients are enabled and the weights require them, and 8-bit kernels have none: this call "
-                                   "runs unquantised; for inference call the module under torch.no_grad()")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in example_inputs if isinstance(t, torch.Tensor)):
+        state.keep_weights()
+        state.say(state.fallbacks, "gradients are enabled and the weights or inputs require them, and 8-bit kernels have none: "
+                                   "this call runs unquantised; for inference call the module under torch.no_grad()")
         return _inductor(gm, example_inputs)
     return Step(captured, state, build, unquantized, lambda args: _step(gm, args, parsed))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import weakref
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ from .recipe import Recipe
 from .report import Report
 from .run import forget, states
 
-# accelerated module -> its hook for saving
+# accelerated module -> (what the user had compiled it with, its hook for saving)
 _WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
+RECOMPILATIONS = 64  # sizes, dtypes and modes of one module that Dynamo compiles before it gives up; its own limit is 8
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -44,34 +46,45 @@ def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backe
     module = _denoiser(pipe)
     if any(p.is_meta for p in module.parameters()):
         raise ModelError.on_meta(type(module).__name__)
+    if module in _WATCHED:
+        restore(pipe)
     # a new callable each time: Dynamo takes equal backends for the same one and would go on with a restored step
     compiler: Any = lookup_backend(backend)
-    module.compile(backend=partial(compiler, options=options))
-    if module not in _WATCHED:
-        _watch(module)
+    known, own = inspect.signature(torch.compile).parameters, module._compiled_call_impl
+    # where this PyTorch can: other modules of the class, and pipelines before this one, do not use up this one's recompilations
+    limits = {"isolate_recompiles": True, "recompile_limit": RECOMPILATIONS}
+    module.compile(backend=partial(compiler, options=options), **{k: v for k, v in limits.items() if k in known})
+    _watch(module, own)
     return pipe
 
 
 def restore(pipe: Any) -> Any:
     """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit. Returns the pipeline."""
     module = _denoiser(pipe)
-    module._compiled_call_impl = None
     _bring_back(module)
     if module in _WATCHED:
-        _WATCHED.pop(module).remove()
+        module._compiled_call_impl, hook = _WATCHED.pop(module)
+        hook.remove()
         del module._apply
-    forget(module)
+        forget(module)
     return pipe
 
 
-def _watch(module: torch.nn.Module) -> None:
+def _watch(module: torch.nn.Module, own: Any) -> None:
     """Whoever saves the module or moves it finds its weights: this instance brings them back first."""
-    def apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _bring_back(self)
-        return type(self)._apply(self, *args, **kwargs)
+    module._apply = MethodType(_apply, module)  # type: ignore[method-assign]  # a copy of the module gets its own
+    _WATCHED[module] = own, module.register_state_dict_pre_hook(_before_saving)
 
-    _WATCHED[module] = module.register_state_dict_pre_hook(lambda *_: _bring_back(module))
-    module._apply = MethodType(apply, module)  # type: ignore[method-assign]  # a copy of the module gets its own
+
+# functions of the file and not of a call: a module that is pickled takes the names of its hooks along
+
+def _apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    _bring_back(self)
+    return type(self)._apply(self, *args, **kwargs)
+
+
+def _before_saving(module: torch.nn.Module, *_: Any) -> None:
+    _bring_back(module)
 
 
 def _bring_back(module: torch.nn.Module) -> None:

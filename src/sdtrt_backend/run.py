@@ -32,6 +32,9 @@ from .weights import key
 
 log = logging.getLogger("sdtrt_backend")
 CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"
+CHANGED = ("the weights were changed after the 8-bit step was built (a LoRA fused, a checkpoint loaded?): restore and accelerate "
+           "again to quantise the new ones")
+LOOKED_AT = 4  # weights that a watched call looks at, in turn: merging an adapter changes many, and counts no version
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class ModuleState:
         self.memory = Memory()
         self.drift = Drift(lambda sentence: self.say(self.notes, sentence))
         self.unread: dict[int, torch.Tensor] | None = None  # weights that no step in use reads
+        self.stamps: Any = WeakIdKeyDictionary()  # weight -> (version, one element) when the first step was built from it
+        self.needs_weights = False
 
     def refuse(self, reason: str) -> None:
         """From now on the module runs in the user's precision; said once."""
@@ -78,8 +83,13 @@ class ModuleState:
         """The weights that every step in use holds in 8 bits may leave the GPU."""
         now = {key(w): w for w in replaced}
         self.unread = now if self.unread is None else {k: w for k, w in self.unread.items() if k in now}
-        if self.options.weights == "release":
+        if self.options.weights == "release" and not self.needs_weights:
             self.memory.weights.release(self.unread.values())
+
+    def keep_weights(self) -> None:
+        """From now on they stay on the GPU: code that no state knows of reads them."""
+        self.needs_weights = True
+        self.memory.weights.restore()
 
     def say(self, where: list[str], sentence: str) -> None:
         if sentence not in where:
@@ -146,6 +156,7 @@ class Step:
         self.fallback: dict[Any, Callable[..., Any]] = {}
         self.weights = list(captured.constants.values())
         self.weights_version = self._version()
+        self.looked_at = [w for w in self.weights if w.dim() > 1 and w.numel() and type(w.data) is torch.Tensor]
 
     def owns(self, args: Sequence[Any]) -> bool:
         """Whether ``args`` carry this step's own weights."""
@@ -164,8 +175,7 @@ class Step:
                 tensors = tensor_inputs(self.captured, args)
                 result = self.variants[sizes](*tensors)
                 return result if sizes not in self.watches else self._watched(self.watches[sizes], args, tensors, result)
-            self.state.refuse("the weights were changed after the 8-bit step was built (a LoRA fused, a checkpoint loaded?): "
-                              "restore and accelerate again to quantise the new ones")
+            self.state.refuse(CHANGED)
         if self.state.status == REFUSED:
             return self._refused(sizes, args)
         if not self.state.lock.acquire(blocking=False):
@@ -212,6 +222,10 @@ class Step:
     def _build(self, shape: Any, args: Sequence[Any]) -> None:
         state = self.state
         assert state.recipe is not None
+        stamps = dict(zip(self.looked_at, stamped(self.looked_at), strict=True))
+        if any(state.stamps.get(w, stamp) != stamp for w, stamp in stamps.items()):  # its codes and ranges are of other weights
+            state.refuse(CHANGED)
+            return
         state.status = BUILDING
         log.info("sd_%s: building the 8-bit step", state.options.precision)
         start = time.perf_counter()
@@ -220,10 +234,9 @@ class Step:
                 built = self.build(self.captured, args, state.recipe, state.options, state.memory)
         except Exception as error:
             log.debug("building failed", exc_info=True)
-            state.refuse(f"building the 8-bit step failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-            return
+            built = Built(None, f"building the 8-bit step failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         except BaseException:
-            state.status = CALIBRATING  # Ctrl-C: the next call tries again
+            state.status = READY if state.built else CALIBRATING  # Ctrl-C: the next call tries again
             raise
         built.timings["cold_start_s"] = time.perf_counter() - start
         for note in built.notes:
@@ -244,6 +257,7 @@ class Step:
             self.watches[shape] = built.watch
             state.drift.expect(built.watch)
         self.weights_version = self._version()
+        state.stamps.update(stamps)
         state.status = READY
 
     def _watched(self, watch: Watch, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any) -> Any:
@@ -255,22 +269,34 @@ class Step:
         made, given = outputs(result), outputs(tensors)
         if not made:
             return result
-        numbers = Later(peaks([*made, *(t for t in given if t.device == made[0].device)]))
+        some = len(self.looked_at)
+        turn = [self.looked_at[(call * LOOKED_AT + i) % some] for i in range(min(LOOKED_AT, some))]
+        looked = [w for w in turn if w.untyped_storage().nbytes() and w.device == made[0].device]
+        expected = [self.state.stamps[w][1] for w in looked]
+        largest = peaks([*made, *(t for t in given if t.device == made[0].device)])
+        numbers = Later(torch.cat([largest, elements(looked)]) if looked else largest)
         if numbers.ready():
-            own = self._examine(call, args, len(made), numbers.values())
+            own = self._examine(call, args, len(made), expected, numbers.values())
             return result if own is None else own
         kept = args if sum(t.numel() * t.element_size() for t in given) <= KEPT_BYTES else None
-        drift.waiting.append((numbers, lambda values: self._examine(call, kept, len(made), values, late=True)))
+        drift.waiting.append((numbers, lambda values: self._examine(call, kept, len(made), expected, values, late=True)))
         return result
 
-    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, values: Sequence[float], late: bool = False) -> Any:
+    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, expected: Sequence[float], values: Sequence[float],
+                 late: bool = False) -> Any:
         """The module's own result where the 8-bit step is to blame for a bad one, else None.
 
-        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs. args: None where they were not kept.
+        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs, and the elements of weights that were
+        ``expected`` when the step was built. args: None where they were not kept.
         """
         state, what = self.state, trouble(values[:outs])
+        since = "; results since that call are to be made again" if late else ""
         if state.status == REFUSED:
             return None
+        if list(values[len(values) - len(expected):]) != expected:
+            state.refuse(f"{CHANGED}; it was noticed on call {call}{since}")
+            with torch.no_grad():
+                return self.captured.graph(*args) if args else None
         if not all(map(math.isfinite, values[outs:])):
             state.say(state.notes, "the module was given NaN or infinite inputs, so its outputs mean nothing, even where 8-bit "
                                    "codes made them finite; the 8-bit step goes on")
@@ -287,7 +313,6 @@ class Step:
                 return None
             whose = "the module's own precision does not"
             at = "" if self.captured.timestep is None else f" at timestep {timestep_value(args[self.captured.timestep]):g}"
-        since = "; results since that call are to be made again" if late else ""
         state.refuse(f"the 8-bit step gave {what} on call {call}{at}, {whose}{since}")
         return own
 
@@ -305,7 +330,17 @@ class Step:
         return {"front_door": "self-calibration", "trajectories": trajectories.complete, "calls": trajectories.calls - 1}
 
 
+def elements(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One element of each, from its middle: fp32 [weights], without NaN, which equals nothing."""
+    return torch.stack([w.detach()[tuple(n // 2 for n in w.shape)].float() for w in weights]).nan_to_num()
+
+
+def stamped(weights: Sequence[torch.Tensor]) -> list[tuple[int, float]]:
+    """(version, one element) of each, by which a change is noticed. Inference tensors have no version and cannot be written."""
+    return [(0 if w.is_inference() else w._version, e) for w, e in zip(weights, elements(weights).tolist(), strict=True)]
+
+
 def shapes(captured: Captured, args: Iterable[Any]) -> tuple[Any, ...]:
-    """What a built step is valid for: sizes, dtypes and devices of the tensor inputs, and strides unless a CUDA graph copies them."""
+    """What a built step is valid for: sizes, dtypes and devices of tensor inputs, and strides unless a CUDA graph copies them."""
     return tuple((a.shape, None if a.is_cuda else a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a
                  for i, a in enumerate(args) if i not in captured.constants)
