@@ -95,6 +95,8 @@ def test_group_norm_refuses_what_it_cannot_write():
         group_norm(x, None, 8, None, None, 1e-5, False, None, INT8)
     with pytest.raises(ValueError, match="channels only"):
         group_norm(x, x.half(), 8, None, None, 1e-5, False, None, FP32)
+    with pytest.raises(ValueError, match=r"shift is \[2, 24\]"):
+        group_norm(torch.cat([x, x]), None, 8, None, None, 1e-5, False, None, FP32, tensor(1, 24))
 
 
 @on_device

@@ -225,6 +225,15 @@ def test_a_concatenation_and_a_shift_are_read_where_they_lie():
     assert count(lower(*MODULES["shift"])[0], operator.add) == 0
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (2, 1), (1, 1)])
+def test_a_shift_that_is_broadcast_over_images_or_channels_is_added_on_its_own(shape):
+    module = Fragment(lambda m, x, t: m.a(m.n(x + t[:, :, None, None])), a=conv, n=lambda: nn.GroupNorm(8, 64))
+    gm, reference, tensors = lower(module, PIXELS, noise(*shape))
+    assert count(gm, ops.group_norm8) == count(gm, operator.add) == 1
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+
+
 def test_a_mask_keeps_attention_as_it_is():
     gm, _, _ = lower(*MODULES["masked attention"])
     assert count(gm, ops.attention8) == 0

@@ -261,6 +261,7 @@ def group_norm(x: torch.Tensor, x2: torch.Tensor | None, groups: int, weight: to
     channels, pixels = c1 + c2, h * w
     check(channels % groups == 0, f"channels ({channels}) are a multiple of groups ({groups})")
     check(x2 is None or (x2.dtype == x.dtype and x2.shape == (n, c2, h, w)), "x and x2 differ in channels only")
+    check(shift is None or shift.shape == (n, c1), f"shift is [{n}, {c1}]")
     check(dtype not in EIGHT_BIT or (out_scale is not None and out_scale.numel() == 1), "8-bit results need one out_scale")
     y = torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=last)
     width, sms = channels // groups, programs(x.device)

@@ -116,11 +116,12 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
     parts: Any = x.args[0] if x.target is torch.cat else ()
     if len(parts) == 2 and (x.args[1] if len(x.args) > 1 else x.kwargs.get("dim", 0)) == 1:
         x, x2 = parts
-    elif x.target in ADDITIONS and len(x.users) == 1 and not x.kwargs:
-        shifts = [a for a in x.args if isinstance(a, fx.Node) and tuple(a.meta["val"].shape[2:]) == (1, 1)]
-        if len(shifts) == 1:
-            x = next(a for a in x.args if a is not shifts[0])
-            shift = gm.graph.call_method("flatten", (shifts[0], 1))
+    elif x.target in ADDITIONS and len(x.users) == 1 and not x.kwargs and all(isinstance(a, fx.Node) for a in x.args):
+        whole = x.meta["val"].shape
+        for image, added in (x.args, x.args[::-1]):  # the kernel does not broadcast
+            if image.meta["val"].shape == whole and added.meta["val"].shape == (*whole[:2], 1, 1):
+                x, shift = image, gm.graph.call_method("flatten", (added, 1))
+                break
     x, x2 = (None if t is None else gm.graph.call_method("contiguous", (t,), {"memory_format": torch.channels_last})
              for t in (x, x2))
     affine = [None if v is None else add_constant(gm, f"{node.name}_{name}", v)
