@@ -27,6 +27,8 @@ def clock(monkeypatch, tmp_path):
             *arguments, variant = arguments
             if variant == "refuses":
                 raise RuntimeError("no such shape")
+            if variant == "hungry":
+                raise torch.OutOfMemoryError("CUDA out of memory")
             run.last = variant
             y = ops.KERNELS[op, "reference"](*arguments)
             return y * 2 if variant == "wrong" else y
@@ -84,6 +86,14 @@ def test_without_a_kernel_there_is_no_choice(clock, monkeypatch):
     monkeypatch.setattr(kernels, "PROVIDERS", (Provider("good", "linear8", "int8", "", lambda p: [("refuses",)]),))
     assert Chooser(CPU).best(LINEAR, "int8") is None
     assert Chooser(CPU).best(LINEAR, "fp8") is None
+
+
+def test_memory_that_ran_out_is_no_refusal_and_is_not_remembered(clock, monkeypatch):
+    monkeypatch.setattr(kernels, "PROVIDERS", (Provider("good", "linear8", "int8", "", lambda p: [("fast",), ("hungry",)]),))
+    with pytest.raises(torch.OutOfMemoryError):
+        Chooser(CPU).best(LINEAR, "int8")
+    monkeypatch.setattr(kernels, "PROVIDERS", (Provider("good", "linear8", "int8", "", lambda p: [("slow",)]),))
+    assert Chooser(CPU).best(LINEAR, "int8") == kernels.Choice("good:slow", 3.0)
 
 
 def test_torchs_own_attention_is_a_candidate_that_pays_for_its_quantisation(clock, monkeypatch):

@@ -292,6 +292,8 @@ def _attempt(run: Callable[..., torch.Tensor], rotated: Sequence[torch.Tensor], 
         if stats.relative_error(run(rotated[0], *tail), expected) < bound:
             return graph_ms([partial(run, w, *tail) for w in rotated])
         log.warning("a kernel was dropped, its result is wrong: %s %s", run, tail[-1])
+    except torch.OutOfMemoryError:  # says nothing about the kernel, and a refusal is remembered
+        raise
     except Exception as refusal:  # a kernel that refuses the shape is no candidate
         log.debug("no candidate: %s %s: %s", run, tail[-1], refusal)
     return None
