@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fragments import TOKENS, Fragment, linear, planned
+from fragments import PIXELS, TOKENS, Fragment, conv, linear, planned
+from torch import nn
 
 from sdtrt_backend import ops
 from sdtrt_backend.assign import assign, attentions_in_fp8, kernels_ms, quantization_ms
@@ -91,6 +92,18 @@ def test_without_a_kernel_the_reason_names_the_shape(bound):
 def test_the_bound_is_every_16_bit_kernel_of_the_graph(bound, attending):
     assert kernels_ms(bound[0], Measured(wide=2.0)) == pytest.approx(2.0 * len(bound[2]))
     assert kernels_ms(attending[0], Measured(wide=2.0)) == pytest.approx(2.0 * 4 + 3.0)
+
+
+def test_calls_that_are_never_quantised_or_name_their_arguments_are_read_too():
+    def body(m, x):
+        return m.linear(torch.flatten(input=m.words(m.conv(x)), start_dim=2))
+
+    captured, args, decisions, tensors = planned(Fragment(body, conv=conv, words=lambda: conv(padding="same"),
+                                                          linear=lambda: nn.Linear(42, 64)), PIXELS)
+    gm, nodes = bind(captured, args)
+    propagate(gm, tensors)
+    assert kernels_ms(gm, Measured(wide=2.0)) == 2.0 * 2  # padding in words has no kernel to compare with
+    assert quantization_ms(nodes[decisions[-1].layer.source], Measured(quantize=0.5), torch.int8) == 0.5
 
 
 def test_behind_an_attention_the_cost_is_the_difference_of_two_kernels(attending):

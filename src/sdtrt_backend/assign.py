@@ -50,8 +50,11 @@ def kernels_ms(gm: fx.GraphModule, chooser: Chooser) -> float:
     calls can be faster than that."""
     total = 0.0
     for node in gm.graph.nodes:
-        if node.target in OPS and not call_arguments(node).get("groups", 1) > 1:
-            total += chooser.wide_ms(problem([node]))
+        if node.target in OPS:
+            given = call_arguments(node)
+            # a bound may leave out what is never quantised, and a Problem has neither groups nor padding in words
+            if given.get("groups", 1) == 1 and not isinstance(given.get("padding"), str):
+                total += chooser.wide_ms(problem([node]))
         elif (attention := plain_attention(node)) is not None:
             query, key = (a.meta["val"] for a in attention[:2])
             total += chooser.attention_times(tuple(query.shape), key.shape[-2], query.dtype, query.dtype)["torch"]
@@ -98,9 +101,7 @@ def quantization_ms(source: fx.Node, chooser: Chooser, dtype: torch.dtype) -> fl
     the tensor behind a matrix product, the difference between two kernels behind an attention."""
     value, node = source.meta["val"], source
     while (node.op == "call_method" and node.target in VIEWS) or node.target in (torch.chunk, torch.flatten):
-        parent = node.args[0]
-        assert isinstance(parent, fx.Node)
-        node = parent
+        node = node.all_input_nodes[0]
     if (attention := plain_attention(node)) is not None:
         query, key = (a.meta["val"] for a in attention[:2])
         wide, narrow = (chooser.attention_ms(tuple(query.shape), key.shape[-2], query.dtype, d) for d in (query.dtype, dtype))
