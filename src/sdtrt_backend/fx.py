@@ -46,7 +46,8 @@ def call_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def plain_attention(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
-    """(query, key, value, factor of the scores) of a call of ATTENTION without mask, dropout or shared heads; else None."""
+    """(query, key, value, factor of the scores) of a call of ATTENTION without mask, dropout or anything broadcast, keys and
+    values of one width; else None."""
     if node.target is not ATTENTION:
         return None
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -54,8 +55,9 @@ def plain_attention(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | 
     if given.get("attn_mask") is not None or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
         return None
     q, k, v = (given[name] for name in names[:3])
-    width = q.meta["val"].shape[-1]
-    return (q, k, v, given.get("scale") or width**-0.5) if q.meta["val"].dim() == 4 else None
+    query, key, value = (t.meta["val"].shape for t in (q, k, v))
+    plain = len(query) == 4 and key == value and key[:2] == query[:2]
+    return (q, k, v, given.get("scale") or query[-1] ** -0.5) if plain else None
 
 
 def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:

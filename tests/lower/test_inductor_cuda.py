@@ -56,8 +56,8 @@ def attend(m, x, **mask):
     return m.o(y.transpose(1, 2).reshape(2, -1, 64))
 
 
-def gated(m, x):
-    value, gate = m.a(x).chunk(2, dim=-1)
+def gated(m, x, halves=lambda y: y.chunk(2, dim=-1)):
+    value, gate = halves(m.a(x))
     return m.b(value * F.gelu(gate))
 
 
@@ -197,6 +197,118 @@ def test_a_planned_attention_reads_and_writes_fp8(name):
     _, reference, _ = lower(*MODULES[name])
     with torch.no_grad():
         assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1  # the noise of e4m3, at large scores
+
+
+class InFloat(nn.LayerNorm):
+    """A layer norm that converts its parameters."""
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+class Buffered(nn.Module):
+    """A layer norm whose weight is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", noise(64))
+
+    def forward(self, x):
+        return F.layer_norm(x, (64,), self.weight)
+
+
+def split(x):
+    return x.unflatten(-1, (-1, 16))
+
+
+def attend_to(m, q, k):
+    return m.o(F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2)).transpose(1, 2).flatten(2))
+
+
+def rotated_sum(make):
+    """Attention whose queries are ``make`` of q and of q with neighbours as rotations swap them."""
+    def body(m, x, cos, sin):
+        q = m.n("q", m.q(x))
+        a, b = q.reshape(*q.shape[:-1], -1, 2).unbind(-1)
+        cos, sin = (t[None, :, None, :] for t in (cos, sin))
+        return attend_to(m, make(q, torch.stack([-b, a], dim=-1).flatten(3), cos, sin), q)
+
+    return Fragment(body, q=linear, o=linear, n=Norms), TOKENS, noise(5, 16), noise(16, 5).T
+
+
+def named_lists(m, x, cos, sin):
+    """The rotation of a concatenation, with every list given by its name."""
+    q = torch.cat(tensors=m.n("q", m.q(x)).split([2, 3], 1), dim=1)
+    a, b = q.reshape(*q.shape[:-1], -1, 2).unbind(-1)
+    return attend_to(m, q * cos[None, :, None, :] + torch.stack(tensors=[-b, a], dim=-1).flatten(3) * sin[None, :, None, :], q)
+
+
+NORM, GROUP = {"a": linear, "n": lambda: nn.LayerNorm(64)}, {"a": conv, "n": lambda: nn.GroupNorm(8, 64)}
+ONE_ROW = (noise(1, 16), noise(16, 1).T)
+DECLINED = {
+    "group norm with a computed weight": ((Fragment(lambda m, x: m.a(F.group_norm(x, 8, 1 + m.n.weight)), **GROUP), PIXELS),
+                                          ops.group_norm8),
+    "wide group norm with a computed weight": ((Fragment(lambda m, x: F.group_norm(m.a(x), 8, 1 + m.n.weight), **GROUP), PIXELS),
+                                               ops.group_norm8),
+    "layer norm with converted weights": ((Fragment(lambda m, x: m.a(m.n(x)), a=linear, n=lambda: InFloat(64)), TOKENS),
+                                          ops.layer_norm8),
+    "layer norm with a buffer": ((Fragment(lambda m, x: m.a(m.n(x)), a=linear, n=Buffered), TOKENS), ops.layer_norm8),
+    "gelu by name": ((Fragment(lambda m, x: m.b(x[..., :64] * F.gelu(input=m.a(x))), a=linear, b=linear), TOKENS), ops.geglu8),
+    "sum with a number": ((Fragment(lambda m, x: attend_to(m, split(m.q(x)) * 2 + 1.0, split(x)), q=linear, o=linear), TOKENS),
+                          ops.rms_rope8),
+    "products with numbers": ((Fragment(lambda m, x: attend_to(m, split(m.q(x)) * 2 + split(x) * 3, split(x)), q=linear,
+                                        o=linear), TOKENS), ops.rms_rope8),
+    "sum by name": (rotated_sum(lambda q, r, cos, sin: torch.add(q * cos, other=r * sin)), ops.rms_rope8),
+    "scaled sum": (rotated_sum(lambda q, r, cos, sin: torch.add(q * cos, r * sin, alpha=2)), ops.rms_rope8),
+    "product by name": (rotated_sum(lambda q, r, cos, sin: q * cos + torch.mul(r, other=sin)), ops.rms_rope8),
+    "lists by name": ((Fragment(named_lists, q=linear, o=linear, n=Norms), TOKENS, noise(5, 16), noise(16, 5).T), ops.rms_rope8),
+    "one angle for all": ((*rotated_sum(lambda q, r, cos, sin: q * cos + r * sin)[:2], *ONE_ROW), ops.rms_rope8),
+    "keys for all images": ((Fragment(lambda m, x: attend_to(m, split(m.q(x)), split(x[:1])), q=linear, o=linear), TOKENS),
+                            ops.attention8),
+    "keys for all heads": ((Fragment(lambda m, x: attend_to(m, split(m.q(x)), split(x)[:, :, :1]), q=linear, o=linear), TOKENS),
+                           ops.attention8),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_what_no_kernel_reads_as_it_is_written_stays(name):
+    module, op = DECLINED[name]
+    gm, reference, tensors = lower(*module)
+    assert count(gm, op) == 0
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+
+
+@pytest.mark.parametrize(("body", "children", "x", "op"), [
+    (lambda m, x: m.a(F.silu(input=m.n(x))), GROUP, PIXELS, ops.group_norm8),
+    (lambda m, x: m.a(m.n(torch.cat(tensors=[x[:, :24], x[:, 24:]], dim=1))), GROUP, PIXELS, ops.group_norm8),
+    (lambda m, x: m.a(m.n(torch.cat([x[:, :24], x[:, 24:].half()], dim=1))), GROUP, PIXELS, ops.group_norm8),
+    (lambda m, x: m.a(m.n(x.mean((2, 3), keepdim=True) + 1.0).expand(2, 64, 3, 3)), GROUP, PIXELS, ops.group_norm8),
+    (lambda m, x: m.a(m.n(x[:1] + x.mean((2, 3), keepdim=True))), GROUP, PIXELS, ops.group_norm8),
+    (lambda m, x: gated(m, x, lambda y: torch.chunk(y, chunks=2, dim=-1)), {"a": lambda: linear(128), "b": linear}, TOKENS,
+     ops.geglu8),
+], ids=["silu by name", "concatenation by name", "concatenation of dtypes", "sum with a number", "one image", "chunks by name"])
+def test_what_lies_around_a_rewritten_call_may_be_written_in_any_way(body, children, x, op):
+    gm, reference, tensors = lower(Fragment(body, **children), x)
+    assert count(gm, op) == 1
+    parts = [n for n in gm.graph.find_nodes(op="call_function", target=ops.group_norm8) if n.args[1] is not None]
+    assert parts == []
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+
+
+def test_a_rewritten_call_may_be_read_by_another_one():
+    def body(m, x):
+        y = F.silu(m.n(F.silu(m.n(m.a(x))) + x.mean((2, 3))[:, :, None, None]))
+        return attention(attention(F.scaled_dot_product_attention(y, y, y).transpose(1, 2).flatten(2)))
+
+    def attention(x):
+        return F.scaled_dot_product_attention(x, x, x).transpose(1, 2).flatten(2)
+
+    gm, reference, tensors = lower(Fragment(body, **GROUP), PIXELS)
+    assert count(gm, ops.group_norm8) == 2
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["int8_operator"]
 
 
 def test_gelu_by_sigmoid_is_the_tanh_one():

@@ -77,14 +77,15 @@ def rms_rope(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node | None, dtyp
         return None
     total = _uncast(operand.args[0])
     terms: list[Any] = [_uncast(a) for a in total.args]
-    if total.target not in ADDITIONS or any(t.target not in PRODUCTS for t in terms):
+    if total.target not in ADDITIONS or total.kwargs or any(
+            not isinstance(t, fx.Node) or t.target not in PRODUCTS or t.kwargs or len(t.all_input_nodes) != 2 for t in terms):
         return None
     terms = [t.args for t in terms]
     normed, rotated = (_uncast(t[0]) for t in terms)
-    cos, sin = (_table(t[1]) for t in terms)
+    cos, sin = (_table(t[1], operand.meta["val"].shape[2:]) for t in terms)
     if cos is None or sin is None or not _swaps_neighbours(rotated, normed):
         return None
-    streams: Any = normed.args[0] if normed.target is torch.cat and _dim(normed, 0) == 1 else [normed]
+    streams: Any = normed.args[0] if normed.target is torch.cat and normed.args and _dim(normed, 0) == 1 else [normed]
     norms = [n for n in map(_norm, streams) if n is not None]
     if len(norms) != len(streams) or len(norms) > 2 or len({eps for _, _, eps in norms}) > 1:
         return None
@@ -111,14 +112,14 @@ def _dim(node: fx.Node, default: int) -> Any:
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", default)
 
 
-def _table(node: Any) -> fx.Node | None:
-    """[t, d] behind table[None, :, None, :]."""
+def _table(node: Any, shape: torch.Size) -> fx.Node | None:
+    """[t, d] of that shape behind table[None, :, None, :]."""
     node = _uncast(node)
     whole = slice(None, None, None)
     if node.target is not operator.getitem or node.args[1] != (None, whole, None, whole):
         return None
     table = node.args[0]
-    return table if table.meta["val"].dim() == 2 else None
+    return table if table.meta["val"].shape == shape else None
 
 
 def _swaps_neighbours(node: fx.Node, x: fx.Node) -> bool:
@@ -126,7 +127,7 @@ def _swaps_neighbours(node: fx.Node, x: fx.Node) -> bool:
     if node.op != "call_method" or node.target != "flatten" or node.args[0].target is not torch.stack:
         return False
     stack: Any = node.args[0]
-    minus, plus = stack.args[0] if len(stack.args[0]) == 2 else (None, None)
+    minus, plus = stack.args[0] if stack.args and len(stack.args[0]) == 2 else (None, None)
     if minus is None or minus.target is not operator.neg or _dim(stack, 0) not in (-1, x.meta["val"].dim()):
         return False
     halves = [minus.args[0], plus]

@@ -65,6 +65,7 @@ def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
         with gm.graph.inserting_before(merged):
             y = producers.attention(gm, merged, None, merged.meta["val"].dtype, choose.attention_kernel)
         if y is not None:
+            y.meta.update(merged.meta)
             merged.replace_all_uses_with(y)
     return finish(gm)
 
@@ -79,6 +80,9 @@ def _wide_group_norm(gm: fx.GraphModule, norm: fx.Node, choose: Chooser) -> None
     last = users[0] if silu else norm
     with gm.graph.inserting_before(last):
         y = producers.group_norm_call(gm, norm, silu, None, value.dtype, kernel)
+    if y is None:
+        return
+    y.meta.update(last.meta)
     last.replace_all_uses_with(y)
     drop_dead(gm.graph)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def group_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype:
     (node, views), silu = found, False
     if node.target is torch.nn.functional.silu:
         silu = True
-        inner = _chain(node.args[0], lambda n: n.target is torch.nn.functional.group_norm)
+        inner = _chain(node.all_input_nodes[0], lambda n: n.target is torch.nn.functional.group_norm)
         if inner is None or inner[1] or len(inner[0].users) != 1:
             return None
         node = inner[0]
@@ -101,20 +101,24 @@ def group_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype:
 
 
 def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch.Tensor | None, dtype: torch.dtype,
-                    kernel: str) -> fx.Node:
-    """group_norm8 for the norm ``node``; a concatenation of two, or a shift per image, in front of it is taken in."""
+                    kernel: str) -> fx.Node | None:
+    """group_norm8 for the norm ``node``; a concatenation of two, or a shift per image, in front of it is taken in. None where
+    its weight or bias is computed."""
     given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), node.args, strict=False)) | node.kwargs
     x, x2, shift = given["input"], None, None
-    weight, bias = (_value(gm, given.get(p)) for p in ("weight", "bias"))
-    out_scale = None
+    affine = _affine(gm, given)
+    if affine is None:
+        return None
+    (weight, bias), out_scale = affine, None
     if factor is not None and factor.numel() > 1:
         weight = factor.view(-1) * (1.0 if weight is None else weight.float())
         bias = None if bias is None else bias.float() * factor.view(-1)
         out_scale = add_constant(gm, f"{node.name}_out_scale", torch.ones_like(factor.view(-1)[:1]))
     elif factor is not None:
         out_scale = add_constant(gm, f"{node.name}_out_scale", factor.float().view(1))
-    parts: Any = x.args[0] if x.target is torch.cat else ()
-    if len(parts) == 2 and (x.args[1] if len(x.args) > 1 else x.kwargs.get("dim", 0)) == 1:
+    parts: Any = x.args[0] if x.target is torch.cat and x.args else ()
+    if len(parts) == 2 and (x.args[1] if len(x.args) > 1 else x.kwargs.get("dim", 0)) == 1 and (
+            parts[0].meta["val"].dtype is parts[1].meta["val"].dtype):
         x, x2 = parts
     elif x.target in ADDITIONS and len(x.users) == 1 and not x.kwargs and all(isinstance(a, fx.Node) for a in x.args):
         whole = x.meta["val"].shape
@@ -124,9 +128,9 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
                 break
     x, x2 = (None if t is None else gm.graph.call_method("contiguous", (t,), {"memory_format": torch.channels_last})
              for t in (x, x2))
-    affine = [None if v is None else add_constant(gm, f"{node.name}_{name}", v)
-              for name, v in (("weight", weight), ("bias", bias))]
-    return gm.graph.call_function(ops.group_norm8, (x, x2, shift, given["num_groups"], *affine, given.get("eps", 1e-5), silu,
+    constants = [None if v is None else add_constant(gm, f"{node.name}_{name}", v)
+                 for name, v in (("weight", weight), ("bias", bias))]
+    return gm.graph.call_function(ops.group_norm8, (x, x2, shift, given["num_groups"], *constants, given.get("eps", 1e-5), silu,
                                                     out_scale, dtype, kernel))
 
 
@@ -135,15 +139,16 @@ def layer_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype:
     if source.target is not torch.nn.functional.layer_norm or source.meta["val"].shape[-1] > MAX_ROW:
         return None
     given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), source.args, strict=False)) | source.kwargs
-    if len(given["normalized_shape"]) != 1:
+    affine = _affine(gm, given)
+    if affine is None or len(given["normalized_shape"]) != 1:
         return None
     x, eps = given["input"], given.get("eps", 1e-5)
     added = x.target in ADDITIONS and not x.kwargs and all(
         isinstance(a, fx.Node) and a.meta["val"].shape == x.meta["val"].shape and a.meta["val"].dtype is x.meta["val"].dtype
         for a in x.args)
     with gm.graph.inserting_before(x if added else source):
-        constants = [None if v is None else add_constant(gm, f"{source.name}_{name}", v) for name, v in (
-            ("weight", _value(gm, given.get("weight"))), ("bias", _value(gm, given.get("bias"))))]
+        constants = [None if v is None else add_constant(gm, f"{source.name}_{name}", v)
+                     for name, v in zip(("weight", "bias"), affine, strict=True)]
         out_scale = add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
         tail = (*constants, eps, out_scale, dtype, kernel)
         if not added:
@@ -162,7 +167,7 @@ def geglu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torc
     hidden, gate = source.args
     if not isinstance(gate, fx.Node) or not isinstance(hidden, fx.Node) or gate.target is not torch.nn.functional.gelu:
         return None
-    if gate.kwargs.get("approximate", "none") != "none" or len(gate.args) > 1:
+    if gate.kwargs.get("approximate", "none") != "none" or len(gate.args) != 1:
         return None
     second = gate.args[0]
     if not all(isinstance(h, fx.Node) and h.target is operator.getitem and h.args[1] == i
@@ -171,10 +176,10 @@ def geglu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torc
     halves = hidden.args[0]
     assert isinstance(halves, fx.Node)
     assert isinstance(second, fx.Node)
-    if second.args[0] is not halves or halves.target not in ("chunk", torch.chunk) or halves.args[1] != 2:
+    given = dict(zip(("input", "chunks", "dim"), halves.args, strict=False)) | halves.kwargs
+    if second.args[0] is not halves or halves.target not in ("chunk", torch.chunk) or given["chunks"] != 2:
         return None
-    x = halves.args[0]
-    dim = halves.kwargs.get("dim", halves.args[2] if len(halves.args) > 2 else 0)
+    x, dim = given["input"], given.get("dim", 0)
     if not isinstance(x, fx.Node) or dim not in (-1, x.meta["val"].dim() - 1):
         return None
     out_scale = add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
@@ -202,5 +207,9 @@ def attention(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor | None, 
     return gm.graph.call_function(ops.attention8, (q, k, v, scale, out_scale, dtype, kernel))
 
 
-def _value(gm: fx.GraphModule, node: Any) -> torch.Tensor | None:
-    return None if node is None else getattr(gm, str(node.target)).detach()
+def _affine(gm: fx.GraphModule, given: Mapping[str, Any]) -> list[torch.Tensor | None] | None:
+    """Weight and bias among a norm's arguments; None where the graph computes or is handed one of them."""
+    nodes = [given.get("weight"), given.get("bias")]
+    if any(n is not None and n.op != "get_attr" for n in nodes):
+        return None
+    return [None if n is None else getattr(gm, str(n.target)).detach() for n in nodes]
