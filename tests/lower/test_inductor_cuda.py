@@ -311,6 +311,33 @@ def test_a_rewritten_call_may_be_read_by_another_one():
         assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["int8_operator"]
 
 
+def add_to_shared(m, x):
+    h = same = torch.relu(x)
+    h += torch.tanh(x)
+    return m.a(m.n(h)) + same
+
+
+def add_shift_to_shared(m, x):
+    h = same = torch.relu(x)
+    h += x.mean((2, 3), keepdim=True)
+    return m.a(m.n(h)) + same[:, :, 1:-1, 1:-1]
+
+
+def add_to_a_copy(m, x):
+    h = torch.relu(m.a(x))
+    copy = h / 1.0
+    copy += 1.0
+    return copy + h
+
+
+@pytest.mark.parametrize(("body", "children", "x"), [
+    (add_to_shared, NORM, TOKENS), (add_shift_to_shared, GROUP, PIXELS), (add_to_a_copy, {"a": linear}, TOKENS)])
+def test_what_is_changed_in_place_is_changed_for_all_who_read_it(body, children, x):
+    gm, reference, tensors = lower(Fragment(body, **children), x)
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+
+
 def test_gelu_by_sigmoid_is_the_tanh_one():
     module = Fragment(lambda m, x: m.a(F.gelu(x * 8, approximate="tanh")) + F.gelu(x * 8, approximate="tanh"), a=linear)
     gm, reference, tensors = lower(module, TOKENS)

@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..fx import ATTENTION, add_constant, plain_attention
+from ..fx import ATTENTION, add_constant, plain_attention, written
 
-ADDITIONS = (operator.add, operator.iadd, torch.add)
-PRODUCTS = (operator.mul, operator.imul, torch.mul)
+# not in place: a kernel that takes the sum along does not write it where others read it under its first operand's name
+ADDITIONS = (operator.add, torch.add)
+PRODUCTS = (operator.mul, torch.mul)
 VIEWS = ("reshape", "view", "permute", "transpose", "flatten", "contiguous")
 TRANSPOSED = (("transpose", (1, 2)), ("transpose", (2, 1)), ("permute", (0, 2, 1, 3)))
 TWO_ROOT = 2 * math.sqrt(2 / math.pi)
@@ -27,12 +28,13 @@ MAX_ROW = 4096  # channels that one program of the layer norm kernel holds
 
 def simplify(gm: fx.GraphModule) -> None:
     """Drop what changes nothing: dropout outside training, division by one, conversion to the dtype it has."""
+    changed = written(gm.graph)
     for node in list(gm.graph.nodes):
         value, source = node.meta.get("val"), node.args[0] if node.args else None
         if not isinstance(value, torch.Tensor) or not isinstance(source, fx.Node):
             continue
         idle = ((node.target is torch.nn.functional.dropout and _dropout_is_idle(node))
-                or (node.target in (operator.truediv, operator.itruediv) and node.args[1] == 1.0)
+                or (node.target is operator.truediv and node.args[1] == 1.0 and changed.isdisjoint((node, source)))  # a copy
                 or (node.op == "call_method" and node.target == "to" and not node.kwargs and len(node.args) == 2
                     and node.args[1] is source.meta["val"].dtype))
         if idle and source.meta["val"].dtype is value.dtype:
