@@ -47,6 +47,24 @@ def test_products_and_convolutions(dtype):
 
 
 @on_device
+def test_what_lies_in_columns_is_read_too():
+    scale = torch.rand(48, device=DEVICE) * 1e-3
+    check("linear8", ("3",), codes(1, 32, 5, dtype=INT8).transpose(1, 2), codes(48, 32, dtype=INT8), scale, None, HALF)
+    q, k, v = (normal(2, 6, 16, 7).transpose(2, 3) for _ in "qkv")
+    check("attention8", ("s0",), q, k, v, 0.25, None, HALF)
+
+
+def test_cublaslt_is_handed_rows(monkeypatch):
+    from sdtrt_backend.kernels import cublaslt
+
+    handed = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda x, weight, **_: handed.append(x.stride()) or torch.empty(x.shape[0], 48))
+    x, one = torch.zeros(1, 32, 5, dtype=FP8).transpose(1, 2), torch.ones(1)
+    assert cublaslt.linear(x, torch.zeros(48, 32, dtype=FP8), one, None, HALF).shape == (1, 5, 48)
+    assert handed == [(32, 1)]
+
+
+@on_device
 @pytest.mark.parametrize("dtype", [INT8, FP8, HALF], ids=str)
 def test_norms_geglu_and_attention(dtype):
     def scale(n):

@@ -21,7 +21,7 @@ def attention_variants(tokens: int, width: int) -> tuple[str, ...]:
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
            variant: str) -> torch.Tensor:
     """See ``ops.linear8``."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()  # one image's pixels as tokens are columns
     y = triton_gemm.gemm(flat, weight, scale, bias, dtype=dtype, config=triton_gemm.GEMM_CONFIGS[int(variant)])
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -38,6 +38,7 @@ def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_scale: torch.Tensor | None,
               dtype: torch.dtype, variant: str) -> torch.Tensor:
     """See ``ops.attention8``."""
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     table = triton_attention.SHORT_CONFIGS if variant[0] == "s" else triton_attention.FLASH_CONFIGS
     y = triton_attention.attention(q, k, v, scale, out_scale, dtype, table[int(variant[1:])])
     return y.transpose(1, 2).flatten(2)
