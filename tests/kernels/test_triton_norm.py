@@ -138,6 +138,18 @@ def test_geglu_is_the_product(shape, out):
         assert_written(y, exact, scale, NOISE + (hidden * gate).abs() * 1e-6)
 
 
+def test_geglu_of_many_rows_fits_the_grid_of_a_gpu(monkeypatch):
+    from sdtrt_backend.kernels import triton_norm
+
+    class Kernel:
+        def __getitem__(self, grid):
+            assert grid[0] > 65535 >= grid[1]
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(triton_norm, "_geglu", Kernel())
+    assert triton_norm.geglu(torch.empty(64 * 65536, 2, dtype=HALF), None, HALF).shape == (64 * 65536, 1)
+
+
 @on_device
 def test_gelu_is_close_everywhere():
     from sdtrt_backend.kernels.triton_norm import geglu

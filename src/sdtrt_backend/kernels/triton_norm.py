@@ -337,8 +337,8 @@ def layer_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Ten
 @triton.jit
 def _geglu(x_ptr: tl.tensor, out_scale_ptr: tl.tensor, y_ptr: tl.tensor, height: tl.tensor, width: tl.tensor,
            PER_CHANNEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (rows < height) & (c < width)
     at = x_ptr + rows.to(tl.int64) * 2 * width + c
     gate = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
@@ -362,6 +362,6 @@ def geglu(x: torch.Tensor, out_scale: torch.Tensor | None, dtype: torch.dtype, t
     block = max(64, min(512, width & -width))  # a power of 2 that divides the usual widths: no thread idles
     rows = tile // block
     scale = out_scale if dtype in EIGHT_BIT else None
-    _geglu[(triton.cdiv(width, block), triton.cdiv(height, rows))](
+    _geglu[(triton.cdiv(height, rows), triton.cdiv(width, block))](  # only the first axis takes more than 65535
         x, scale, y, height, width, PER_CHANNEL=scale is not None and scale.numel() > 1, ROWS=rows, BLOCK=block, num_warps=warps)
     return y
