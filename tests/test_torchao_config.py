@@ -266,6 +266,23 @@ def test_the_path_of_gpus_on_the_reference_kernels(denoiser, recipe, inputs, mon
         assert 0 < compare(quantized(*inputs), denoiser(*inputs)) < TOLERANCES[f"{kind.precision}_step"]
 
 
+def test_a_dilated_convolution_is_quantised_where_kernels_take_it():
+    torch.manual_seed(0)
+    plain, x = nn.Conv2d(64, 64, 3, padding=2, dilation=2), torch.randn(1, 64, 8, 8)
+    calibration = Calibration()
+    calibration.start_call(0.0)
+    calibration.observe("", "conv2d", x, plain.weight, 1)
+    recipe = calibration.recipe(Options(), {})
+    quantized = copy.deepcopy(plain)
+    quantize_(quantized, SDInt8Config(recipe), filter_fn=layers)
+    assert compare(quantized(x), plain(x)) < 0.02
+    assert torchao_config._own_reason(nn.Conv2d(64, 64, 3, dilation=2, device="meta")) == "dilated convolution: no 8-bit kernel"
+    assert torchao_config._own_reason(nn.Conv2d(64, 64, 3, device="meta")) is None
+    quantized.packed, quantized.zero_point = None, 0  # as after a move to a GPU, of an input with a symmetric range
+    with pytest.raises(ModelError, match="dilations, and is on"):
+        quantized(x)
+
+
 def test_where_gradients_are_on_it_still_runs(quantized, inputs):
     with torch.no_grad():
         expected = quantized(*inputs)

@@ -184,6 +184,8 @@ def _own_reason(module: torch.nn.Module) -> str | None:
         return None
     if isinstance(module.padding, str):
         return f"its padding is given as {module.padding!r}, not in pixels"
+    if module.weight.device.type != "cpu" and pair(module.dilation) != [1, 1]:
+        return "dilated convolution: no 8-bit kernel"
     return None if module.padding_mode == "zeros" else f"its padding mode is {module.padding_mode}: no 8-bit kernel"
 
 
@@ -272,9 +274,9 @@ class QuantizedLayer(torch.nn.Module):
         """ModelError where no kernel takes this input."""
         if x.device.type == "cpu" and self.packed is not None:
             return
-        if self.zero_point or self.largest > INT8_MAX:
-            raise ModelError(f"{type(self).__name__} was quantised for the CPU, whose kernels take zero points and two codes, "
-                             f"and is on {x.device} now: quantise the module anew there")
+        if self.zero_point or self.largest > INT8_MAX or pair(getattr(self, "dilation", 1)) != [1, 1]:
+            raise ModelError(f"{type(self).__name__} was quantised for the CPU, whose kernels take zero points, two codes and "
+                             f"dilations, and is on {x.device} now: quantise the module anew there")
         if x.device.type != "cuda" or x.dtype not in NARROW:
             raise ModelError.no_kernel(type(self).__name__, str(self.codes.dtype)[6:], x.device, x.dtype)
 
