@@ -5,11 +5,14 @@ A linear layer is a 1x1 convolution. ``nvidia-cudnn-frontend`` builds a plan for
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+
+_ONE_AT_A_TIME = threading.Lock()  # threads share a handle, which is told the stream before it runs a plan
 
 # What is timed of a fusion. cuDNN's heuristic was made for 16 bits: in 8, kernel configurations that it does not even list
 # were up to 1.25x faster than its best (cuDNN 9.19, H200). ENGINE's configurations are tried by number, "engine.number",
@@ -188,7 +191,8 @@ def attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: tor
     of_q, of_k, of_v = ((tuple(t.shape), t.stride()) for t in (q, k, v))
     b, h, queries, d = q.shape
     y = torch.empty((b, queries, h * d), dtype=q.dtype, device=q.device)
-    return attention_plan(Attention(of_q, of_k, of_v, scale), q.device.index)(y, (q, k, v), scales)
+    with _ONE_AT_A_TIME:
+        return attention_plan(Attention(of_q, of_k, of_v, scale), q.device.index)(y, (q, k, v), scales)
 
 
 @cache
@@ -213,7 +217,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
     x = x.contiguous()
     fusion = Fusion((1, k, x.numel() // k, 1), (n, k, 1, 1), (1, 1), (0, 0), x.dtype, dtype, bias is not None)
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
-    return plans(fusion, x.device.index)(variant, y, x, weight, scale, *(() if bias is None else (bias,)))
+    with _ONE_AT_A_TIME:
+        return plans(fusion, x.device.index)(variant, y, x, weight, scale, *(() if bias is None else (bias,)))
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
@@ -226,4 +231,5 @@ def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch
     extra = [] if bias is None else [bias]
     if residual is not None:
         extra.append(residual.contiguous(memory_format=torch.channels_last))
-    return plans(fusion, x.device.index)(variant, y, x, weight, scale, *extra)
+    with _ONE_AT_A_TIME:
+        return plans(fusion, x.device.index)(variant, y, x, weight, scale, *extra)
