@@ -358,6 +358,52 @@ def test_a_size_whose_build_fails_leaves_the_others_in_8_bits(denoiser, monkeypa
     assert "OutOfMemoryError: 8 GiB; inputs of 5x4x8x8" in report.fallbacks[0]
 
 
+@pytest.mark.parametrize("kind", [int, float])
+def test_timesteps_that_are_numbers_are_refused_or_served(make_denoiser, kind):
+    """Of integers Dynamo makes a graph for every value, of floats a tensor."""
+    class Numbers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.denoiser = make_denoiser()
+
+        def forward(self, sample, timestep, encoder_hidden_states):
+            return self.denoiser(sample, torch.tensor([timestep]), encoder_hidden_states)
+
+    module = Numbers()
+    compiled = torch.compile(module, backend="sd_int8", options=REFERENCE)
+    x, context = torch.ones(2, 4, 8, 8), torch.ones(2, 5, 64)
+    with torch.no_grad():
+        for timestep in STEPS * 4:
+            mine = compiled(x, kind(timestep), context)
+        assert measure.compare(mine, module(x, kind(STEPS[-1]), context)) < TOLERANCES["int8_step"]
+    report = sdtrt_backend.explain(compiled)
+    assert report.state == ("refused" if kind is int else "ready")
+    if kind is int:
+        assert "pass a tensor, torch.tensor(t)" in report.fallbacks[0]
+
+
+def test_a_layer_that_one_call_reads_in_16_bits_keeps_its_weight(denoiser, weights_leave_the_cpu_too):
+    """Its other call reads codes."""
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.denoiser = denoiser
+
+        def forward(self, sample, timestep, encoder_hidden_states):
+            y = self.denoiser(sample, timestep, encoder_hidden_states)
+            once = self.denoiser.conv1(torch.nn.functional.pad(y, (0, 0, 0, 0, 0, 60)))
+            once.add_(1.0)
+            return self.denoiser.conv1(once)[:, :4]
+
+    module = Twice()
+    own = call(module, 999)
+    compiled = calibrated(module, engine="inductor", weights="release", two_codes=[])
+    assert 0 < measure.compare(call(compiled, 999), own) < TOLERANCES["int8_step"]
+    assert sdtrt_backend.explain(compiled).state == "ready"
+    assert away(module)
+    assert denoiser.conv1.weight.untyped_storage().nbytes()
+
+
 def test_an_interrupted_trajectory_does_not_count(denoiser):
     compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
     call(compiled, 999)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -116,6 +118,18 @@ def test_an_accelerated_denoiser_can_be_pickled_and_copied(toy):
     sdtrt_backend.accelerate(toy, engine="reference", calibration_runs=1)
     for twin in (pickle.loads(pickle.dumps(toy.unet)), copy.deepcopy(toy.unet)):
         assert torch.equal(Toy(twin.to(torch.float64).float()).draw(), own)
+
+
+def test_restore_lets_go_of_the_8_bit_weights(toy):
+    sdtrt_backend.accelerate(toy, engine="inductor", calibration_runs=1)
+    toy.draw()
+    toy.draw()
+    codes = [weakref.ref(c) for pairs in states(toy.unet)[0].memory.codes.values() for c, _ in pairs]
+    assert codes
+    assert all(c() is not None for c in codes)
+    sdtrt_backend.restore(toy)
+    gc.collect()
+    assert not any(c() is not None for c in codes)
 
 
 def test_restore_leaves_what_the_user_had_compiled(toy):

@@ -1,9 +1,11 @@
 """Which input is the timestep, and when a trajectory is complete."""
 
+import math
+
 import pytest
 import torch
 
-from sdtrt_backend.timesteps import MAX_BUCKETS, Buckets, Trajectories, find_timestep, timestep_value
+from sdtrt_backend.timesteps import MAX_BUCKETS, Buckets, Trajectories, find_timestep, number_for_timestep, timestep_value
 
 LATENT, TEXT, SCALAR = torch.zeros(2, 4, 8, 8), torch.zeros(2, 5, 64), torch.tensor(5)
 
@@ -59,6 +61,18 @@ def test_an_interrupted_run_does_not_count():
 def test_a_model_of_one_step_completes_every_two_calls():
     assert complete([999]) == complete([999] * 2) == 0  # may be both halves of a guided first step
     assert complete([999] * 6) == 2
+
+
+def test_a_call_without_a_timestep_does_not_end_a_run():
+    """Dynamo makes the first number a constant and gives those after it."""
+    run = [990.0, 900.0, 500.0, 90.0]
+    assert complete([math.nan], run[1:], run, run, run[:1]) == 3
+    assert complete([math.nan] * 6) == 2
+
+
+def test_a_number_called_timestep_is_told_from_sizes():
+    assert number_for_timestep(["s33", "l_kwargs_timestep_", "l_sample_"], [2, 900, LATENT])
+    assert not number_for_timestep(["s33", "l_sample_", "l_timestep_"], [2, LATENT, SCALAR])
 
 
 def test_buckets_are_the_values_until_there_are_too_many_then_the_nearest():

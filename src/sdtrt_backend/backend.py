@@ -27,7 +27,9 @@ from .quantize import for_engine, for_torchao, free_convs, insert, plan
 from .recipe import Recipe
 from .rules import BY_CALL
 from .run import Built, ModuleState, Step, state_of
+from .timesteps import number_for_timestep
 from .values import Decision, LayerReport
+from .weights import key
 
 log = logging.getLogger("sdtrt_backend")
 
@@ -57,6 +59,10 @@ def _backend(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options)
     state = _state(captured, parsed)
     for name, why in captured.unquantizable.items():
         state.say(state.notes, f"{name} stays in its own precision: {why}")
+    if number_for_timestep([n.name for n in gm.graph.find_nodes(op="placeholder")], example_inputs):
+        state.refuse("the timestep comes as a Python number, and every value of it would be a step of its own: pass a tensor, "
+                     "torch.tensor(t)")
+        return _inductor(gm, example_inputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in example_inputs if isinstance(t, torch.Tensor)):
         state.keep_weights()
         state.say(state.fallbacks, "gradients are enabled and the weights or inputs require them, and 8-bit kernels have none: "
@@ -146,6 +152,7 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     by_node = {nodes[d.layer.node].name: d for d in decisions if d.quantized}
     watched = options.watch and tensors[0].device.type in drift.DEVICES
     counter = drift.counter(quantized, by_node, recipe) if watched else None  # before a lowering changes the graph
+    read = {key(buffer) for _, buffer in quantized.named_buffers()}  # also by a call of the same layer that stays in 16 bits
     step = LOWERINGS[target](quantized, tensors, options)
     engines = getattr(step, "engines", {})
     where = {d.layer.node: engines.get(nodes[d.layer.node].name, target) for d in decisions}
@@ -153,6 +160,7 @@ def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Opti
     bar.n = 2
     bar.set_description(f"sd_{options.precision}: comparing with full precision")
     built = _judge(captured, args, tensors, decisions, step, target, where, options, timings, memory)
+    built = replace(built, replaced=tuple(w for w in built.replaced if key(w) not in read))
     if built.step is None and built.error is not None and options.max_error < built.error < math.inf and not budgeted:
         flops = {layer.name: layer.flops for layer in built.layers}
         smaller = budget.within(captured, args, recipe, decisions, flops, built.error, options)

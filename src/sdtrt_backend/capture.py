@@ -116,6 +116,6 @@ def trace(module: torch.nn.Module, call: Mapping[str, Any],
 def tensor_inputs(captured: Captured, args: Sequence[Any]) -> list[torch.Tensor]:
     """What the bound graph takes, from what Dynamo passes. A timestep that a scheduler left on the CPU goes to the device of the
     weights, where the module itself would send it: a CUDA graph reads nothing on the host."""
-    device = captured.layers[0].weight.device
-    return [v.to(device) if v.is_cpu else v for i, v in enumerate(args)
-            if i not in captured.constants and isinstance(v, torch.Tensor)]
+    tensors = [v for i, v in enumerate(args) if i not in captured.constants and isinstance(v, torch.Tensor)]
+    weight = next(iter(captured.constants.values()), None)
+    return tensors if weight is None else [t.to(weight.device) if t.is_cpu else t for t in tensors]

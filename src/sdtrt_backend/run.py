@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,7 @@ class ModuleState:
         self.unread: dict[int, torch.Tensor] | None = None  # weights that no step in use reads
         self.stamps: Any = WeakIdKeyDictionary()  # weight -> (version, one element) when the first step was built from it
         self.needs_weights = False
+        self.steps: weakref.WeakSet[Step] = weakref.WeakSet()
 
     def refuse(self, reason: str) -> None:
         """From now on the module runs in the user's precision; said once."""
@@ -132,7 +134,12 @@ def states(module: torch.nn.Module) -> list[ModuleState]:
 
 
 def forget(module: torch.nn.Module) -> None:
-    """Drop the states of a module: the next compilation starts anew."""
+    """Drop the states of a module and what they hold: the next compilation starts anew."""
+    for state in states(module):
+        state.built = None
+        state.memory.codes.clear()
+        for step in state.steps:  # Dynamo keeps them
+            step.clear()
     for parameter in module.parameters():
         _STATES.pop(parameter, None)
 
@@ -150,6 +157,7 @@ class Step:
                  sibling: Callable[[Sequence[Any]], Step]) -> None:
         self.captured, self.state = captured, state
         self.build, self.unquantized, self.sibling = build, unquantized, sibling
+        state.steps.add(self)
         self.siblings: list[Step] = []
         self.variants: dict[Any, Callable[..., Any]] = {}
         self.watches: dict[Any, Watch] = {}
@@ -157,6 +165,11 @@ class Step:
         self.weights = list(captured.constants.values())
         self.weights_version = self._version()
         self.looked_at = [w for w in self.weights if w.dim() > 1 and w.numel() and type(w.data) is torch.Tensor]
+
+    def clear(self) -> None:
+        """Let go of every step that was built."""
+        for built in (self.variants, self.watches, self.fallback):
+            built.clear()
 
     def owns(self, args: Sequence[Any]) -> bool:
         """Whether ``args`` carry this step's own weights."""

@@ -18,14 +18,27 @@ def find_timestep(names: Sequence[str], values: Sequence[object]) -> int | None:
     """
     tensors = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter)
                and "_buffers_" not in names[i]]
-    for wanted in TIMESTEP_NAMES:
-        for i in tensors:
-            if names[i].lower().strip("_").split("_")[-1] == wanted or names[i].lower().strip("_").endswith("_" + wanted):
-                return i
+    named = _named(names, tensors)
+    if named is not None:
+        return named
     for i in tensors:
         value = values[i]
         if isinstance(value, torch.Tensor) and value.dim() <= 1:
             return i
+    return None
+
+
+def number_for_timestep(names: Sequence[str], values: Sequence[object]) -> bool:
+    """Whether the timestep comes as a Python number, which Dynamo makes symbolic."""
+    return _named(names, [i for i, v in enumerate(values) if not isinstance(v, torch.Tensor)]) is not None
+
+
+def _named(names: Sequence[str], candidates: Sequence[int]) -> int | None:
+    """Index of the candidate that is called as timesteps are."""
+    for wanted in TIMESTEP_NAMES:
+        for i in candidates:
+            if names[i].lower().strip("_").split("_")[-1] == wanted or names[i].lower().strip("_").endswith("_" + wanted):
+                return i
     return None
 
 
@@ -69,8 +82,9 @@ class Trajectories:
         self.calls = 0
 
     def observe(self, value: float) -> None:
-        value = 0.0 if value != value else value
         self.calls += 1
+        if value != value:  # none was given
+            return
         previous, self.previous = self.previous, value
         step = 0.0 if previous is None else value - previous
         span = self.high - self.low
@@ -84,7 +98,7 @@ class Trajectories:
     def complete(self) -> int:
         """Trajectories seen to their end. A model that only ever sees one timestep: one for every two calls, after two
         calls that may as well be the two halves of a guided first step."""
-        if self.calls and self.low == self.high:
+        if self.calls and self.low >= self.high:
             return max(0, self.calls // 2 - 1)
         if not self.ends:
             return 0

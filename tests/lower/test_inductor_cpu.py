@@ -10,7 +10,7 @@ from torch import nn
 
 from sdtrt_backend import measure, ops
 from sdtrt_backend.capture import bind, tensor_inputs
-from sdtrt_backend.lower.inductor_cpu import ATTENTION, attention_in_bf16, group_norm_by_aten, to_int8_operators
+from sdtrt_backend.lower.inductor_cpu import ATTENTION, attention_in_bf16, bf16_pays, group_norm_by_aten, to_int8_operators
 from sdtrt_backend.quantize import QD, insert
 
 
@@ -113,6 +113,20 @@ def test_narrow_kernels_give_the_dtype_of_the_graph():
 
 def attention(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attention_by_name(q, k, v):
+    return F.scaled_dot_product_attention(query=torch.tanh(q), key=torch.tanh(k), value=torch.tanh(v), dropout_p=0.0)
+
+
+def test_attention_whose_arguments_are_named_is_narrowed_too():
+    inputs = [noise(2, 4, 6, 16), noise(2, 4, 7, 16), noise(2, 4, 7, 16) + 1]
+    torch._dynamo.reset()
+    captured, args = grab(Fragment(lambda m, *inputs: attention_by_name(*inputs)), inputs)
+    assert bf16_pays(bind(captured, args)[0]) in (True, False)
+    gm = attention_in_bf16(bind(captured, args)[0])
+    assert count(gm, "to", "call_method") == 4
+    assert measure.compare(gm(*inputs), attention_by_name(*inputs)) < TOLERANCES["kernels_vs_reference_step"]
 
 
 @pytest.mark.parametrize(("dtype", "mask", "casts"), [(torch.float32, False, 4), (torch.bfloat16, False, 0),

@@ -152,7 +152,13 @@ def bf16_pays(gm: fx.GraphModule) -> bool:
 
 def _qkv_shapes(node: fx.Node) -> list[list[int]]:
     """Sizes of query, key and value; a symbolic size counts as the one it was first seen with."""
-    return [[s if isinstance(s, int) else s.node.hint for s in a.meta["example_value"].shape] for a in node.args[:3]]
+    return [[s if isinstance(s, int) else s.node.hint for s in a.meta["example_value"].shape] for a in _qkv(node)]
+
+
+def _qkv(node: fx.Node) -> list[fx.Node]:
+    """Query, key and value, which diffusers' newer models give by name."""
+    given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
+    return [given[name] for name in ("query", "key", "value")]  # type: ignore[misc]
 
 
 def attention_in_bf16(gm: fx.GraphModule) -> fx.GraphModule:
@@ -161,8 +167,9 @@ def attention_in_bf16(gm: fx.GraphModule) -> fx.GraphModule:
         if node.target is not ATTENTION or not _is_float32(node):
             continue
         with gm.graph.inserting_before(node):
-            narrow = [gm.graph.call_method("to", (a, torch.bfloat16)) for a in node.args[:3]]
+            narrow = [gm.graph.call_method("to", (a, torch.bfloat16)) for a in _qkv(node)]
         node.args = (*narrow, *node.args[3:])
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("query", "key", "value")}
         with gm.graph.inserting_after(node):
             wide = gm.graph.call_method("to", (node, torch.float32))
         node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
