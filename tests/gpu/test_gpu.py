@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -129,6 +130,26 @@ def test_a_module_on_another_gpu_than_the_current_one(compiled, prepared, reques
         assert torch.equal(y.to("cuda:0"), first)
     assert torch.cuda.current_device() == 0
     assert sdtrt_backend.explain(other).state == "ready"
+
+
+def test_two_threads_build_and_run_a_module_each(compiled, prepared, request):
+    """One captures its graph while the other allocates, times kernels, captures or runs."""
+    unet, plain, args, text = compiled
+    options = {"recipe": str(prepared[1]), "engine": "inductor"}
+    unets = [torch.compile(copy.deepcopy(plain), backend=request.node.callspec.params["compiled"], dynamic=False, options=options)
+             for _ in range(2)]
+
+    @torch.no_grad()
+    def work(mine):
+        return [calls(mine, args, text, 2) for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(work, unets))
+    first = work(unet)[0]
+    for results, mine in zip(found, unets, strict=True):
+        assert torch.equal(results[-1], first)
+        report = sdtrt_backend.explain(mine)
+        assert (report.state, report.fallbacks) == ("ready", ())
 
 
 @torch.no_grad()
