@@ -71,7 +71,7 @@ class ModuleState:
         self.memory = Memory()
         self.drift = Drift(lambda sentence: self.say(self.notes, sentence))
         self.unread: dict[int, torch.Tensor] | None = None  # weights that no step in use reads
-        self.stamps: Any = WeakIdKeyDictionary()  # weight -> (version, one element) when the first step was built from it
+        self.stamps: Any = WeakIdKeyDictionary()  # weight that is in use as codes -> (version, one element) when they were made
         self.needs_weights = False
         self.steps: weakref.WeakSet[Step] = weakref.WeakSet()
 
@@ -164,7 +164,7 @@ class Step:
         self.fallback: dict[Any, Callable[..., Any]] = {}
         self.weights = list(captured.constants.values())
         self.weights_version = self._version()
-        self.looked_at = [w for w in self.weights if w.dim() > 1 and w.numel() and type(w.data) is torch.Tensor]
+        self.looked_at: list[torch.Tensor] = []  # weights that a step of this graph holds in 8 bits
 
     def clear(self) -> None:
         """Let go of every step that was built."""
@@ -235,8 +235,8 @@ class Step:
     def _build(self, shape: Any, args: Sequence[Any]) -> None:
         state = self.state
         assert state.recipe is not None
-        stamps = dict(zip(self.looked_at, stamped(self.looked_at), strict=True))
-        if any(state.stamps.get(w, stamp) != stamp for w, stamp in stamps.items()):  # its codes and ranges are of other weights
+        known = [w for w in self.weights if w in state.stamps]
+        if stamped(known) != [state.stamps[w] for w in known]:
             state.refuse(CHANGED)
             return
         state.status = BUILDING
@@ -270,7 +270,10 @@ class Step:
             self.watches[shape] = built.watch
             state.drift.expect(built.watch)
         self.weights_version = self._version()
-        state.stamps.update(stamps)
+        codes = {key(w) for w in built.replaced}
+        self.looked_at += [w for w in self.weights if key(w) in codes and all(w is not known for known in self.looked_at)]
+        for w, stamp in zip(self.looked_at, stamped(self.looked_at), strict=True):
+            state.stamps.setdefault(w, stamp)
         state.status = READY
 
     def _watched(self, watch: Watch, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any) -> Any:
@@ -344,13 +347,14 @@ class Step:
 
 
 def elements(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One element of each, from its middle: fp32 [weights], without NaN, which equals nothing."""
-    return torch.stack([w.detach()[tuple(n // 2 for n in w.shape)].float() for w in weights]).nan_to_num()
+    """One element of each, from its middle: fp32 [weights]."""
+    return torch.stack([w.detach()[tuple(n // 2 for n in w.shape)].float() for w in weights])
 
 
 def stamped(weights: Sequence[torch.Tensor]) -> list[tuple[int, float]]:
     """(version, one element) of each, by which a change is noticed. Inference tensors have no version and cannot be written."""
-    return [(0 if w.is_inference() else w._version, e) for w, e in zip(weights, elements(weights).tolist(), strict=True)]
+    values = elements(weights).tolist() if weights else []
+    return [(0 if w.is_inference() else w._version, value) for w, value in zip(weights, values, strict=True)]
 
 
 def shapes(captured: Captured, args: Iterable[Any]) -> tuple[Any, ...]:
