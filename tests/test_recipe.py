@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdtrt_backend.errors import RecipeError
-from sdtrt_backend.recipe import JSON_NAME, SCHEMA, TENSORS_NAME, LayerRecipe, Recipe, fingerprint, model_hash
+from sdtrt_backend.recipe import JSON_NAME, SCHEMA, TENSORS_NAME, LayerRecipe, Recipe, fingerprint, model_hash, one_weight
 
 
 @pytest.fixture
@@ -71,6 +71,34 @@ def test_a_fingerprint_survives_a_change_of_precision_but_not_of_weights():
     assert len(same) == 1
     assert fingerprint(weight.T.contiguous()) not in same
     assert fingerprint(weight * 1.5) not in same
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5])  # the second: most fp16 weights are subnormal
+def test_an_fp32_checkpoint_is_known_in_fp16_and_in_bf16_and_they_in_fp32(scale):
+    weight = scale * torch.randn(64, 33, generator=torch.Generator().manual_seed(0))
+    own = fingerprint(weight)
+    assert len({fingerprint(weight.half()), fingerprint(weight.bfloat16())}) == 2
+    for dtype in (torch.float16, torch.bfloat16):
+        loaded = fingerprint(weight.to(dtype))
+        Recipe("", {"a": LayerRecipe("linear", own, "a", 1.0)}).check_model({"a": loaded})
+        Recipe("", {"a": LayerRecipe("linear", loaded, "a", 1.0)}).check_model({"a": own})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bf16_checkpoint_is_known_in_every_precision(dtype):
+    weight = 1e-5 * torch.randn(64, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert one_weight(fingerprint(weight), fingerprint(weight.to(dtype)))
+    assert one_weight(fingerprint(weight.to(dtype)), fingerprint(weight.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_fine_tune_is_another_model_in_every_precision(dtype):
+    noise = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 33, generator=noise)
+    tuned = weight + 1e-3 * torch.randn(64, 33, generator=noise)
+    recipe = Recipe("", {"a": LayerRecipe("linear", fingerprint(weight), "a", 1.0)})
+    with pytest.raises(RecipeError, match=r"another model: the weight of a differs.*fp32 weights fits both.*calibrate this"):
+        recipe.check_model({"a": fingerprint(tuned.to(dtype))})
 
 
 def test_a_model_hash_does_not_depend_on_order():

@@ -87,6 +87,11 @@ class RecipeError(SdtrtError):
         return cls(f"the recipe belongs to another model: {detail}; calibrate this model, or load the one the recipe names")
 
     @classmethod
+    def other_weight(cls, name: str) -> RecipeError:
+        return cls.other_model(f"the weight of {name} differs from the calibrated one (fp16 and bf16 weights rounded from one "
+                               "fp32 checkpoint differ too: a recipe of its fp32 weights fits both)")
+
+    @classmethod
     def no_layer(cls, name: str, known: Iterable[str]) -> RecipeError:
         close = get_close_matches(name, list(known), 3, 0.0)
         return cls(f"the recipe has no layer {name!r}; expected the path of a calibrated layer, for example {', '.join(close)}")

@@ -161,7 +161,7 @@ def original_fingerprint(name: str, layer: Any, original: torch.nn.Module | None
     # W * d was rounded once, and with fp16 or bf16 weights d itself: half an eps each, to first order
     slack = 1.01 * torch.finfo(layer.weight.dtype).eps
     back = layer.weight.detach().double() / divisor.double()
-    least, most = fingerprint(back * (1 - slack)), fingerprint(back * (1 + slack))
+    least, most = (fingerprint(back * (1 + end)).split()[0] for end in (-slack, slack))
     if least != most:  # rounding to bf16 is monotonic: where both ends agree, so does all between them
         raise RecipeError.rounded(name, layer.weight.dtype)
     return least

@@ -71,8 +71,8 @@ class Recipe:
             example = next(iter(self.layers), "-")
             raise RecipeError.other_model(f"none of its {len(self.layers)} layers ({example}, ...) exist here")
         for name in known:
-            if fingerprints[name] != self.layers[name].fingerprint:
-                raise RecipeError.other_model(f"the weight of {name} differs from the calibrated one")
+            if not one_weight(fingerprints[name], self.layers[name].fingerprint):
+                raise RecipeError.other_weight(name)
 
     def to_modelopt(self, module: torch.nn.Module, *, original: torch.nn.Module | None = None,
                     exclude: Iterable[str] = ()) -> None:
@@ -151,11 +151,20 @@ class Recipe:
 
 
 def fingerprint(weight: torch.Tensor) -> str:
-    """Identity of a weight: SHA-256 over its shape and at most 1024 evenly spaced elements as bf16, so an fp16 or bf16
-    checkpoint has the same fingerprint in whichever precision it is loaded. 16 hexadecimal digits."""
+    """Identity of a weight: SHA-256 over its shape and at most 1024 evenly spaced elements as bf16, 16 hexadecimal digits; where
+    fp16 would round to other ones, a space and the same of the weight as fp16. ``one_weight`` compares.
+
+    So a checkpoint is known in whichever precision it is loaded, but for fp16 and bf16 roundings of one fp32 checkpoint, which
+    are told to be the same by its fp32 weights only."""
     flat = weight.detach().reshape(-1)
-    sample = flat[:: max(1, -(-flat.numel() // FINGERPRINT_SAMPLES))].to("cpu", torch.bfloat16).view(torch.int16)
-    return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes()).hexdigest()[:16]
+    sample = flat[:: max(1, -(-flat.numel() // FINGERPRINT_SAMPLES))].cpu()
+    codes = [t.to(torch.bfloat16).view(torch.int16).numpy().tobytes() for t in (sample, sample.half())]
+    return " ".join(dict.fromkeys(hashlib.sha256(repr(tuple(weight.shape)).encode() + c).hexdigest()[:16] for c in codes))
+
+
+def one_weight(first: str, second: str) -> bool:
+    """Whether two fingerprints are of one weight, each in any precision."""
+    return not set(first.split()).isdisjoint(second.split())
 
 
 def model_hash(fingerprints: Iterable[tuple[str, str]]) -> str:

@@ -31,7 +31,7 @@ from .fx import pair
 from .kernels import NARROW, Problem, chooser, missing, provider
 from .options import Options
 from .quantize import FP8_HEADROOM, free_convs, plan, quantized_weights
-from .recipe import Recipe, fingerprint
+from .recipe import Recipe, fingerprint, one_weight
 from .rules import MODULES, TWO_CODES
 from .stats import over_channels
 from .values import DTYPES, FP8_MAX, INT8_MAX, INT16_MAX, UINT8_ZERO, Decision, Layer
@@ -68,9 +68,10 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         if name is not None and name not in self._recipe.layers:
             raise RecipeError.no_layer(name, self._recipe.layers)
         for other, layer in self._recipe.layers.items() if name is None else ():
-            known = self._names.setdefault(layer.fingerprint, other)
-            if not self._alike(known, other):
-                raise RecipeError.one_weight(known, other, type(self).__name__)
+            for code in layer.fingerprint.split():
+                known = self._names.setdefault(code, other)
+                if not self._alike(known, other):
+                    raise RecipeError.one_weight(known, other, type(self).__name__)
 
     def _alike(self, a: str, b: str) -> bool:
         """Whether two layers of one weight are quantised alike."""
@@ -104,9 +105,9 @@ class SDInt8Config(AOBaseConfig):  # type: ignore[misc]
         """The recipe's layer that ``module`` is; None when the recipe does not know its weight."""
         weight = module.get_parameter("weight").detach()
         code = fingerprint(weight)
-        name = self.name or self._names.get(code)
-        if name is not None and self._recipe.layers[name].fingerprint != code:
-            raise RecipeError.other_model(f"the weight of {name} differs from the calibrated one")
+        name = self.name or next((self._names[c] for c in code.split() if c in self._names), None)
+        if name is not None and not one_weight(self._recipe.layers[name].fingerprint, code):
+            raise RecipeError.other_weight(name)
         if name is None:
             shape = "x".join(map(str, weight.shape))
             if not self._decisions:
