@@ -1,6 +1,8 @@
 """A recipe survives the disk to the bit, and every damage is refused with its sentence."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +33,24 @@ def test_saving_twice_gives_the_same_bytes_and_nothing_else(recipe, tmp_path):
     for name in (JSON_NAME, TENSORS_NAME):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert {p.name for p in (tmp_path / "a").iterdir()} == {JSON_NAME, TENSORS_NAME}
+
+
+def test_threads_that_save_and_load_in_one_folder_never_see_two_recipes_mixed(recipe, tmp_path):
+    other = replace(recipe, smoothing={"a.to_q": torch.rand(64)})
+    recipe.save(tmp_path)
+
+    def save(mine):
+        for _ in range(20):
+            mine.save(tmp_path)
+
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(save, r) for r in (recipe, other)]
+        while not all(w.done() for w in writers):
+            Recipe.load(tmp_path)
+    assert [w.result() for w in writers] == [None, None]
+    factor = Recipe.load(tmp_path).smoothing["a.to_q"]
+    assert any(torch.equal(factor, r.smoothing["a.to_q"]) for r in (recipe, other))
+    assert {p.name for p in tmp_path.iterdir()} == {JSON_NAME, TENSORS_NAME}
 
 
 def damage_json(edit):

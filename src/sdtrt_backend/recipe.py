@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -91,7 +93,7 @@ class Recipe:
         return modelopt.from_modelopt(module, original)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, each atomically."""
+        """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, atomically, also while others save and load there."""
         from safetensors.torch import save
 
         folder = Path(folder)
@@ -108,8 +110,9 @@ class Recipe:
             "tensors_sha256": hashlib.sha256(blob).hexdigest(),
         }
         body["sha256"] = digest(body)
-        write_atomically(folder / TENSORS_NAME, blob)
-        write_atomically(folder / JSON_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        with _locked(folder, exclusive=True):
+            write_atomically(folder / TENSORS_NAME, blob)
+            write_atomically(folder / JSON_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
         return folder
 
     @classmethod
@@ -120,8 +123,9 @@ class Recipe:
 
         folder = Path(folder)
         try:
-            body = json.loads((folder / JSON_NAME).read_text())
-            blob = (folder / TENSORS_NAME).read_bytes()
+            with _locked(folder):
+                body = json.loads((folder / JSON_NAME).read_text())
+                blob = (folder / TENSORS_NAME).read_bytes()
         except FileNotFoundError as error:
             raise RecipeError.unreadable(folder, f"{Path(error.filename).name} is missing") from None
         except NotADirectoryError:
@@ -190,11 +194,24 @@ def digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def _locked(folder: Path, exclusive: bool = False) -> Iterator[None]:
+    """The two files are of one save, whoever else saves meanwhile. The lock is the folder's own, so it leaves no file there."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # Windows, and file systems without locks, do without
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """A reader sees the old file or the new one, never half of it, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")  # not of mkstemp, whose files only their owner may read
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
