@@ -4,7 +4,7 @@ import pytest
 import torch
 from percentile_reference import METHODS, PercentileReference
 
-from sdtrt_backend.calibrate import Calibration, Observer, observed
+from sdtrt_backend.calibrate import Calibration, Observer, calibrate, observed
 from sdtrt_backend.errors import CalibrationError
 from sdtrt_backend.options import Options
 
@@ -159,6 +159,39 @@ def test_a_layer_called_by_keyword_is_observed():
     with observed(module, calibration):
         module(sample=torch.ones(2, 64), timestep=torch.tensor(7.0))
     assert list(calibration.inputs) == ["to_q"]
+
+
+class Pipeline:
+    """Draws with the keyword denoiser, a step for each timestep."""
+
+    def __init__(self):
+        self.unet = Keywords(pass_on=False)
+
+    def __call__(self, prompts, num_inference_steps, generator, output_type):
+        for timestep in reversed(range(num_inference_steps)):
+            self.unet(sample=torch.ones(len(prompts), 64), timestep=torch.tensor(float(timestep)))
+
+
+@pytest.mark.parametrize("prompts", [None, 3, "one", b"one", {"one"}, {"one": 1}, [], iter(())])
+def test_prompts_that_are_no_list_are_refused(prompts):
+    with pytest.raises(CalibrationError, match="expects a non-empty list of prompts, got"):
+        calibrate(Pipeline(), prompts, progress=False)
+
+
+def test_prompts_may_come_one_by_one():
+    made = [calibrate(Pipeline(), p, num_inference_steps=2, progress=False)
+            for p in (["a", "b"], ("a", "b"), (p for p in ("a", "b")))]
+    assert all(recipe.provenance == made[0].provenance for recipe in made)
+    assert made[0].provenance["prompts"] == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("num_inference_steps", 0), ("num_inference_steps", -1), ("num_inference_steps", "4"), ("batch_size", 0), ("batch_size", -1),
+    ("batch_size", 1.0), ("seed", None), ("seed", "a"), ("seed", True),
+])
+def test_a_wrong_number_is_refused_by_its_name(name, value):
+    with pytest.raises(CalibrationError, match=rf"expects {name} to be an integer.*got {value!r}"):
+        calibrate(Pipeline(), ["one"], progress=False, **{name: value})
 
 
 def test_a_timestep_among_the_keywords_of_a_denoiser_is_its_timestep():

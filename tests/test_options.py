@@ -33,6 +33,12 @@ def test_a_percentile_is_a_number_and_not_a_truth_value(value):
         Options.parse({"percentile": value})
 
 
+@pytest.mark.parametrize("given", [5, 0, "", ["alpha"], {"alpha"}])
+def test_options_that_are_no_dict_are_refused(given):
+    with pytest.raises(OptionError, match="options expects a dict"):
+        Options.parse(given)
+
+
 def test_paths_and_lists_become_hashable():
     options = Options.parse({"recipe": Path("a"), "exclude": ["conv*"], "alpha": None})
     assert (options.recipe, options.exclude, options.alpha) == ("a", ("conv*",), None)

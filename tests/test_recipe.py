@@ -69,6 +69,8 @@ def damage_json(edit):
     (damage_json(lambda b: b["layers"]["b"].update(amax=3.0)), "was edited or damaged"),
     (damage_json(lambda b: b.update(schema=SCHEMA + 1)), "upgrade sdtrt_backend"),
     (damage_json(lambda b: b.pop("schema")), "no schema number"),
+    (lambda f: (f / JSON_NAME).write_text("[" * 200_000), "truncated or not JSON"),
+    (lambda f: [(f / JSON_NAME).unlink(), (f / JSON_NAME).mkdir()], r"expected the folder of a saved recipe.*recipe\.json"),
 ])
 def test_damage_is_refused_with_its_sentence(recipe, tmp_path, damage, sentence):
     recipe.save(tmp_path)
@@ -128,6 +130,16 @@ def test_a_model_hash_does_not_depend_on_order():
 def test_the_path_of_a_file_is_refused_with_a_sentence(recipe, tmp_path):
     with pytest.raises(RecipeError):
         Recipe.load(recipe.save(tmp_path) / JSON_NAME)
+
+
+def test_where_no_folder_can_be_made_saving_is_refused_with_a_sentence(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    for impossible in (tmp_path / "file", tmp_path / "file" / "below", "/proc/recipe", "nul\0", 5):
+        with pytest.raises(RecipeError, match=r"cannot be saved: expected a folder.*name another"):
+            recipe.save(impossible)
+    for impossible in ("nul\0", 5, None):
+        with pytest.raises(RecipeError, match="expected the folder of a saved recipe"):
+            Recipe.load(impossible)
 
 
 def test_without_modelopt_the_install_line_is_given(recipe, monkeypatch):

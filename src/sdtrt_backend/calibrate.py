@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,12 +234,17 @@ def uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
             setattr(pipe, name, compiled)
 
 
-def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 25, guidance_scale: float | None = None,
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def calibrate(pipe: Any, prompts: Iterable[str], *, num_inference_steps: int = 25, guidance_scale: float | None = None,
               seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, progress: bool = True,
               resume: str | os.PathLike[str] | None = None, **pipe_kwargs: Any) -> Recipe:
     """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe.
 
     pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer`` and a call that takes prompts).
+    prompts: a list or anything else that yields them in order, but no set or dict.
     guidance_scale: None for the pipeline's default; seed: prompt i starts from noise of seed + i, so the same call
     gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``, ``min_psnr``: the last
     quarter of the prompts then judges what the others calibrate);
@@ -249,13 +254,21 @@ def calibrate(pipe: Any, prompts: Sequence[str], *, num_inference_steps: int = 2
     pipe_kwargs: anything else the pipeline takes (height, width, image, ...).
     Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
     """
-    if isinstance(prompts, str) or not len(prompts):
-        raise CalibrationError(f"calibrate expects a non-empty list of prompts, got {prompts!r}; pass for example 8 of your own")
+    if isinstance(prompts, str | bytes | Mapping | Set) or not isinstance(prompts, Iterable):  # a set has no order to repeat
+        raise CalibrationError.no_prompts(prompts)
+    prompts = list(prompts)
+    if not prompts:
+        raise CalibrationError.no_prompts(prompts)
+    for what, number, least in (("num_inference_steps", num_inference_steps, 1), ("batch_size", batch_size, 1)):
+        if not _integer(number) or number < least:
+            raise CalibrationError.no_number(what, f"an integer >= {least}", number)
+    if not _integer(seed):
+        raise CalibrationError.no_number("seed", "an integer, as prompt i starts from noise of seed + i", seed)
     parsed = Options.parse(options)
     name = denoiser_name(pipe)
     if any(p.is_meta for p in getattr(pipe, name).parameters()):
         raise ModelError.on_meta(name)
-    prompts, judging = (list(prompts), []) if parsed.min_psnr is None else budget.split(prompts)
+    prompts, judging = (prompts, []) if parsed.min_psnr is None else budget.split(prompts)
     if guidance_scale is not None:
         pipe_kwargs["guidance_scale"] = guidance_scale
     calibration, done, kept = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0), 0, None

@@ -23,6 +23,11 @@ class OptionError(SdtrtError):
         return cls(f"option {name!r} expects {expected}, got {actual!r} ({type(actual).__name__}); change it in options={{...}}")
 
     @classmethod
+    def no_mapping(cls, given: object) -> OptionError:
+        return cls(f"options expects a dict of option names and values, or None, got {given!r} ({type(given).__name__}); write "
+                   "options={'rule': 'max'}")
+
+    @classmethod
     def no_tensorrt(cls) -> OptionError:
         return cls("option 'engine' is 'tensorrt', and no TensorRT is installed: pip install 'sdtrt_backend[engine]' "
                    "(TensorRT-RTX) or pip install 'sdtrt_backend[tensorrt]', or leave the option out")
@@ -79,6 +84,10 @@ class RecipeError(SdtrtError):
         return cls(f"recipe {path}: {why}; calibrate again and save it anew")
 
     @classmethod
+    def unwritable(cls, path: object, why: object) -> RecipeError:
+        return cls(f"recipe {path} cannot be saved: expected a folder to write in, or to make ({why}); name another")
+
+    @classmethod
     def newer(cls, path: object, found: object, known: int) -> RecipeError:
         return cls(f"recipe {path} has schema {found}, this version reads up to {known}; upgrade sdtrt_backend or recalibrate")
 
@@ -131,6 +140,14 @@ class ExportError(SdtrtError):
 
 class CalibrationError(SdtrtError):
     """Calibration could not produce usable statistics, or what it kept cannot be used."""
+
+    @classmethod
+    def no_prompts(cls, given: object) -> CalibrationError:
+        return cls(f"calibrate expects a non-empty list of prompts, got {given!r}; pass for example 8 of your own")
+
+    @classmethod
+    def no_number(cls, name: str, expected: str, given: object) -> CalibrationError:
+        return cls(f"calibrate expects {name} to be {expected}, got {given!r} ({type(given).__name__}); change or omit it")
 
     @classmethod
     def kept_unreadable(cls, path: object, why: str) -> CalibrationError:

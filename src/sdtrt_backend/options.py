@@ -64,6 +64,8 @@ class Options:
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None, precision: str = "int8") -> Options:
         """``given`` as the user wrote it -> Options. Raises OptionError naming what is valid."""
+        if not isinstance(given, Mapping | None):
+            raise OptionError.no_mapping(given)
         values = dict(given or {})
         valid = [f.name for f in fields(cls) if f.name != "precision"]
         for name in values:

@@ -93,11 +93,11 @@ class Recipe:
         return modelopt.from_modelopt(module, original)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, atomically, also while others save and load there."""
+        """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, atomically, also while others save and load there.
+
+        Raises RecipeError where that is no folder and none can be made, or it cannot be written."""
         from safetensors.torch import save
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"smoothing/{k}": v.contiguous() for k, v in sorted(self.smoothing.items())}
         tensors |= {f"amax/{k}": v.contiguous() for k, v in sorted(self.amax_by_timestep.items())}
         blob = save(tensors)
@@ -110,9 +110,15 @@ class Recipe:
             "tensors_sha256": hashlib.sha256(blob).hexdigest(),
         }
         body["sha256"] = digest(body)
-        with _locked(folder, exclusive=True):
-            write_atomically(folder / TENSORS_NAME, blob)
-            write_atomically(folder / JSON_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        text = (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+        try:
+            folder = Path(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder, exclusive=True):
+                write_atomically(folder / TENSORS_NAME, blob)
+                write_atomically(folder / JSON_NAME, text)
+        except (OSError, TypeError, ValueError) as error:
+            raise RecipeError.unwritable(folder, error) from None
         return folder
 
     @classmethod
@@ -121,8 +127,8 @@ class Recipe:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        folder = Path(folder)
         try:
+            folder = Path(folder)
             with _locked(folder):
                 body = json.loads((folder / JSON_NAME).read_text())
                 blob = (folder / TENSORS_NAME).read_bytes()
@@ -130,8 +136,10 @@ class Recipe:
             raise RecipeError.unreadable(folder, f"{Path(error.filename).name} is missing") from None
         except NotADirectoryError:
             raise RecipeError.unreadable(folder, "a recipe is a folder, this is a file") from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise RecipeError.unreadable(folder, f"{JSON_NAME} is truncated or not JSON") from None
+        except (OSError, TypeError, ValueError) as error:
+            raise RecipeError.unreadable(folder, f"expected the folder of a saved recipe ({error})") from None
         if not isinstance(body, dict) or not isinstance(body.get("schema"), int):
             raise RecipeError.unreadable(folder, f"{JSON_NAME} has no schema number")
         if body["schema"] > SCHEMA:

@@ -66,7 +66,7 @@ class ResumeFolder:
             raise CalibrationError.kept_unreadable(self.path, "expected a folder, this is a file") from None
         try:
             body = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CalibrationError.kept_unreadable(self.path, f"{JSON_NAME} is truncated or not JSON") from None
         if not isinstance(body, dict) or body.pop("sha256", None) != digest(body):
             raise CalibrationError.kept_unreadable(self.path, f"{JSON_NAME} was edited or damaged: its checksum differs")
