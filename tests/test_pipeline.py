@@ -16,6 +16,7 @@ from tolerances import TOLERANCES
 
 import sdtrt_backend
 from sdtrt_backend import measure, metrics
+from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.demo import LastCall, draw
 from sdtrt_backend.recipe import JSON_NAME, TENSORS_NAME
 from sdtrt_backend.run import states
@@ -146,6 +147,58 @@ def test_accelerate_refuses_bad_options_and_recipes_at_once(pipe, tmp_path):
     with pytest.raises(sdtrt_backend.RecipeError, match="missing"):
         sdtrt_backend.accelerate(pipe, recipe=tmp_path)
     assert pipe.unet._compiled_call_impl is None
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"rule": "modelopt_min_max"}, "needs the number of steps"), ({"min_psnr": 40}, "min_psnr=40 is solved with pictures"),
+    *[({"backend": name}, "one of sd_int8, sd_fp8, got") for name in ("sd_int4", "inductor", None)],
+])
+def test_accelerate_refuses_at_once_what_it_cannot_do(toy, options, says):
+    with pytest.raises(sdtrt_backend.OptionError, match=says):
+        sdtrt_backend.accelerate(toy, **options)
+    assert toy.unet._compiled_call_impl is None
+
+
+def calibrated(module):
+    calibration = Calibration()
+    with observed(module, calibration):
+        Toy(module).draw()
+    return calibration.recipe(sdtrt_backend.Options(), {})
+
+
+def test_the_recipe_of_another_model_is_refused_at_once_and_nothing_changes(
+        toy, make_denoiser, tmp_path, monkeypatch, weights_leave_the_cpu_too):
+    monkeypatch.setenv("SDTRT_CACHE", str(tmp_path / "cache"))
+    own, other = calibrated(toy.unet), calibrated(make_denoiser(1))
+    with pytest.raises(sdtrt_backend.RecipeError, match="another model: the weight of"):
+        sdtrt_backend.accelerate(toy, recipe=other)
+    assert toy.unet._compiled_call_impl is None
+    sdtrt_backend.accelerate(toy, recipe=own, engine="inductor")
+    before, away = toy.draw(), [p.untyped_storage().nbytes() for p in toy.unet.parameters()]
+    assert not all(away)
+    for refused in (other, other.save(tmp_path / "other")):
+        with pytest.raises(sdtrt_backend.RecipeError, match="another model: the weight of"):
+            sdtrt_backend.accelerate(toy, recipe=refused)
+    assert [p.untyped_storage().nbytes() for p in toy.unet.parameters()] == away
+    assert torch.equal(toy.draw(), before)
+    sdtrt_backend.accelerate(toy, recipe=own.save(tmp_path / "own"), engine="inductor")
+    assert torch.equal(toy.draw(), before)
+
+
+def test_a_recipe_is_taken_as_it_is_and_kept_once(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
+    recipe = calibrated(toy.unet)
+    for _ in range(2):
+        sdtrt_backend.accelerate(toy, recipe=recipe, engine="reference")
+        toy.draw()
+        assert sdtrt_backend.explain(toy).state == "ready"
+    assert [p.name for p in (tmp_path / "recipes").iterdir()] == [recipe.content_hash()]
+
+
+def test_a_pattern_that_excludes_nothing_is_said(toy, caplog):
+    sdtrt_backend.accelerate(toy, exclude=["typo.*", "to_*"])
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said == "exclude: 'typo.*' matches no layer of ToyDenoiser, whose paths are like ['ff_in', 'ff_out', 'conv_out']"
 
 
 def test_accelerate_refuses_a_denoiser_on_meta(pipe):

@@ -79,18 +79,24 @@ def _step(gm: fx.GraphModule, args: Sequence[Any], parsed: Options) -> Step:
 
 def _state(captured: Captured, parsed: Options) -> ModuleState:
     """The module's state, with the recipe that the options name."""
-    if parsed.recipe is None and parsed.rule in BY_CALL:
-        raise OptionError.counts_calls(parsed.rule)
-    if parsed.recipe is None and parsed.min_psnr is not None:
-        raise OptionError.needs_pictures(parsed.min_psnr)
+    if parsed.recipe is None:
+        check_made_for(parsed, None)
     state = state_of(captured, parsed)
     if parsed.recipe is not None and state.recipe is None:
         recipe = Recipe.load(parsed.recipe)
         recipe.check_model(captured.fingerprints())
-        if parsed.min_psnr is not None and recipe.provenance.get("min_psnr", {}).get("target_db", 0.0) < parsed.min_psnr:
-            raise OptionError.needs_pictures(parsed.min_psnr)
+        check_made_for(parsed, recipe)
         state.recipe = recipe
     return state
+
+
+def check_made_for(parsed: Options, recipe: Recipe | None) -> None:
+    """Raise OptionError for what only ``calibrate`` can do, unless the recipe was made with it."""
+    if recipe is None and parsed.rule in BY_CALL:
+        raise OptionError.counts_calls(parsed.rule)
+    target = 0.0 if recipe is None else recipe.provenance.get("min_psnr", {}).get("target_db", 0.0)
+    if parsed.min_psnr is not None and target < parsed.min_psnr:
+        raise OptionError.needs_pictures(parsed.min_psnr)
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -19,6 +19,10 @@ class OptionError(SdtrtError):
         return cls(f"unknown option {name!r} for backend sd_int8; valid options: {', '.join(sorted(valid))}")
 
     @classmethod
+    def no_backend(cls, given: object, valid: Iterable[str]) -> OptionError:
+        return cls(f"accelerate expects backend to be one of {', '.join(valid)}, got {given!r}; for any other call torch.compile")
+
+    @classmethod
     def ill_typed(cls, name: str, expected: str, actual: object) -> OptionError:
         return cls(f"option {name!r} expects {expected}, got {actual!r} ({type(actual).__name__}); change it in options={{...}}")
 

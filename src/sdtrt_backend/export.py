@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import inspect
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from .lower import onnx
 from .quantize import for_engine, insert, plan
 from .recipe import Recipe, fingerprint, write_atomically
 from .rules import ENGINE_MIN_SM, LEVELS, MODULES
-from .run import states
+from .run import borrowed
 from .timesteps import TIMESTEP_NAMES
 from .values import Decision
 
@@ -115,7 +114,7 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
             raise ExportError.unknown(what, given, valid)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     name = denoiser_name(pipe)
-    with uncompiled(pipe, name) as module, _weights(module):
+    with uncompiled(pipe, name) as module, borrowed(module):
         recipe.check_model({n: fingerprint(m.get_parameter("weight")) for n, m in module.named_modules() if type(m) in MODULES})
         calls = [_call(pipe, module, s) for s in (size or Size(), largest) if s is not None]
         module, calls = _in_dtype(module, calls, dtype)
@@ -158,15 +157,6 @@ def build_engine(exported: Exported, sm: int | None = None) -> Engine:
     write_atomically(path, blob)
     write_atomically(path.with_suffix(".json"), (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     return Engine(path, manifest, layers)
-
-
-@contextlib.contextmanager
-def _weights(module: torch.nn.Module) -> Iterator[None]:
-    """The module's weights are where they belong, also while an accelerated pipeline keeps them elsewhere."""
-    with contextlib.ExitStack() as stack:
-        for state in states(module):
-            stack.enter_context(state.memory.weights.borrowed())
-        yield
 
 
 def _call(pipe: Any, module: torch.nn.Module, size: Size) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 import weakref
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -14,38 +16,56 @@ from typing import Any
 
 import torch
 
+from .backend import check_made_for
 from .calibrate import denoiser_name
-from .errors import ModelError
+from .errors import ModelError, OptionError
 from .options import Options
-from .recipe import Recipe
+from .recipe import Recipe, fingerprint
 from .report import Report
-from .run import forget, states
+from .rules import MODULES
+from .run import borrowed, forget, states
+from .store import cache_folder
 
+log = logging.getLogger("sdtrt_backend")
 # accelerated module -> (what the user had compiled it with, its hook for saving)
 _WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 RECOMPILATIONS = 64  # sizes, dtypes and modes of one module that Dynamo compiles before it gives up; its own limit is 8
+BACKENDS = ("sd_int8", "sd_fp8")
 ASSETS = Path(__file__).parent / "assets"
 
 
-def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backend: str = "sd_int8",
+def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = None, backend: str = "sd_int8",
                **options: Any) -> Any:
-    """Compile the pipeline's denoiser in place with ``backend`` and return the pipeline.
+    """Compile the pipeline's denoiser in place with ``backend``, "sd_int8" or "sd_fp8", and return the pipeline.
 
-    recipe: folder of a saved recipe; without one the pipeline calibrates itself during its next pictures.
+    recipe: a Recipe, which is also saved in the user's cache directory, or the folder of a saved one; without one the pipeline
+    calibrates itself during its next pictures.
     options: any of ``Options`` (``calibration_runs``, ``rule``, ``alpha``, ``max_error``, ``exclude``, ...). On a GPU
     ``weights`` is "release" unless given: the 16-bit weights of quantised layers wait on the CPU.
     Only this instance changes: the module object stays the same, and ``restore(pipe)`` undoes it to the bit.
+    Raises OptionError, ModelError, and RecipeError for a recipe that is damaged or of another model; nothing has changed then.
     """
-    options.setdefault("weights", "release")
-    if recipe is not None:
-        options["recipe"] = os.fspath(recipe)
-        Recipe.load(recipe)  # a bad recipe is refused here, not at the first step
     from torch._dynamo.backends.registry import lookup_backend
 
-    Options.parse(options)  # refused here, not at the first step
+    # whatever can be refused is refused here, not at the first step
+    if backend not in BACKENDS:
+        raise OptionError.no_backend(backend, BACKENDS)
+    options.setdefault("weights", "release")
+    parsed = Options.parse(options)
+    loaded = recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
+    check_made_for(parsed, loaded)
     module = _denoiser(pipe)
     if any(p.is_meta for p in module.parameters()):
         raise ModelError.on_meta(type(module).__name__)
+    if recipe is not None and loaded is not None:
+        with borrowed(module):
+            loaded.check_model({n: fingerprint(m.get_parameter("weight"))
+                                for n, m in module.named_modules() if type(m) in MODULES})
+        options["recipe"] = os.fspath(_kept(recipe) if isinstance(recipe, Recipe) else recipe)
+    named = [n for n, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    for pattern in parsed.exclude:
+        if not any(fnmatchcase(n, pattern) for n in named):
+            log.warning("exclude: %r matches no layer of %s, whose paths are like %s", pattern, type(module).__name__, named[-3:])
     if module in _WATCHED:
         restore(pipe)
     # a new callable each time: Dynamo takes equal backends for the same one and would go on with a restored step
@@ -56,6 +76,11 @@ def accelerate(pipe: Any, *, recipe: str | os.PathLike[str] | None = None, backe
     module.compile(backend=partial(compiler, options=options), **{k: v for k, v in limits.items() if k in known})
     _watch(module, own)
     return pipe
+
+
+def _kept(recipe: Recipe) -> Path:
+    """Its folder in the cache, named by its contents: a step knows its recipe by the path, and equal recipes have one step."""
+    return recipe.save(cache_folder() / "recipes" / recipe.content_hash())
 
 
 def restore(pipe: Any) -> Any:

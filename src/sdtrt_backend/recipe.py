@@ -92,10 +92,8 @@ class Recipe:
 
         return modelopt.from_modelopt(module, original)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, atomically, also while others save and load there.
-
-        Raises RecipeError where that is no folder and none can be made, or it cannot be written."""
+    def _files(self) -> tuple[bytes, bytes]:
+        """What ``save`` writes: the JSON and the tensors."""
         from safetensors.torch import save
 
         tensors = {f"smoothing/{k}": v.contiguous() for k, v in sorted(self.smoothing.items())}
@@ -110,7 +108,17 @@ class Recipe:
             "tensors_sha256": hashlib.sha256(blob).hexdigest(),
         }
         body["sha256"] = digest(body)
-        text = (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+        return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode(), blob
+
+    def content_hash(self) -> str:
+        """Of all that ``save`` writes: 32 hexadecimal digits."""
+        return hashlib.sha256(self._files()[0]).hexdigest()[:32]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, atomically, also while others save and load there.
+
+        Raises RecipeError where that is no folder and none can be made, or it cannot be written."""
+        text, blob = self._files()
         try:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)

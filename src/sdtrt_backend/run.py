@@ -6,12 +6,13 @@ One thread at a time calibrates or builds; the others run unquantised meanwhile 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +132,15 @@ def states(module: torch.nn.Module) -> list[ModuleState]:
         for state in _STATES.get(parameter, {}).values():
             found.setdefault(id(state), state)
     return list(found.values())
+
+
+@contextlib.contextmanager
+def borrowed(module: torch.nn.Module) -> Iterator[None]:
+    """The module's weights are where they belong, also while an accelerated pipeline keeps them elsewhere."""
+    with contextlib.ExitStack() as stack:
+        for state in states(module):
+            stack.enter_context(state.memory.weights.borrowed())
+        yield
 
 
 def forget(module: torch.nn.Module) -> None:
