@@ -98,7 +98,7 @@ def restore(pipe: Any) -> Any:
 def _watch(module: torch.nn.Module, own: Any) -> None:
     """Whoever saves the module or moves it finds its weights: this instance brings them back first."""
     module._apply = MethodType(_apply, module)  # type: ignore[method-assign]  # a copy of the module gets its own
-    _WATCHED[module] = own, module.register_state_dict_pre_hook(_before_saving)
+    _WATCHED[module] = own, module.register_state_dict_pre_hook(_bring_back)
 
 
 # functions of the file and not of a call: a module that is pickled takes the names of its hooks along
@@ -108,11 +108,7 @@ def _apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(self)._apply(self, *args, **kwargs)
 
 
-def _before_saving(module: torch.nn.Module, *_: Any) -> None:
-    _bring_back(module)
-
-
-def _bring_back(module: torch.nn.Module) -> None:
+def _bring_back(module: torch.nn.Module, *_: Any) -> None:
     """The 16-bit weights that wait on the CPU are on the GPU again, for good."""
     for state in states(module):
         state.memory.weights.restore()
