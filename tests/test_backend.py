@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -306,6 +307,47 @@ def test_threads_calling_during_the_swap_get_full_precision_or_8_bit_results(den
     quantised = call(compiled, 999, seed=2)
     assert all(torch.equal(r, expected) or torch.equal(r, quantised) for r in results)
     assert sdtrt_backend.explain(compiled).state == "ready"
+
+
+def test_two_modules_built_in_two_threads_while_a_third_calls_compiled_modules(make_denoiser):
+    """PyTorch traces one graph at a time, and then patches what every thread calls."""
+    mine = [torch.compile(make_denoiser(seed), backend="sd_int8", options={"engine": "inductor"}) for seed in (1, 2)]
+    others = calibrated(make_denoiser(3)), torch.compile(make_denoiser(4), backend="eager")
+    expected = [call(other, 999) for other in others]
+    for module in mine:
+        for seed in (0, 1):
+            trajectory(module, seed)
+    building, errors = threading.Event(), []
+
+    def build(module):
+        try:
+            while sdtrt_backend.explain(module).state not in ("ready", "refused"):
+                call(module, 999)
+        except Exception as error:  # collected: an assertion in a thread would be lost
+            errors.append(error)
+
+    def work():
+        try:
+            while building.is_set():
+                time.sleep(0.01)
+                assert all(torch.equal(call(other, 999), y) for other, y in zip(others, expected, strict=True))
+        except Exception as error:
+            errors.append(error)
+
+    building.set()
+    builders = [threading.Thread(target=build, args=(module,)) for module in mine]
+    third = threading.Thread(target=work)
+    for thread in (third, *builders):
+        thread.start()
+    for thread in builders:
+        thread.join()
+    building.clear()
+    third.join()
+    assert errors == []
+    for module in mine:
+        report = sdtrt_backend.explain(module)
+        assert (report.state, report.fallbacks) == ("ready", ())
+        assert 0 < report.error < TOLERANCES["int8_step"]
 
 
 def test_weights_changed_after_the_build_are_noticed(denoiser):

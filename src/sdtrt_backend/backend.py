@@ -18,7 +18,7 @@ from .calibrate import Observer
 from .capture import Captured, bind, capture, tensor_inputs
 from .engine import installed
 from .errors import ModelError, OptionError
-from .fx import propagate
+from .fx import inductor, propagate
 from .graphs import Graphed, Memory
 from .kernels import chooser
 from .lower import LOWERINGS, choose
@@ -109,8 +109,7 @@ def unquantized(captured: Captured, args: Sequence[Any], tensors: Sequence[torch
     """The captured graph in the user's precision through Inductor, for the shapes of ``args``. tensors: what it will be called
     with, if not with the tensors of ``args``."""
     graph, _ = bind(captured, args)
-    with torch.no_grad():
-        return _inductor(graph, tensor_inputs(captured, args) if tensors is None else tensors)
+    return inductor(graph, tensor_inputs(captured, args) if tensors is None else tensors)
 
 
 def build(captured: Captured, args: Sequence[Any], recipe: Recipe, options: Options, memory: Memory,

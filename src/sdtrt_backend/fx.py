@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -69,6 +69,26 @@ def propagate(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> None:
     """Write every node's shape, dtype and strides for these inputs into ``meta["val"]``."""
     with torch.no_grad():
         FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example)
+
+
+def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],
+             settings: Mapping[str, Any] | None = None) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Compile ``gm`` through Inductor for inference, one thread at a time, and while Dynamo compiles nothing.
+
+    settings: of ``torch._inductor.config``, for this compilation. Tracing a graph patches torch.nn.Module, which two threads must
+    not do at a time. The flag tells compiled modules that other threads call meanwhile that the trace is not theirs: without it
+    they raise. Dynamo sets it for its own compilations (PyTorch 2.13).
+    """
+    from torch._dynamo.convert_frame import compile_lock
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with compile_lock, config.patch(dict(settings or {})), torch.no_grad():
+        before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+        try:
+            return cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
+        finally:
+            torch.compiler._is_compiling_flag = before
 
 
 def add_constant(gm: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:

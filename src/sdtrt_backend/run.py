@@ -1,7 +1,8 @@
 """The state machine behind a compiled module: calibrating -> building -> ready, or refused.
 
 While calibrating, calls run the captured graph operation by operation, which gives the user's own numbers to the bit.
-One thread at a time calibrates or builds; the others run unquantised meanwhile and never wait.
+Of the threads that call a module one calibrates or builds, and in a process one builds; the others run unquantised meanwhile
+and never wait.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ log = logging.getLogger("sdtrt_backend")
 CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"
 CHANGED = ("the weights were changed after the 8-bit step was built (a LoRA fused, a checkpoint loaded?): restore and accelerate "
            "again to quantise the new ones")
+# held while a step is built, or compiled and first run: it is timed, and its CUDA graph is captured, while nothing of ours waits
+# for the whole GPU, which would end the capture
+BUILDING_ALONE = threading.RLock()
 LOOKED_AT = 4  # weights that a watched call looks at, in turn: merging an adapter changes many, and counts no version
 
 
@@ -202,18 +206,27 @@ class Step:
         if self.state.status == REFUSED:
             return self._refused(sizes, args)
         if not self.state.lock.acquire(blocking=False):
-            with self.state.memory.weights.borrowed():
-                return self.captured.graph(*args)
+            return self._own(args)
         try:
             if self.state.recipe is None:
                 result = self._calibrate(args)
                 if self.state.recipe is None:
                     return result
-            with self.state.memory.weights.borrowed():
-                self._build(sizes, args)
+            if not BUILDING_ALONE.acquire(blocking=False):
+                return self._own(args)
+            try:
+                with self.state.memory.weights.borrowed():
+                    self._build(sizes, args)
+                return self(*args)  # the first run, in which Inductor tunes what it compiled
+            finally:
+                BUILDING_ALONE.release()
         finally:
             self.state.lock.release()
-        return self(*args)
+
+    def _own(self, args: Sequence[Any]) -> Any:
+        """The module's own result, operation by operation."""
+        with self.state.memory.weights.borrowed():
+            return self.captured.graph(*args)
 
     def _calibrate(self, args: Sequence[Any]) -> Any:
         """One observed call, or None when this call starts after the last calibrating trajectory."""
@@ -343,9 +356,16 @@ class Step:
         return own
 
     def _refused(self, shape: Any, args: Sequence[Any]) -> Any:
-        if shape not in self.fallback:
-            self.fallback[shape] = self.unquantized(self.captured, args)
-        return self.fallback[shape](*tensor_inputs(self.captured, args))
+        tensors = tensor_inputs(self.captured, args)
+        if shape in self.fallback:
+            return self.fallback[shape](*tensors)
+        if not BUILDING_ALONE.acquire(blocking=False):
+            return self._own(args)
+        try:
+            step = self.fallback[shape] = self.unquantized(self.captured, args)
+            return step(*tensors)
+        finally:
+            BUILDING_ALONE.release()
 
     def _version(self) -> int:
         """Changes when a weight is written in place. Inference tensors cannot be written and have no counter."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import ops
-from ..fx import add_constant, call_arguments, drop_dead, finish, pair
+from ..fx import add_constant, call_arguments, drop_dead, finish, inductor, pair
 from ..measure import step_ms
 from ..options import Options
 from ..rules import OPS
@@ -35,18 +35,13 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
 
     ``options.rest``: "float32" (the user's own precision), "bfloat16", or "auto": bfloat16 where it was measured faster.
     """
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
     narrow = options.rest == "bfloat16" or (options.rest == "auto" and bf16_pays(gm))
     to_int8_operators(gm, torch.bfloat16 if narrow else None)
     if narrow:
         attention_in_bf16(gm)
     group_norm_by_aten(gm)
-    settings = {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN()}
     # an FX graph cache hit would skip the packing pass; kernels are cached by their source all the same
-    with config.patch({**settings, "fx_graph_cache": False}), torch.no_grad():
-        return cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
+    return inductor(gm, example, {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN(), "fx_graph_cache": False})
 
 
 def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:

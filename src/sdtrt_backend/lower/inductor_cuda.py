@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 
 from .. import ops
 from ..assign import problem
-from ..fx import add_constant, call_arguments, drop_dead, finish, propagate
+from ..fx import add_constant, call_arguments, drop_dead, finish, inductor, propagate
 from ..kernels import Chooser, Problem, chooser, provider
 from ..options import Options
 from ..quantize import QD
@@ -33,13 +33,10 @@ CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Callable[..., tuple[torch.Tensor, ...]]:
     """Compile ``gm`` (changed in place) for the shapes of ``example``. ``options.rest`` is not used: what is not 8-bit
     keeps the user's precision."""
-    from torch._inductor.compile_fx import compile_fx
-
     propagate(gm, example)
     simplify(gm)
     to_8_bit_operators(gm, chooser(example[0].device))
-    with torch.no_grad():
-        return cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
+    return inductor(gm, example)
 
 
 def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:

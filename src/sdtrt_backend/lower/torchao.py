@@ -6,13 +6,13 @@ The product is in the graph as TorchAO writes it, so that Inductor fuses the sca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 
 from .. import ops
-from ..fx import propagate
+from ..fx import inductor, propagate
 from ..kernels import Choice, Chooser, Problem
 from ..options import Options
 from .inductor_cuda import to_8_bit_operators
@@ -38,13 +38,10 @@ class OneKernel(Chooser):
 def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Callable[..., tuple[torch.Tensor, ...]]:
     """Compile ``gm`` (changed in place) for the shapes of ``example``. ``options.rest`` is not used: what is not 8-bit
     keeps the user's precision."""
-    from torch._inductor.compile_fx import compile_fx
-
     propagate(gm, example)
     simplify(gm)
     to_torchao(gm)
-    with torch.no_grad():
-        return cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
+    return inductor(gm, example)
 
 
 def to_torchao(gm: fx.GraphModule) -> fx.GraphModule:
