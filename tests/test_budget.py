@@ -104,9 +104,8 @@ def pipe():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(budget, "TRIAL_STEPS", 2)
-    monkeypatch.setattr(budget, "MAX_PARTS", 20)
-    monkeypatch.setattr(budget, "TIMED", 2)
+    for name, smaller in {"PICTURES": 4, "TRIED": 1, "TRIAL_STEPS": 2, "MAX_PARTS": 12, "TIMED": 2}.items():
+        monkeypatch.setattr(budget, name, smaller)
 
 
 def solved(pipe, target):

@@ -141,6 +141,20 @@ def written(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def read_through_copies(gm: fx.GraphModule) -> None:
+    """Whoever reads what the graph changes in place reads a copy, made where it reads: a kernel that takes its place may then
+    read earlier or later. Views, changes and outputs stay."""
+    changed = written(gm.graph)
+    for base in [n for n in gm.graph.nodes if n in changed and isinstance(n.meta.get("val"), torch.Tensor)]:
+        for reader in list(base.users):
+            if reader in changed or reader.op == "output":
+                continue
+            with gm.graph.inserting_before(reader):
+                copy = gm.graph.call_method("clone", (base,))
+            copy.meta.update(base.meta)
+            reader.replace_input_with(base, copy)
+
+
 def drop_dead(graph: fx.Graph) -> None:
     """Remove what nobody reads and what changes nothing."""
     graph.eliminate_dead_code(lambda n: n.is_impure() or changes(n) is not None)

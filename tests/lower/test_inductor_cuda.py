@@ -330,8 +330,44 @@ def add_to_a_copy(m, x):
     return copy + h
 
 
+def negate_behind_a_group_norm(m, x):
+    x = torch.relu(x)
+    h = m.n(x)
+    x.neg_()
+    return m.a(F.silu(h)) + x[:, :, 1:-1, 1:-1]
+
+
+def negate_half_of_a_concatenation(m, x):
+    left, right = torch.relu(x[:, :32]), torch.tanh(x[:, 32:])
+    both = torch.cat([left, right], dim=1)
+    left.neg_()
+    return m.a(F.silu(m.n(both))) + left.mean()
+
+
+def negate_a_sum(m, x):
+    both = torch.relu(x) + torch.tanh(x)
+    both.neg_()
+    return m.a(m.n(both)) + both
+
+
+def negate_a_gate(m, x):
+    value, gate = m.a(x).chunk(2, dim=-1)
+    gated = F.gelu(gate)
+    gate.neg_()
+    return m.b(value * gated) + gate
+
+
+def negate_a_query(m, x):
+    q = heads(torch.relu(x))
+    y = F.scaled_dot_product_attention(q, heads(m.k(x)), heads(m.v(x)))
+    q.neg_()
+    return m.o(y.transpose(1, 2).reshape(2, -1, 64)) + q.mean()
+
+
 @pytest.mark.parametrize(("body", "children", "x"), [
-    (add_to_shared, NORM, TOKENS), (add_shift_to_shared, GROUP, PIXELS), (add_to_a_copy, {"a": linear}, TOKENS)])
+    (add_to_shared, NORM, TOKENS), (add_shift_to_shared, GROUP, PIXELS), (add_to_a_copy, {"a": linear}, TOKENS),
+    (negate_behind_a_group_norm, GROUP, PIXELS), (negate_half_of_a_concatenation, GROUP, PIXELS), (negate_a_sum, NORM, TOKENS),
+    (negate_a_gate, {"a": lambda: linear(128), "b": linear}, TOKENS), (negate_a_query, dict.fromkeys("kvo", linear), TOKENS)])
 def test_what_is_changed_in_place_is_changed_for_all_who_read_it(body, children, x):
     gm, reference, tensors = lower(Fragment(body, **children), x)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import fx
 
 from .. import ops
 from ..assign import problem
-from ..fx import add_constant, call_arguments, drop_dead, finish, inductor, propagate
+from ..fx import add_constant, call_arguments, drop_dead, finish, inductor, propagate, read_through_copies
 from ..kernels import Chooser, Problem, chooser, provider
 from ..options import Options
 from ..quantize import QD
@@ -41,6 +41,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
 
 def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
     """Every quantised convolution becomes conv8, the linears that read one tensor become one linear8."""
+    read_through_copies(gm)
     gelu_by_sigmoid(gm)
     rewrite_attention(gm, choose)
     for quantize in [n for n in gm.graph.nodes if n.target in QUANTIZE]:
