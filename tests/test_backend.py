@@ -255,8 +255,7 @@ def test_sd_fp8_runs_its_reference_anywhere_and_is_refused_without_kernels(make_
     assert {layer.precision for layer in sdtrt_backend.explain(compiled).layers} == {"fp8", "float32"}
     other = make_denoiser(1)
     compiled = torch.compile(other, backend="sd_fp8")
-    for seed in (0, 1, 2):
-        trajectory(compiled, seed)
+    call(compiled, 999)  # at once: nothing is calibrated for nothing
     report = sdtrt_backend.explain(compiled)
     assert report.state == "refused"
     assert "use sd_int8 on the CPU" in report.fallbacks[0]

@@ -26,7 +26,7 @@ from .options import Options
 from .quantize import for_engine, for_torchao, free_convs, insert, plan
 from .recipe import Recipe
 from .rules import BY_CALL
-from .run import Built, ModuleState, Step, state_of
+from .run import CALIBRATING, Built, ModuleState, Step, state_of
 from .timesteps import number_for_timestep
 from .values import Decision, LayerReport
 from .weights import key
@@ -87,6 +87,10 @@ def _state(captured: Captured, parsed: Options) -> ModuleState:
         recipe.check_model(captured.fingerprints())
         check_made_for(parsed, recipe)
         state.recipe = recipe
+    if state.status == CALIBRATING:
+        _, refusal = choose(parsed, next(iter(captured.constants.values())).device)
+        if refusal is not None:
+            state.refuse(refusal)
     return state
 
 
