@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --model sdxl --batch 2                                  # eager, compile, sd_int8, sd_fp8
     python benchmarks/gpu.py --model sdxl --batch 2 --columns compile-max,torchao-fp8,torchao-int8,sdnq-int8
     python benchmarks/gpu.py --model sdxl --batch 2 --columns sd_fp8 --profile       # GPU time by kernel, nothing timed
-    python benchmarks/gpu.py --table                                                 # every JSON in --out, one table
+    python benchmarks/gpu.py --table                                                 # every JSON in --out and its profiles
     python benchmarks/gpu.py --tiny --model sdxl --columns eager,compile,sd_int8     # the same code on a CPU
 
 Published configurations, random weights, built on the GPU (UNets fp16 channels last, FLUX bf16). The time of a step does not
@@ -94,8 +94,10 @@ TINY: dict[str, dict[str, Any]] = {
 
 # GPU kernels by name, first match wins
 GROUPS = (("attention", r"flash|fmha|sdpa|attention|attn|^_short"),
-          ("8-bit matmul/conv", r"^_gemm|^_conv$|^_conv_|i8i8|i8i32|_s8|s8s8|int8.*gemm|gemm.*int8|16832gemm|igmma|imma|nvjet_qq|"
-                                r"e4m3.*(gemm|fprop|conv)|(gemm|fprop|conv).*e4m3|scaled_mm|int_mm|fp8.*gemm|gemm.*fp8"),
+          # cuDNN's fort_native convolutions are those that its graph API fuses: ours, in 8 bits
+          ("8-bit matmul/conv", r"^_gemm|^_conv$|^_conv_|i8i8|i8i32|_s8|s8s8|int8.*gemm|gemm.*int8|16832gemm|igmma|imma|"
+                                r"nvjet_(sm\d+_)?qq|fort_native\w*convfwd|e4m3.*(gemm|fprop|conv)|(gemm|fprop|conv).*e4m3|"
+                                r"scaled_mm|int_mm|fp8.*gemm|gemm.*fp8"),
           ("16-bit matmul/conv", r"gemm|nvjet|fprop|xmma|cutlass|convolve|winograd|wgrad|dgrad|conv2d|triton_tem|_mm_"),
           ("norms, GEGLU and rotary embedding of ours", r"^_channel_statistics|^_normalise|^_layer_norm|^_geglu|^_rms_rope"),
           ("Inductor's fused kernels", r"^triton_"))
@@ -565,19 +567,28 @@ def profile(run: Run, column: str, step: Callable[[], Any]) -> None:
         entry = kernels.setdefault(event.name, [0.0, 0])
         entry[0] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
         entry[1] += 1
-    groups = {name: [0.0, 0] for name in (*dict(GROUPS), "everything else")}
-    for name, (ms, count) in kernels.items():
-        groups[kind(name)][0] += ms
-        groups[kind(name)][1] += count
+    groups = kinds(kernels)
     print(f"\n{column}: {sum(ms for ms, _ in groups.values()):.3f} ms in {sum(int(n) for _, n in groups.values())} kernels")
     for name, (ms, count) in groups.items():
         print(f"  {ms:8.3f} ms {int(count):5} x  {name}")
-    slowest = dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:40])
-    for name, (ms, count) in slowest.items():
+    kernels = dict(sorted(kernels.items(), key=lambda item: -item[1][0]))
+    for name, (ms, count) in list(kernels.items())[:40]:
         print(f"  {ms:8.3f} ms {int(count):5} x  [{kind(name)}]  {name[:140]}")
-    path = run.given.out.parent / "gpu_profile" / run.path(column).name
+    path = profiles(run.given.out) / run.path(column).name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run.facts | {"column": column, "kinds": groups, "slowest": slowest}, indent=1) + "\n")
+    path.write_text(json.dumps(run.facts | {"column": column, "kernels": kernels}, indent=1) + "\n")
+
+
+def profiles(out: Path) -> Path:
+    return out.parent / "gpu_profile"
+
+
+def kinds(kernels: dict[str, list[float]]) -> dict[str, list[float]]:
+    """kind -> [ms, calls]."""
+    groups = {name: [0.0, 0.0] for name in (*dict(GROUPS), "everything else")}
+    for name, entry in kernels.items():
+        groups[kind(name)] = [a + b for a, b in zip(groups[kind(name)], entry, strict=True)]
+    return groups
 
 
 def kind(kernel: str) -> str:
@@ -612,6 +623,22 @@ def table(folder: Path) -> None:
                   + "; ".join(s for s in (r.get("state", ""), r.get("note", "")) if s))
             if "no_graph_ms" in r:
                 print(f"{r['column'] + ', no graph':18}{r['no_graph_ms']:9.2f}")
+
+
+def profile_table(folder: Path) -> None:
+    """GPU milliseconds of a step by kind of kernel, of every profile in the folder."""
+    found: dict[tuple[bool, str, int], list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*_*_*.json")):
+        row = json.loads(path.read_text())
+        found.setdefault((row["tiny"], row["model"], row["batch"]), []).append(row)
+    for (tiny, model, batch), rows in found.items():
+        columns = [kinds(r["kernels"]) for r in rows]
+        print(f"\n{'tiny ' * tiny}{model}, batch {batch}: ms in kernels of each kind (calls)")
+        print(f"{'':46}" + "".join(f"{r['column']:>18}" for r in rows))
+        for name in columns[0]:
+            print(f"{name:46}" + "".join(f"{c[name][0]:10.2f} ({int(c[name][1]):5})" for c in columns))
+        print(f"{'all':46}" + "".join(f"{sum(ms for ms, _ in c.values()):10.2f} ({int(sum(n for _, n in c.values())):5})"
+                                      for c in columns))
 
 
 def number(row: dict[str, Any], key: str, width: int, digits: int) -> str:
@@ -654,3 +681,4 @@ if __name__ == "__main__":
             measure(Run(given, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), wanted, Path(work))
     if not given.alone and not given.cold and not given.profile:
         table(given.out)
+        profile_table(profiles(given.out))
