@@ -286,6 +286,36 @@ def test_a_shape_that_is_refused_leaves_the_others_in_8_bits(denoiser, monkeypat
     assert torch.equal(call(compiled, 999), quantised)
 
 
+def test_a_size_is_built_once_also_when_another_graph_of_dynamos_takes_it(denoiser, steps, caplog):
+    """The first size has a graph of its own; from the second one on a graph with symbolic sizes takes every call."""
+    caplog.set_level("INFO", "sdtrt_backend")
+    compiled = calibrated(denoiser)
+    first = call(compiled, 999)
+    other = call(compiled, 999, batch=3, size=12)
+    assert len(steps) == 2
+    for _ in range(2):
+        assert torch.equal(call(compiled, 999), first)
+        assert torch.equal(call(compiled, 999, batch=3, size=12), other)
+    assert [len(step.variants) for step in steps] == [1, 2]
+    assert caplog.text.count("building the 8-bit step") == 2
+    report = sdtrt_backend.explain(compiled)
+    assert (report.state, report.fallbacks) == ("ready", ())
+
+
+def test_two_graphs_of_one_module_that_compute_something_else_are_two_steps(denoiser):
+    """Same parameters, same inputs: a number that the module reads is another one."""
+    compiled = calibrated(denoiser)
+    first = call(compiled, 999)
+    forward = type(denoiser).forward
+    denoiser.strength = 1.0
+    denoiser.forward = lambda *args, **kwargs: forward(denoiser, *args, **kwargs) * denoiser.strength
+    torch._dynamo.reset()
+    compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE)
+    torch.testing.assert_close(call(compiled, 999), first)
+    denoiser.strength = 2.0
+    torch.testing.assert_close(call(compiled, 999), 2 * first)
+
+
 def test_threads_calling_during_the_swap_get_full_precision_or_8_bit_results(denoiser):
     compiled = calibrated(denoiser)
     expected, results, errors = call(denoiser, 999, seed=2), [], []

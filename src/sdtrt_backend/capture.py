@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,46 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
             env[node] = graph.node_copy(node, lambda n: env[n])
     nodes = {node.name: new for node, new in env.items() if isinstance(new, fx.Node)}
     return finish(fx.GraphModule(root, graph)), nodes
+
+
+_NUMBERS = itertools.count()
+
+
+class _Value(str):
+    """A tensor's name in ``concrete``."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def concrete(captured: Captured, args: Sequence[Any]) -> str:
+    """What the graph does with inputs of these sizes. Two graphs of one module with equal texts are the same step: Dynamo makes
+    one for the first sizes, and another with symbolic sizes, for every size, once it meets other ones."""
+    env: dict[fx.Node, Any] = {}
+    lines: list[str] = []
+    inputs = iter(enumerate(args))
+    for node in captured.graph.graph.nodes:
+        if node.op == "placeholder":
+            i, value = next(inputs)
+            if i in captured.constants:
+                value = _Value(f"parameter{id(captured.constants[i])}")
+            elif isinstance(value, torch.Tensor):
+                lines.append(f"input{len(lines)}")
+                value = _Value(lines[-1])
+            env[node] = value
+        elif node.op == "get_attr":
+            env[node] = _Value(f"constant{next(_NUMBERS)}")  # a graph's own: no other one has it
+        else:
+            arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+            size = isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat)
+            if size and not any(isinstance(env[n], _Value) for n in node.all_input_nodes):
+                env[node] = node.target(*arguments, **keywords)  # arithmetic of numbers: sizes are known here
+                continue
+            env[node] = _Value(f"v{len(lines)}")
+            called = node.target if isinstance(node.target, str) else (
+                f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)}")
+            lines.append(f"{env[node]} = {called} {arguments} {keywords}")
+    return "\n".join(lines)
 
 
 def trace(module: torch.nn.Module, call: Mapping[str, Any],

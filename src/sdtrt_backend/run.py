@@ -21,7 +21,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .calibrate import Calibration, Observer
-from .capture import Captured, tensor_inputs
+from .capture import Captured, concrete, tensor_inputs
 from .drift import KEPT_BYTES, ZEROS, Drift, Later, Watch, peaks, trouble
 from .errors import CalibrationError
 from .graphs import Memory
@@ -71,6 +71,7 @@ class ModuleState:
         self.calibration = Calibration()
         self.recipe: Recipe | None = None
         self.built: Built | None = None
+        self.made: dict[Any, tuple[Built, Callable[..., Any]]] = {}  # (text of a graph, its inputs) -> what is used for it
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
         self.memory = Memory()
@@ -151,6 +152,7 @@ def forget(module: torch.nn.Module) -> None:
     """Drop the states of a module and what they hold: the next compilation starts anew."""
     for state in states(module):
         state.built = None
+        state.made.clear()
         state.memory.codes.clear()
         for step in state.steps:  # Dynamo keeps them
             step.clear()
@@ -257,12 +259,36 @@ class Step:
 
     def _build(self, shape: Any, args: Sequence[Any]) -> None:
         state = self.state
-        assert state.recipe is not None
         known = [w for w in self.weights if w in state.stamps]
         if stamped(known) != [state.stamps[w] for w in known]:
             state.refuse(CHANGED)
             return
         state.status = BUILDING
+        work = concrete(self.captured, args), tuple(s for s in shape if isinstance(s, tuple))
+        if work not in state.made:  # by another graph of Dynamo's, perhaps
+            made = self._made(args)
+            if made is None:
+                return
+            state.made[work] = made
+        built, step = state.made[work]
+        state.release(built.replaced)
+        state.built = state.built or built
+        self.variants[shape] = step
+        if step is built.step and built.watch is not None:
+            self.watches[shape] = built.watch
+            state.drift.expect(built.watch)
+        self.weights_version = self._version()
+        codes = {key(w) for w in built.replaced}
+        self.looked_at += [w for w in self.weights if key(w) in codes and all(w is not known for known in self.looked_at)]
+        for w, stamp in zip(self.looked_at, stamped(self.looked_at), strict=True):
+            state.stamps.setdefault(w, stamp)
+        state.status = READY
+
+    def _made(self, args: Sequence[Any]) -> tuple[Built, Callable[..., Any]] | None:
+        """What was built for inputs like ``args``, and the step to use, which is not of 8 bits where those are in use for other
+        sizes only. None where the module was refused."""
+        state = self.state
+        assert state.recipe is not None
         log.info("sd_%s: building the 8-bit step", state.options.precision)
         start = time.perf_counter()
         try:
@@ -277,27 +303,15 @@ class Step:
         built.timings["cold_start_s"] = time.perf_counter() - start
         for note in built.notes:
             state.say(state.notes, note)
-        step = built.step
-        if step is None and state.built is None:
+        if built.step is not None:
+            return built, built.step
+        if state.built is None:
             state.built = built
             state.refuse(built.refusal or "no reason given")
-            return
-        if step is None:  # 8 bits are in use for other shapes
-            sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
-            state.say(state.fallbacks, f"{built.refusal}; inputs of {sizes} run in the module's own precision")
-            step = self.unquantized(self.captured, args)
-        state.release(built.replaced)
-        state.built = state.built or built
-        self.variants[shape] = step
-        if step is built.step and built.watch is not None:
-            self.watches[shape] = built.watch
-            state.drift.expect(built.watch)
-        self.weights_version = self._version()
-        codes = {key(w) for w in built.replaced}
-        self.looked_at += [w for w in self.weights if key(w) in codes and all(w is not known for known in self.looked_at)]
-        for w, stamp in zip(self.looked_at, stamped(self.looked_at), strict=True):
-            state.stamps.setdefault(w, stamp)
-        state.status = READY
+            return None
+        sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
+        state.say(state.fallbacks, f"{built.refusal}; inputs of {sizes} run in the module's own precision")
+        return built, self.unquantized(self.captured, args)
 
     def _watched(self, watch: Watch, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any) -> Any:
         """``result`` of the 8-bit step, or the module's own where that one is not to be used and it is known already."""
