@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import grab
 from fragments import TOKENS, Fragment, linear
 
-from sdtrt_backend.capture import bind, tensor_inputs, trace
+from sdtrt_backend.capture import bind, concrete, tensor_inputs, trace
 
 
 def test_every_linear_and_convolution_is_found_under_its_module_path(denoiser, graph):
@@ -179,3 +179,16 @@ def test_what_a_module_changes_in_place_is_changed_and_not_quantised(change):
     bound, _ = bind(captured, args)
     with torch.no_grad():
         assert torch.equal(bound(TOKENS)[0], module(TOKENS))
+
+
+def test_graphs_that_do_the_same_at_these_sizes_have_the_same_calls(denoiser):
+    """Dynamo's second graph has symbolic sizes."""
+    small, large = ((torch.randn(n, 4, size, size), torch.tensor(500), torch.randn(n, 5, 64)) for n, size in ((2, 8), (3, 12)))
+    found = []
+    for calls in ((small,), (large, small), (large,)):
+        torch._dynamo.reset()
+        captured, args = grab(denoiser, *calls)
+        found.append((sum(isinstance(a, int) for a in args), concrete(captured, args)))
+    (no_sizes, fixed), (some, symbolic), (_, other) = found
+    assert no_sizes == 0 < some
+    assert fixed == symbolic != other

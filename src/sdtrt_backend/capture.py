@@ -107,20 +107,21 @@ class _Value(str):
     __repr__ = str.__str__
 
 
-def concrete(captured: Captured, args: Sequence[Any]) -> str:
-    """What the graph does with inputs of these sizes. Two graphs of one module with equal texts are the same step: Dynamo makes
-    one for the first sizes, and another with symbolic sizes, for every size, once it meets other ones."""
+def concrete(captured: Captured, args: Sequence[Any]) -> tuple[tuple[Any, str], ...]:
+    """What the graph does with inputs of these sizes: (function or method, its arguments) of every call. Where two graphs of one
+    module do the same, one step serves both: Dynamo makes a graph for the first sizes, and another with symbolic sizes, for every
+    size, once it meets other ones."""
     env: dict[fx.Node, Any] = {}
-    lines: list[str] = []
-    inputs = iter(enumerate(args))
+    calls: list[tuple[Any, str]] = []
+    values = iter(enumerate(args))
     for node in captured.graph.graph.nodes:
         if node.op == "placeholder":
-            i, value = next(inputs)
+            i, value = next(values)
             if i in captured.constants:
                 value = _Value(f"parameter{id(captured.constants[i])}")
             elif isinstance(value, torch.Tensor):
-                lines.append(f"input{len(lines)}")
-                value = _Value(lines[-1])
+                value = _Value(f"v{len(calls)}")
+                calls.append(("input", ""))
             env[node] = value
         elif node.op == "get_attr":
             env[node] = _Value(f"constant{next(_NUMBERS)}")  # a graph's own: no other one has it
@@ -130,11 +131,9 @@ def concrete(captured: Captured, args: Sequence[Any]) -> str:
             if size and not any(isinstance(env[n], _Value) for n in node.all_input_nodes):
                 env[node] = node.target(*arguments, **keywords)  # arithmetic of numbers: sizes are known here
                 continue
-            env[node] = _Value(f"v{len(lines)}")
-            called = node.target if isinstance(node.target, str) else (
-                f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)}")
-            lines.append(f"{env[node]} = {called} {arguments} {keywords}")
-    return "\n".join(lines)
+            env[node] = _Value(f"v{len(calls)}")
+            calls.append((node.target, f"{arguments} {keywords}"))
+    return tuple(calls)
 
 
 def trace(module: torch.nn.Module, call: Mapping[str, Any],

@@ -71,7 +71,7 @@ class ModuleState:
         self.calibration = Calibration()
         self.recipe: Recipe | None = None
         self.built: Built | None = None
-        self.made: dict[Any, tuple[Built, Callable[..., Any]]] = {}  # (text of a graph, its inputs) -> what is used for it
+        self.made: dict[Any, tuple[Built, Callable[..., Any]]] = {}  # (what a graph does, its inputs) -> what is used for it
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
         self.memory = Memory()
