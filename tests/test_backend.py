@@ -302,6 +302,21 @@ def test_a_size_is_built_once_also_when_another_graph_of_dynamos_takes_it(denois
     assert (report.state, report.fallbacks) == ("ready", ())
 
 
+@pytest.mark.parametrize("first_mode", [torch.inference_mode, torch.no_grad])
+def test_a_step_serves_inference_mode_and_no_grad(denoiser, first_mode, caplog):
+    """Dynamo makes a graph for each, since their tensors differ."""
+    caplog.set_level("INFO", "sdtrt_backend")
+    compiled = calibrated(denoiser, engine="inductor")
+    modes = [torch.no_grad, torch.inference_mode, torch.no_grad]
+    found = []
+    for mode in modes if first_mode is torch.no_grad else modes[1:]:
+        with mode():
+            found.append(call(compiled, 999).clone())
+    assert all(torch.equal(y, found[0]) for y in found)
+    assert caplog.text.count("building the 8-bit step") == 1
+    assert sdtrt_backend.explain(compiled).state == "ready"
+
+
 def test_two_graphs_of_one_module_that_compute_something_else_are_two_steps(denoiser):
     """Same parameters, same inputs: a number that the module reads is another one."""
     compiled = calibrated(denoiser)

@@ -64,7 +64,8 @@ class Graphed:
 
     def __init__(self, step: Callable[..., Sequence[Any]], example: Sequence[torch.Tensor], memory: Memory) -> None:
         self.memory = memory
-        self.inputs = [t.detach().clone() for t in example]
+        with torch.inference_mode(False):  # made in it, they could not be written outside it
+            self.inputs = [t.detach().clone() for t in example]
         self.device = next(t.device for t in example if t.is_cuda)
         with memory.lock, torch.cuda.device(self.device), torch.no_grad(), side_stream() as side:
             torch.cuda.synchronize()

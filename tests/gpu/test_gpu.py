@@ -102,6 +102,8 @@ def test_streams_and_inference_mode_give_the_same(compiled):
     assert all(torch.equal(r, first) for r in results)
     with torch.inference_mode():
         assert torch.equal(calls(unet, args, text, 2), first)
+        built_here = calls(unet, args, text, 4)
+    assert torch.equal(calls(unet, args, text, 4), built_here)
 
 
 @torch.no_grad()
