@@ -104,6 +104,7 @@ def check_made_for(parsed: Options, recipe: Recipe | None) -> None:
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What torch.compile does by itself, called by Dynamo while it compiles, with gradients where they are enabled."""
     from torch._inductor.compile_fx import compile_fx
 
     return cast(Callable[..., Any], compile_fx(gm, list(example_inputs)))
