@@ -67,6 +67,7 @@ from sdtrt_backend.recipe import versions
 
 PEAK_8BIT, PEAK_ATTENTION = 1979e12, 790e12
 CALLS = 2
+ROUNDS_SO_FAR = 3
 TIMESTEPS = (999.0, 700.0, 400.0, 100.0)  # calibration; a step is timed at the third
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGES = ("sdtrt_backend", "torch", "triton", "nvidia-cudnn-frontend", "diffusers", "transformers", "torchao", "sdnq")
@@ -445,17 +446,23 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
                 row |= {"cold_s": started[column]["cold_s"], "warm_s": row["cold_s"]}
             rows[column] = row
             steps |= timed
-            row["step_ms"] = once_ms(timed[column])  # until all have been timed in turn
-            print(f"{column}: {row['step_ms']:.2f} ms alone", flush=True)
         except Exception as error:
-            row = {"error": first_line(error)}
-        run.write(column, row)
+            run.write(column, {"error": first_line(error)})
+            continue
+        if not given.profile:
+            time_in_turn(run, rows, steps, ROUNDS_SO_FAR)  # a run that is stopped has its columns so far
+            print(f"{column}: {row['step_ms']:.2f} ms", flush=True)
     if given.profile:
         for column in together:
             if column in steps and column in given.columns.split(","):
                 profile(run, column, steps[column])
         return
-    times = times_ms(steps, given.rounds)
+    time_in_turn(run, rows, steps, given.rounds)
+
+
+def time_in_turn(run: Run, rows: dict[str, dict[str, Any]], steps: dict[str, Callable[[], Any]], rounds: int) -> None:
+    """Write the rows with the times of their steps, all timed in this call."""
+    times = times_ms(steps, rounds)
     for column, row in rows.items():
         row["step_ms"] = times[column]
         if f"{column}, no graph" in times:
