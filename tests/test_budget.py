@@ -11,7 +11,9 @@ import torch
 import sdtrt_backend
 from sdtrt_backend import budget
 from sdtrt_backend.budget import Part
+from sdtrt_backend.demo import LastCall
 from sdtrt_backend.errors import CalibrationError, OptionError
+from sdtrt_backend.measure import compare
 from sdtrt_backend.metrics import psnr
 from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import free_convs, insert, plan
@@ -143,13 +145,26 @@ def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, q
         return pipe(PROMPTS[2:] * (budget.PICTURES // 2), num_inference_steps=4, guidance_scale=5.0, generator=noise,
                     output_type="np").images
 
+    def step():
+        return pipe.unet(*last.args, **last.kwargs)[0]
+
+    last = LastCall(pipe.unet)
     plain = pictures()
-    with sdtrt_backend.accelerated(pipe, recipe=tmp_path, engine="reference", min_psnr=target):
-        each = psnr(pictures(), plain)
-        report = sdtrt_backend.explain(pipe)
+    last.close()
+    decisions = {d.layer.name: d for d in budget.decided(pipe.unet, again, Options()) if d.quantized}
+    weights = {n: budget.stats.fake_quantize_weight(d, d.layer.weight) for n, d in decisions.items()}
+    with torch.no_grad():
+        exact = step()
+        with budget.emulated(pipe.unet, decisions, weights):
+            judged = compare(step(), exact)
+        with sdtrt_backend.accelerated(pipe, recipe=tmp_path, engine="reference", min_psnr=target):
+            each, error = psnr(pictures(), plain), compare(step(), exact)
+            report = sdtrt_backend.explain(pipe)
     assert report.state == "ready"
     assert {layer.name: layer.reason for layer in report.layers if layer.name in kept} == kept
-    # not near facts["mean_db"]: sums in another order round ties otherwise, which is half of the error of such a step
+    # Its error is that of the step that judged, but not its values, nor facts["mean_db"] of four pictures: sums in another order
+    # round ties otherwise, which moves the output by half of the error.
+    assert error == pytest.approx(judged, rel=0.1)
     assert sum(each) / len(each) >= target
 
 
