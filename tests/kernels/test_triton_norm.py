@@ -80,8 +80,9 @@ def test_group_norm_survives_a_large_mean(std):
     x = tensor(2, 64, 17, 19, mean=100.0, std=std).contiguous(**LAST)
     exact = torch.nn.functional.group_norm(x.double(), 8, None, None, 1e-6)
     error = (group_norm(x, None, 8, None, None, 1e-6, False, None, FP32) - exact).abs().max()
-    # three roundings of the size of the mean: a chunk's mean, the group's, and the sum that subtracts it
-    assert error <= 3 * (torch.finfo(FP32).eps / 2) * 100.0 / std + 1e-6
+    # seven roundings of the size of the mean: a chunk's mean, a channel's, three in the sum of 8 channels, and the two
+    # products whose difference is the result; sums of squares that cancel, as torch's own do here, are off by 60,000
+    assert error <= 7 * (torch.finfo(FP32).eps / 2) * 100.0 / std + 1e-6
 
 
 @on_device
