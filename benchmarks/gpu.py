@@ -17,7 +17,8 @@ process of our columns and in turn with them. The other columns run before, each
 killed when preparing and the first call take longer than ``--limit`` seconds; nothing else uses the GPU meanwhile.
 
 What the columns of the table mean:
-step        median over ``--rounds`` of the mean of CALLS back-to-back calls, CUDA events, after one call that fills the queue
+step        median over ``--rounds`` of the mean of CALLS back-to-back calls, CUDA events, after one call that fills the queue;
+            of a run that was stopped over ROUNDS_SO_FAR
 TFLOP       of one step, by torch.utils.flop_counter on the eager module, attention included
 floor       (linear + convolution FLOP) / 1979e12 + attention FLOP / 790e12 seconds: dense 8-bit peak of an H200, and what it
             reaches in 16 bits; the table shows the share of it that a step reaches
