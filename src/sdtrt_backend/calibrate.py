@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import budget, stats
+from . import budget, names, stats, weights
 from .errors import CalibrationError, ModelError
 from .options import Options
 from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
@@ -211,7 +211,8 @@ def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[
     try:
         for name, child in module.named_modules():
             if type(child) in MODULES:
-                handles.append(child.register_forward_pre_hook(layer_hook(name, child), with_kwargs=True))
+                hook = layer_hook(names.layer_name(name), child)
+                handles.append(child.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -226,8 +227,10 @@ def uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
     in_place, module._compiled_call_impl = module._compiled_call_impl, None
     if module is not compiled:
         setattr(pipe, name, module)
+    names.named(module)
     try:
-        yield module
+        with weights.borrowed(module.parameters()):
+            yield module
     finally:
         module._compiled_call_impl = in_place
         if module is not compiled:

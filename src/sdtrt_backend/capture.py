@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from .fx import call_arguments, finish, module_path, written
+from .names import layer_name
 from .recipe import fingerprint
 from .rules import OPS
 from .timesteps import find_timestep
@@ -19,16 +20,19 @@ from .values import Layer
 
 @dataclass(frozen=True)
 class Captured:
-    """graph: Dynamo's own, never changed; layers: its quantisable calls; timestep: index of that input or None.
+    """One captured graph with the parameters of one module.
 
-    constants: input index -> parameter; unquantizable: layer name -> why it is not even a candidate.
+    graph: Dynamo's own, never changed; layers: its quantisable calls; timestep: index of that input or None.
+    constants: input index -> parameter or buffer; inputs: the other indices; unquantizable: layer name -> why it is not even a
+    candidate.
     """
 
     graph: fx.GraphModule
     layers: tuple[Layer, ...]
-    constants: dict[int, torch.nn.Parameter]
+    constants: dict[int, torch.Tensor]
     timestep: int | None
     unquantizable: dict[str, str]
+    inputs: tuple[int, ...] = ()
 
     def fingerprints(self) -> dict[str, str]:
         return {layer.name: fingerprint(layer.weight) for layer in self.layers}
@@ -37,11 +41,21 @@ class Captured:
         """FX node name -> layer name."""
         return {layer.node: layer.name for layer in self.layers}
 
+    def names(self) -> list[str]:
+        """Of all inputs, as Dynamo named them."""
+        return [n.name for n in self.graph.graph.find_nodes(op="placeholder")]
 
-def capture(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
-    """Find parameters, timestep and quantisable calls. Fake or symbolic example inputs are fine."""
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    constants = {i: v for i, v in enumerate(example_inputs) if isinstance(v, torch.nn.Parameter)}
+
+def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping[int, str] | None = None) -> Captured:
+    """Find constants, timestep and quantisable calls. Fake or symbolic example inputs are fine.
+
+    paths: id of a parameter or buffer of the module -> its path, which names the layers; where it is not there, layers are named
+    by the modules that Dynamo saw, relative to what it compiled. A buffer that is not in ``paths`` is an input like any other.
+    """
+    paths = paths or {}
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    constants = {i: v for i, v in enumerate(example_inputs)
+                 if isinstance(v, torch.nn.Parameter) or (isinstance(v, torch.Tensor) and id(v) in paths)}
     value_of = {placeholders[i]: v for i, v in constants.items()}
     layers: list[Layer] = []
     unquantizable: dict[str, str] = {}
@@ -50,8 +64,9 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         if node.op != "call_function" or node.target not in OPS:
             continue
         arguments = call_arguments(node)
-        name = module_path(node)
-        if arguments["weight"] not in value_of:
+        weight = value_of.get(arguments["weight"])
+        name = layer_name(paths.get(id(weight), module_path(node)))
+        if weight is None:
             unquantizable[name] = "its weight is computed in the graph, not a parameter"
             continue
         if arguments["bias"] is not None and arguments["bias"] not in value_of:
@@ -63,18 +78,19 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         if isinstance(arguments.get("padding"), str):
             unquantizable[name] = f"its padding is given as {arguments['padding']!r}, not in pixels"
             continue
-        weight = value_of[arguments["weight"]].detach()
-        while any(known.name == name and known.weight.data_ptr() != weight.data_ptr() for known in layers):
+        while any(known.name == name and known.weight is not weight for known in layers):
             name += "'"  # a second call in one submodule, with another weight
         layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight, arguments.get("groups", 1)))
     timestep = find_timestep([n.name for n in placeholders], example_inputs)
-    return Captured(graph, tuple(layers), constants, timestep, unquantizable)
+    others = tuple(i for i in range(len(placeholders)) if i not in constants)
+    return Captured(graph, tuple(layers), constants, timestep, unquantizable, others)
 
 
 def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     """A fresh graph whose inputs are the tensors of ``args`` alone: parameters become constants, integers literals.
 
-    Editing Dynamo's graph in place would change its calling convention. Returns the graph and node name -> new node.
+    Editing Dynamo's graph in place would change its calling convention. Returns the graph and node name -> new node, of those
+    whose result somebody reads.
     """
     root, graph, env = torch.nn.Module(), fx.Graph(), {}
     placeholders = iter(enumerate(args))
@@ -93,8 +109,23 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
             env[node] = graph.get_attr(node.name)
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
-    nodes = {node.name: new for node, new in env.items() if isinstance(new, fx.Node)}
-    return finish(fx.GraphModule(root, graph)), nodes
+    gm = finish(fx.GraphModule(root, graph))
+    left = set(gm.graph.nodes)
+    return gm, {node.name: new for node, new in env.items() if isinstance(new, fx.Node) and new in left}
+
+
+def follow(captured: Captured, live: Container[torch.Tensor]) -> Captured:
+    """The same with these constants as inputs: what is built from it reads them at every call, whatever becomes of them."""
+    moved = {i for i, p in captured.constants.items() if p in live}
+    if not moved:
+        return captured
+    constants = {i: p for i, p in captured.constants.items() if i not in moved}
+    return replace(captured, constants=constants, inputs=tuple(sorted({*captured.inputs, *moved})))
+
+
+def follow_all(captured: Captured) -> Captured:
+    """The same with every constant as an input."""
+    return replace(captured, constants={}, inputs=tuple(sorted({*captured.inputs, *captured.constants})))
 
 
 _NUMBERS = itertools.count()
@@ -154,8 +185,11 @@ def trace(module: torch.nn.Module, call: Mapping[str, Any],
 
 
 def tensor_inputs(captured: Captured, args: Sequence[Any]) -> list[torch.Tensor]:
-    """What the bound graph takes, from what Dynamo passes. A timestep that a scheduler left on the CPU goes to the device of the
-    weights, where the module itself would send it: a CUDA graph reads nothing on the host."""
-    tensors = [v for i, v in enumerate(args) if i not in captured.constants and isinstance(v, torch.Tensor)]
+    """What the bound graph takes, from what Dynamo passes. What a scheduler left on the CPU goes to the device of the weights,
+    where the module itself would send it: a CUDA graph reads nothing on the host."""
     weight = next(iter(captured.constants.values()), None)
-    return tensors if weight is None else [t.to(weight.device) if t.is_cpu else t for t in tensors]
+    if weight is None:
+        weight = next((a for a in args if isinstance(a, torch.nn.Parameter)), None)
+    device = None if weight is None else weight.device
+    tensors = [v for i in captured.inputs if isinstance(v := args[i], torch.Tensor)]
+    return [t.to(device) if t.is_cpu else t for t in tensors] if device is not None and device.type != "cpu" else tensors

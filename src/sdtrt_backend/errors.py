@@ -19,6 +19,11 @@ class OptionError(SdtrtError):
         return cls(f"unknown option {name!r} for backend sd_int8; valid options: {', '.join(sorted(valid))}")
 
     @classmethod
+    def not_taken(cls, name: str, value: object) -> OptionError:
+        return cls(f"torch.compile(..., {name}={value!r}) means nothing to backend sd_int8 or sd_fp8: leave it out; what they take is "
+                   "options={...}")
+
+    @classmethod
     def no_backend(cls, given: object, valid: Iterable[str]) -> OptionError:
         return cls(f"accelerate expects backend to be one of {', '.join(valid)}, got {given!r}; for any other call torch.compile")
 
@@ -166,6 +171,12 @@ class CalibrationError(SdtrtError):
 
 class ModelError(SdtrtError):
     """The module or pipeline handed in cannot be used."""
+
+    @classmethod
+    def offloaded(cls, module: object) -> ModelError:
+        return cls(f"{type(module).__name__} is under sequential CPU offload: its weights are loaded piece by piece for each call, so "
+                   "no 8-bit copy of them can stay in use; accelerate without enable_sequential_cpu_offload, or with "
+                   "enable_model_cpu_offload instead, which moves the module as a whole")
 
     @classmethod
     def on_meta(cls, name: str) -> ModelError:

@@ -24,7 +24,6 @@ from .lower import onnx
 from .quantize import for_engine, insert, plan
 from .recipe import Recipe, fingerprint, write_atomically
 from .rules import ENGINE_MIN_SM, LEVELS, MODULES
-from .run import borrowed
 from .timesteps import TIMESTEP_NAMES
 from .values import Decision
 
@@ -114,7 +113,7 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
             raise ExportError.unknown(what, given, valid)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     name = denoiser_name(pipe)
-    with uncompiled(pipe, name) as module, borrowed(module):
+    with uncompiled(pipe, name) as module:
         recipe.check_model({n: fingerprint(m.get_parameter("weight")) for n, m in module.named_modules() if type(m) in MODULES})
         calls = [_call(pipe, module, s) for s in (size or Size(), largest) if s is not None]
         module, calls = _in_dtype(module, calls, dtype)

@@ -10,8 +10,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .weights import Weights
+from .weights import key
 
 WARM_UPS = 2
 _ONE_AT_A_TIME = threading.RLock()  # torch allows one capture in a process
@@ -42,47 +43,112 @@ def record(step: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None)
 
 
 class Memory:
-    """What all steps of one module share: the 8-bit weights, the 16-bit ones that left the GPU, one pool for the graphs'
-    tensors, and the promise that one graph runs at a time.
+    """What all steps of one state share: the 8-bit weights, what was built, by which values of the constants, one pool for the
+    graphs' tensors, and the promise that one graph runs at a time.
 
-    codes: (names of layers that read one tensor, precision) -> (codes, scale) of each.
+    codes: see ``quantize.insert``; made: what a graph does and its inputs -> what was built for it.
     """
 
     def __init__(self) -> None:
-        self.codes: dict[tuple[tuple[str, ...], str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self.weights = Weights()
+        self.codes: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.made: dict[Any, Any] = {}
+        self.stamps: Any = WeakIdKeyDictionary()  # constant -> (version, one value) when a step was built from it
         self.lock = threading.Lock()
         self.pool: Any = None
         self.last: torch.cuda.Event | None = None
+
+    def stamp(self, constants: Sequence[torch.Tensor]) -> None:
+        """A step was built from what these are now."""
+        new = [p for p in constants if p not in self.stamps]
+        for p, value in zip(new, elements(new).tolist(), strict=True):
+            self.stamps[p] = version(p), value
+
+    def changed(self, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Those that are not what a step was built from."""
+        known = [p for p in constants if p in self.stamps]
+        written = {id(p) for p in known if self.stamps[p][0] != version(p)}
+        return [p for p in known if id(p) in written] + self.differing([p for p in known if id(p) not in written])
+
+    def differing(self, constants: Sequence[torch.Tensor], values: Sequence[float] | None = None) -> list[torch.Tensor]:
+        """Those of ``constants`` that have another value than a step was built from. values: their ``elements``."""
+        values = elements(constants).tolist() if values is None else values
+        return [p for p, value in zip(constants, values, strict=True)
+                if (known := self.stamps.get(p, (0, value))[1]) != value and not (math.isnan(known) and math.isnan(value))]
+
+    def forget(self, ids: set[int]) -> None:
+        """Nothing that was built stands for the constants with these ids any more."""
+        for p in [p for p in self.stamps if id(p) in ids]:
+            del self.stamps[p]
+        self.codes.clear()
+        self.made.clear()
+
+
+def version(p: torch.Tensor) -> int:
+    """Changes when the tensor is written in place. Inference tensors have none and cannot be written."""
+    return 0 if p.is_inference() else p._version
+
+
+@torch.no_grad()
+def elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One value of each, from its middle: fp32 [tensors] on the device of the first; NaN for an empty one and for those elsewhere."""
+    if not tensors:
+        return torch.empty(0)
+    device = tensors[0].device
+    found: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
+    for i, t in enumerate(tensors):
+        if t.device == device and t.numel():
+            places, views = found.setdefault(t.dtype, ([], []))
+            places.append(i)
+            views.append(t.as_strided((), (), t.storage_offset() + sum(n // 2 * s for n, s in zip(t.shape, t.stride(), strict=True))))
+    parts = [torch.stack(views).float() for _, views in found.values()]
+    order = [i for places, _ in found.values() for i in places]
+    values = torch.cat(parts) if parts else torch.empty(0, device=device)
+    if order == list(range(len(tensors))):
+        return values
+    result = torch.full((len(tensors),), math.nan, device=device)
+    result[torch.tensor(order, dtype=torch.long, device=device)] = values
+    return result
 
 
 class Graphed:
     """``step`` captured for inputs like ``example``; a call copies the inputs in, replays, and returns copies of the outputs.
 
     Graphs of one ``Memory`` may be called in turn and from several streams and threads: each waits for the one before.
+    constants: tensors that the step reads besides its inputs, and that nobody else needs on the GPU while it sleeps.
     """
 
-    def __init__(self, step: Callable[..., Sequence[Any]], example: Sequence[torch.Tensor], memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, step: Callable[..., Sequence[Any]], example: Sequence[torch.Tensor], memory: Memory,
+                 constants: Sequence[torch.Tensor] = ()) -> None:
+        self.memory, self.step, self.constants = memory, step, constants  # the constants must live as long as the graph
         with torch.inference_mode(False):  # made in it, they could not be written outside it
             self.inputs = [t.detach().clone() for t in example]
         self.device = next(t.device for t in example if t.is_cuda)
-        with memory.lock, torch.cuda.device(self.device), torch.no_grad(), side_stream() as side:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.outputs: Sequence[Any] = ()
+        self.asleep: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # key of a storage -> (a tensor over it, copy on the CPU)
+        with memory.lock:
+            self._capture()
+
+    def _capture(self) -> None:
+        memory = self.memory
+        with torch.cuda.device(self.device), torch.no_grad(), side_stream() as side:
             torch.cuda.synchronize()
             memory.pool = memory.pool or torch.cuda.graph_pool_handle()
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
-                    step(*self.inputs)
+                    self.step(*self.inputs)
             side.synchronize()
-            self.graph, self.outputs = record(lambda: step(*self.inputs), side, memory.pool)
+            self.graph, self.outputs = record(lambda: self.step(*self.inputs), side, memory.pool)
             for output in self.outputs:  # whoever compares the first replay notices a graph that writes nothing
                 if isinstance(output, torch.Tensor) and output.is_floating_point():
                     output.fill_(math.nan)
-        self.step = step  # its weights must live as long as the graph
 
     def __call__(self, *inputs: torch.Tensor) -> list[Any]:
         memory = self.memory
         with memory.lock, torch.cuda.device(self.device), torch.no_grad():
+            if self.graph is None:
+                self._wake()
+            assert self.graph is not None
             if memory.last is not None:
                 torch.cuda.current_stream().wait_event(memory.last)
             for mine, given in zip(self.inputs, inputs, strict=True):
@@ -91,3 +157,26 @@ class Graphed:
             outputs = [o.clone() if isinstance(o, torch.Tensor) else o for o in self.outputs]
             memory.last = torch.cuda.current_stream().record_event()
         return outputs
+
+    def sleep(self, in_use: set[int]) -> None:
+        """Give the GPU's memory back: the graph goes, the constants wait on the CPU. in_use: keys of storages that stay."""
+        with self.memory.lock:
+            if self.graph is None:
+                return
+            torch.cuda.synchronize(self.device)
+            self.graph, self.outputs = None, ()
+            for t in self.constants:
+                if t.is_cuda and key(t) not in in_use and t.untyped_storage().nbytes() and t.untyped_storage().resizable():
+                    whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())  # type: ignore[call-overload]
+                    self.asleep[key(t)] = (t, whole.cpu())
+            for t, _ in self.asleep.values():
+                t.untyped_storage().resize_(0)
+
+    def _wake(self) -> None:
+        for t, copy in self.asleep.values():
+            storage = t.untyped_storage()
+            if not storage.nbytes():  # or another step over the same codes has brought them back
+                storage.resize_(copy.numel())
+                torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage).copy_(copy)  # type: ignore[call-overload]
+        self.asleep.clear()
+        self._capture()

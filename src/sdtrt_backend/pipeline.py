@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 
+from . import names, weights
 from .backend import check_made_for
 from .calibrate import denoiser_name
 from .errors import ModelError, OptionError
 from .options import Options
-from .recipe import Recipe, fingerprint
-from .report import Report
-from .rules import MODULES
-from .run import borrowed, forget, states
+from .recipe import Recipe
+from .state import forget, report, states
+from .step import fingerprints
 from .store import cache_folder
+from .values import Report
 
 log = logging.getLogger("sdtrt_backend")
-# accelerated module -> (what the user had compiled it with, its hook for saving)
+# accelerated module -> what the user had compiled it with
 _WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 RECOMPILATIONS = 64  # sizes, dtypes and modes of one module that Dynamo compiles before it gives up; its own limit is 8
 BACKENDS = ("sd_int8", "sd_fp8")
@@ -56,15 +57,15 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     check_made_for(parsed, loaded)
     module = _denoiser(pipe)
     if any(p.is_meta for p in module.parameters()):
-        raise ModelError.on_meta(type(module).__name__)
+        raise ModelError.offloaded(module) if offloads(module) else ModelError.on_meta(type(module).__name__)
+    names.named(module)
     if recipe is not None and loaded is not None:
-        with borrowed(module):
-            loaded.check_model({n: fingerprint(m.get_parameter("weight"))
-                                for n, m in module.named_modules() if type(m) in MODULES})
+        with weights.borrowed(module.parameters()):
+            loaded.check_model(fingerprints(module))
         options["recipe"] = os.fspath(_kept(recipe) if isinstance(recipe, Recipe) else recipe)
     named = [n for n, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
     for pattern in parsed.exclude:
-        if not any(fnmatchcase(n, pattern) for n in named):
+        if not any(fnmatchcase(names.layer_name(n), pattern) for n in named):
             log.warning("exclude: %r matches no layer of %s, whose paths are like %s", pattern, type(module).__name__, named[-3:])
     if module in _WATCHED:
         restore(pipe)
@@ -84,34 +85,37 @@ def _kept(recipe: Recipe) -> Path:
 
 
 def restore(pipe: Any) -> Any:
-    """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit. Returns the pipeline."""
+    """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit. Returns the pipeline.
+
+    Waits for a build in another thread."""
     module = _denoiser(pipe)
-    _bring_back(module)
+    forget(module)
     if module in _WATCHED:
-        module._compiled_call_impl, hook = _WATCHED.pop(module)
-        hook.remove()
+        module._compiled_call_impl = _WATCHED.pop(module)
         del module._apply
-        forget(module)
     return pipe
 
 
 def _watch(module: torch.nn.Module, own: Any) -> None:
-    """Whoever saves the module or moves it finds its weights: this instance brings them back first."""
+    """Where this instance is moved to, what was built for it follows."""
     module._apply = MethodType(_apply, module)  # type: ignore[method-assign]  # a copy of the module gets its own
-    _WATCHED[module] = own, module.register_state_dict_pre_hook(_bring_back)
+    _WATCHED[module] = own
 
 
-# functions of the file and not of a call: a module that is pickled takes the names of its hooks along
+# a function of the file and not of a call: a module that is pickled takes the name along
 
 def _apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    _bring_back(self)
-    return type(self)._apply(self, *args, **kwargs)
+    before = next((p.device for p in self.parameters()), None)
+    moved = type(self)._apply(self, *args, **kwargs)
+    if next((p.device for p in self.parameters()), None) != before:
+        for state in states(self):
+            state.sleep()
+    return moved
 
 
-def _bring_back(module: torch.nn.Module, *_: Any) -> None:
-    """The 16-bit weights that wait on the CPU are on the GPU again, for good."""
-    for state in states(module):
-        state.memory.weights.restore()
+def offloads(module: torch.nn.Module) -> bool:
+    """Whether accelerate loads the module's weights piece by piece, for each call anew."""
+    return any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())
 
 
 @contextlib.contextmanager
@@ -129,10 +133,10 @@ def explain(module_or_pipe: Any) -> Report:
 
     Raises ModelError when ``sd_int8`` has not seen it yet.
     """
-    found = states(_denoiser(module_or_pipe))
-    if not found:
+    found = report(_denoiser(module_or_pipe))
+    if found is None:
         raise ModelError.not_compiled(module_or_pipe)
-    return found[-1].report()
+    return found
 
 
 def demo_pipeline(dtype: torch.dtype = torch.float32) -> Any:

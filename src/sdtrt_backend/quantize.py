@@ -89,7 +89,8 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
     return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 
 
-Codes = dict[tuple[tuple[str, ...], str], list[tuple[torch.Tensor, torch.Tensor]]]
+# (layers that read one tensor, precision, device, dtype of the weights, whether smoothed, two codes) -> (codes, scale) of each
+Codes = dict[tuple[tuple[str, ...], str, torch.device, torch.dtype, bool, bool], list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[Decision],
@@ -102,7 +103,7 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
     known = {} if known is None else known
     by_source: dict[tuple[str, str, bool], list[Decision]] = {}
     for d in decisions:
-        if d.quantized:
+        if d.quantized and d.layer.node in nodes:  # else nobody reads its result
             by_source.setdefault((d.layer.source, d.group, d.two_codes), []).append(d)
     for (source_name, _, _), members in by_source.items():
         source = nodes[source_name]
@@ -113,7 +114,9 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
             smoothing = over_channels(smoothing.to(like.device), like)
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
         quantized = _quantize_activation(gm, smoothed, members[0])
-        key = (tuple(d.layer.name for d in members), members[0].precision)
+        first = members[0]
+        key = (tuple(d.layer.name for d in members), first.precision, first.layer.weight.device, first.layer.weight.dtype,
+               smoothing is not None, first.two_codes)
         if key not in known:
             known[key] = quantized_weights(members, smoothing)
         for d, node, weight in zip(members, readers, known[key], strict=True):
@@ -147,7 +150,7 @@ def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | Non
     loses nothing by it. The codes of such linears lie one behind the other in one tensor, those of convolutions are channels
     last."""
     linears = [d for d in members if d.layer.op == "linear"]
-    weights = [d.layer.weight if smoothing is None else d.layer.weight.float() * smoothing for d in members]
+    weights = [d.layer.weight.detach() if smoothing is None else d.layer.weight.detach().float() * smoothing for d in members]
     shared = torch.stack([w.abs().max() for w in weights]).max().float().clamp_min(TINY_AMAX).view(1) / FP8_MAX
     joined = torch.empty((sum(d.layer.weight.shape[0] for d in linears), *(linears or members)[0].layer.weight.shape[1:]),
                          dtype=DTYPES[members[0].precision], device=weights[0].device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -20,8 +22,8 @@ UINT8_ZERO = 128  # oneDNN takes unsigned activations: int8 value + 128
 class Layer:
     """One quantisable call in a captured graph.
 
-    name: module path; op: key of ``rules.OPS`` table; node: FX node name; source: FX node that produces the input.
-    weight: [out, in] (linear) or [out, in, kh, kw] (convolution), as the user holds it.
+    name: see ``names.layer_name``; op: key of ``rules.OPS`` table; node: FX node name; source: FX node that produces the input.
+    weight: the user's parameter, [out, in] (linear) or [out, in, kh, kw] (convolution).
     """
 
     name: str
@@ -70,6 +72,28 @@ class Decision:
             return self.amax / INT8_MAX, 0
         scale = (low + high) / (2 * INT8_MAX + 1)
         return scale, round(low / scale) - INT8_MAX - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each layer of a graph. log: (layer, stage, what that stage decided), in order, where it changed something;
+    measured: fields of ``build.Timings`` that a stage found on its way."""
+
+    decisions: tuple[Decision, ...]
+    log: tuple[tuple[str, str, str], ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a layer is in 8 bits."""
+        return any(d.quantized for d in self.decisions)
+
+    def then(self, stage: str, decisions: Sequence[Decision], **measured: Any) -> Plan:
+        """The plan after ``stage``."""
+        before = {d.layer.node: (d.precision, d.reason) for d in self.decisions}
+        changed = [(d.layer.name, stage, f"{d.precision}{': ' if d.reason else ''}{d.reason}") for d in decisions
+                   if before.get(d.layer.node) != (d.precision, d.reason)]
+        return replace(self, decisions=tuple(decisions), log=(*self.log, *changed), measured={**self.measured, **measured})
 
 
 @dataclass(frozen=True)

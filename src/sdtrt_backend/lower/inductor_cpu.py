@@ -9,7 +9,7 @@ miss the pattern, and nothing global is registered.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..measure import step_ms
 from ..options import Options
 from ..rules import OPS
 from ..values import UINT8_ZERO
+from .lowered import Lowered
 
 QD = torch.ops.quantized_decomposed
 KERNEL_OUTPUTS = (torch.float32, torch.bfloat16)  # what oneDNN's int8 kernels write
@@ -30,7 +31,7 @@ BF16_GAIN = 0.9  # bf16 must win by a tenth: it costs accuracy
 ATTENTION: Any = torch.nn.functional.scaled_dot_product_attention
 
 
-def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Callable[..., tuple[torch.Tensor, ...]]:
+def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
     """Compile ``gm`` (changed in place) for the shapes of ``example``.
 
     ``options.rest``: "float32" (the user's own precision), "bfloat16", or "auto": bfloat16 where it was measured faster.
@@ -41,7 +42,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
         attention_in_bf16(gm)
     group_norm_by_aten(gm)
     # an FX graph cache hit would skip the packing pass; kernels are cached by their source all the same
-    return inductor(gm, example, {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN(), "fx_graph_cache": False})
+    return Lowered(inductor(gm, example, {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN(), "fx_graph_cache": False}))
 
 
 def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:

@@ -23,6 +23,7 @@ from ..rules import OPS
 from ..values import DTYPES, FP8_MAX, INT8_MAX
 from . import producers
 from .attention import rewrite_attention
+from .lowered import Lowered
 from .producers import ADDITIONS, gelu_by_sigmoid, simplify
 
 QUANTIZE = {QD.quantize_per_tensor.default: "int8", ops.quantize_fp8: "fp8"}
@@ -30,13 +31,13 @@ PRODUCERS = {"group_norm8": producers.group_norm, "layer_norm8": producers.layer
 CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 
 
-def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Callable[..., tuple[torch.Tensor, ...]]:
+def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
     """Compile ``gm`` (changed in place) for the shapes of ``example``. ``options.rest`` is not used: what is not 8-bit
     keeps the user's precision."""
     propagate(gm, example)
     simplify(gm)
     to_8_bit_operators(gm, chooser(example[0].device))
-    return inductor(gm, example)
+    return Lowered(inductor(gm, example), list(gm.buffers()))
 
 
 def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:

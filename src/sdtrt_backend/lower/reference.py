@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from ..options import Options
+from .lowered import Lowered
 
 
-def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Callable[..., tuple[torch.Tensor, ...]]:
+def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
     """``options`` is not read: what is not quantised keeps the user's precision."""
-    return gm.forward
+    return Lowered(gm.forward)

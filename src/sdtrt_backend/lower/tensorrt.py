@@ -26,6 +26,7 @@ from ..options import Options
 from ..partition import ENGINE, REST, Part, Parts, halve, join, partition
 from ..store import device_key
 from . import inductor_cuda, onnx
+from .lowered import Lowered
 
 log = logging.getLogger("sdtrt_backend")
 # relative error of an engine's output to the part's graph in plain torch: a cosine of 0.999. Rounding ties that fall to the
@@ -33,13 +34,6 @@ log = logging.getLogger("sdtrt_backend")
 TRUST = 0.045
 # How often a part is halved at most, and how many engines one step tries beyond one per part: each takes seconds to build
 HALVINGS, RETRIES = 3, 24
-
-
-class Lowered(Parts):
-    """The parts, compiled. engines: name of a layer's node -> target; notes: a sentence per part."""
-
-    engines: dict[str, str]
-    notes: list[str]
 
 
 def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
@@ -59,12 +53,10 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
             steps += [(run, part.inputs, part.outputs) for part, run in members if run is not None]
             continue
         part = join(gm, [part for part, _ in members])
-        step = inductor_cuda.lower(part.graph, [values[name] for name in part.inputs], options)
+        step = inductor_cuda.lower(part.graph, [values[name] for name in part.inputs], options).step
         steps.append((step, part.inputs, part.outputs))
-    lowered = Lowered(gm, steps)
-    lowered.engines = {name: REST if run is None else ENGINE for part, run in placed for name in part.layers}
-    lowered.notes = notes
-    return lowered
+    engines = {name: REST if run is None else ENGINE for part, run in placed for name in part.layers}
+    return Lowered(Parts(gm, steps), (), engines, notes)
 
 
 def _place(parts: Sequence[Part], values: dict[str, torch.Tensor],

@@ -5,7 +5,7 @@ The product is in the graph as TorchAO writes it, so that Inductor fuses the sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..fx import inductor, propagate
 from ..kernels import Choice, Chooser, Problem
 from ..options import Options
 from .inductor_cuda import to_8_bit_operators
+from .lowered import Lowered
 from .producers import simplify
 
 
@@ -35,13 +36,13 @@ class OneKernel(Chooser):
         return None
 
 
-def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Callable[..., tuple[torch.Tensor, ...]]:
+def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
     """Compile ``gm`` (changed in place) for the shapes of ``example``. ``options.rest`` is not used: what is not 8-bit
     keeps the user's precision."""
     propagate(gm, example)
     simplify(gm)
     to_torchao(gm)
-    return inductor(gm, example)
+    return Lowered(inductor(gm, example), list(gm.buffers()))
 
 
 def to_torchao(gm: fx.GraphModule) -> fx.GraphModule:

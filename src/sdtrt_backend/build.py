@@ -1,0 +1,285 @@
+"""From a captured graph and a recipe to an 8-bit step that was measured, or to the reason why there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import budget, drift, measure
+from .calibrate import Observer
+from .capture import Captured, bind, tensor_inputs
+from .fx import inductor
+from .graphs import Graphed, Memory
+from .lower import LOWERINGS, Lowered, Lowering, choose
+from .options import Options
+from .quantize import free_convs, insert, plan
+from .recipe import Recipe
+from .values import Decision, LayerReport, Plan, Report
+from .weights import key
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a step is built from: a graph with its parameters, the arguments of the call that asks for it, and the state's parts.
+
+    budgeted: the recipe names layers that stay unquantised for ``max_error``.
+    """
+
+    captured: Captured
+    args: Sequence[Any]
+    recipe: Recipe
+    options: Options
+    memory: Memory
+    budgeted: bool = False
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What was measured of a build, seconds and milliseconds of a step; None where it was not."""
+
+    choice_s: float | None = None
+    build_s: float | None = None
+    cold_start_s: float | None = None
+    kernels_ms: float | None = None
+    eager_ms: float | None = None
+    step_ms: float | None = None
+    compile_ms: float | None = None
+    fp8_attentions: int | None = None
+
+    def named(self, precision: str) -> dict[str, float]:
+        """As reports show them."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        new = {"step_ms": f"sd_{precision}_ms", "kernels_ms": "16-bit_kernels_ms"}
+        return {new.get(name, name): value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """layers: one row per layer; error: of the first output; timings: of this build; eight_bit_flops: of the kernels that ran."""
+
+    precision: str
+    layers: tuple[LayerReport, ...] = ()
+    error: float | None = None
+    timings: Timings = Timings()
+    notes: tuple[str, ...] = ()
+    plan: Plan | None = None
+    eight_bit_flops: int = 0
+    measured: bool = False
+
+    def timed(self, **seconds: float) -> Any:
+        return replace(self, timings=replace(self.timings, **seconds))  # type: ignore[arg-type]
+
+    def report(self, status: str) -> Report:
+        whole = sum(layer.flops for layer in self.layers)
+        share = self.eight_bit_flops / max(1, whole) if self.measured else None
+        return Report(status, self.layers, (), (), self.timings.named(self.precision), self.error, share, {}, None)
+
+
+@dataclass(frozen=True)
+class Ready(_Made):
+    """A step on tensor inputs, which may be used.
+
+    replaced: the module's weights that it holds in 8 bits and does not read; reads: those that it does read; watch: what its
+    drift is noticed by.
+    """
+
+    step: Callable[..., Any] = lambda *_: None
+    replaced: tuple[torch.Tensor, ...] = ()
+    reads: tuple[torch.Tensor, ...] = ()
+    watch: drift.Watch | None = None
+
+
+@dataclass(frozen=True)
+class Refused(_Made):
+    """Why no step is used. fallback: the module's own precision, compiled, where the comparison has made it."""
+
+    reason: str = ""
+    fallback: Callable[..., Any] | None = None
+
+
+def unquantized(captured: Captured, args: Sequence[Any], tensors: Sequence[torch.Tensor] | None = None) -> Callable[..., Any]:
+    """The captured graph in the user's precision through Inductor, for the shapes of ``args``. tensors: what it will be called
+    with, if not with the tensors of ``args``."""
+    graph, _ = bind(captured, args)
+    return inductor(graph, tensor_inputs(captured, args) if tensors is None else tensors)
+
+
+def build(request: Request) -> Ready | Refused:
+    """plan -> refine -> insert -> lower -> judge -> watch. Each stage may refuse."""
+    options, args, captured = request.options, request.args, request.captured
+    made = _Made(options.precision)
+    tensors = _dense(tensor_inputs(captured, args))
+    start = time.perf_counter()
+    lowering, refusal = choose(options, tensors[0].device if tensors else _device(captured))
+    if lowering is None:
+        return _refused(made, refusal or "")
+    with _progress(options) as bar:
+        graph, nodes = bind(captured, args)
+        planned = planned_of(request, lowering, nodes)
+        if not planned.quantized:
+            first = planned.decisions[0]
+            return _refused(made, f"no layer can be quantised ({first.layer.name}: {first.reason})")
+        bar("measuring kernels")
+        planned, made = lowering.refine(planned, graph, nodes, tensors, options), made
+        made = replace(made, plan=planned, timings=replace(made.timings, choice_s=time.perf_counter() - start,
+                                                           **planned.measured))
+        if not planned.quantized:
+            return _refused(made, lowering.none_left(planned.decisions[-1]))
+        bar("compiling")
+        quantized = insert(graph, nodes, planned.decisions, request.memory.codes)
+        by_node = {nodes[d.layer.node].name: d for d in planned.decisions if d.quantized}
+        watched = options.watch and tensors[0].device.type in drift.DEVICES
+        counter = drift.counter(quantized, by_node, request.recipe) if watched else None  # before a lowering changes the graph
+        read = {key(buffer) for _, buffer in quantized.named_buffers()}  # also by a call of a layer that stays in 16 bits
+        lowered = lowering.lower(quantized, tensors, options)
+        made = replace(made, timings=replace(made.timings, build_s=time.perf_counter() - start))
+        bar("comparing with full precision")
+        judged = _judge(request, tensors, planned.decisions, lowered, lowering, {n: nodes[n].name for n in nodes}, made)
+    if isinstance(judged, Refused):
+        return _within_max_error(request, planned, judged)
+    device = tensors[0].device.type
+    unwatched = (f"drift, NaN and black pictures are not watched for on {device}: so far that is for "
+                 f"{', '.join(drift.DEVICES)} only",) if options.watch and not watched else ()
+    weights = [d.layer.weight for d in planned.decisions if d.quantized]
+    return replace(judged, notes=(*lowering.why(options, tensors[0].device), *lowered.notes, *unwatched),
+                   replaced=tuple(w for w in weights if key(w) not in read),
+                   reads=tuple(p for p in captured.constants.values() if key(p) in read),
+                   watch=None if counter is None else drift.watch(counter, tensors, judged.timings.step_ms))
+
+
+def planned_of(request: Request, lowering: Lowering, nodes: Mapping[str, fx.Node]) -> Plan:
+    """What rules and recipe say about each layer."""
+    options, captured = request.options, request.captured
+    device = _device(captured)
+    free = free_convs(device, options.precision) and lowering.free_convs
+    decisions = plan(captured.layers, request.recipe, options.exclude, options.level, free, options.two_codes)
+    used = tuple(d if d.layer.node in nodes else Decision(d.layer, "16-bit", "nobody uses its result, so it is not computed")
+                 for d in decisions)
+    return Plan(()).then("rules and recipe", used)
+
+
+def _refused(made: _Made, reason: str, fallback: Callable[..., Any] | None = None) -> Refused:
+    return Refused(**{f.name: getattr(made, f.name) for f in fields(_Made)}, reason=reason, fallback=fallback)
+
+
+def _device(captured: Captured) -> torch.device:
+    return next(iter(captured.constants.values())).device
+
+
+def _dense(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """On a GPU as a CUDA graph holds them: a pipeline's timestep.expand(batch) is not dense."""
+    return [t.detach().clone() for t in tensors] if tensors and tensors[0].is_cuda else tensors
+
+
+@contextlib.contextmanager
+def _progress(options: Options) -> Iterator[Callable[[str], None]]:
+    """A bar of three stages on a terminal; nothing elsewhere. Yields what begins the next one."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=3, desc=f"sd_{options.precision}", disable=None, leave=False, bar_format="{desc} |{bar}| {elapsed}") as bar:
+        def begin(stage: str) -> None:
+            bar.set_description(f"sd_{options.precision}: {stage}")
+            bar.update()
+
+        yield begin
+
+
+def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequence[Decision], lowered: Lowered, lowering: Lowering,
+           names: Mapping[str, str], made: _Made) -> Ready | Refused:
+    """Use the step only if its first output is finite and inside ``max_error``, and its time beats the 16-bit step."""
+    captured, args, options = request.captured, request.args, request.options
+    where = {d.layer.node: lowered.engines.get(names.get(d.layer.node, ""), lowering.name) for d in decisions}
+    step = lowered.step
+    with torch.no_grad():
+        layers = _layer_reports(captured, args, decisions, where)
+        full = captured.graph(*args)
+        with measure.CountInt8() as counted:
+            first = step(*tensors)
+    error = measure.compare(first, full)
+    made = replace(made, layers=layers, error=error, measured=lowering.counts,
+                   eight_bit_flops=lowering.flops(counted.flops, layers, decisions))
+    if not all(bool(t.isfinite().all()) for t in measure.outputs(full)):
+        return _refused(replace(made, error=None), "the model's own output is not finite on this input, so an 8-bit step cannot be "
+                                                   "judged")
+    if not error <= options.max_error:
+        what = "is not finite" if error == math.inf else f"differs by {error:.3f}"
+        return _refused(made, f"the first 8-bit output {what} from the full-precision output on the same input, max_error is "
+                              f"{options.max_error}")
+    if lowering.graphed and tensors[0].is_cuda:
+        step = Graphed(step, tensors, request.memory, lowered.constants)
+        if not measure.compare(step(*tensors), full) <= options.max_error:
+            return _refused(made, "the CUDA graph of the 8-bit step does not give what the step gives")
+    made, slower, compiled = _raced(request, tensors, step, lowering, made)
+    if slower is not None:
+        return _refused(made, slower, compiled)
+    return Ready(**{f.name: getattr(made, f.name) for f in fields(_Made)}, step=step)
+
+
+def _raced(request: Request, tensors: Sequence[torch.Tensor], step: Callable[..., Any], lowering: Lowering,
+           made: _Made) -> tuple[_Made, str | None, Callable[..., Any] | None]:
+    """(with its times, why the step is not used, the compiled 16-bit step where one was made)."""
+    if not lowering.timed:
+        return made, None, None
+    captured, args = request.captured, request.args
+    eager_ms, step_ms = measure.step_ms(lambda: captured.graph(*args), lambda: step(*tensors))
+    made = made.timed(eager_ms=eager_ms, step_ms=step_ms)
+    if request.options.engine != "auto" or not lowering.may_be_slower(made.timings):
+        return made, None, None
+    compiled = unquantized(captured, args, tensors)
+    compiled(*tensors)
+    if lowering.graphed and tensors[0].is_cuda:
+        compiled = Graphed(compiled, tensors, request.memory, ())
+    compile_ms, step_ms = measure.step_ms(lambda: compiled(*tensors), lambda: step(*tensors))
+    made = made.timed(compile_ms=compile_ms, step_ms=step_ms)
+    if compile_ms >= step_ms:
+        return made, None, None
+    return made, (f"the 8-bit step takes {step_ms:.2f} ms and the unquantised compiled step {compile_ms:.2f} ms on these shapes"
+                  ), compiled
+
+
+def _within_max_error(request: Request, planned: Plan, refused: Refused) -> Ready | Refused:
+    """The step again, with layers in the user's precision that bring too much of the error; ``refused`` where that is no way."""
+    options, error = request.options, refused.error
+    if error is None or not options.max_error < error < math.inf or request.budgeted:
+        return refused
+    flops = {layer.name: layer.flops for layer in refused.layers}
+    smaller = budget.within(request.captured, request.args, request.recipe, planned.decisions, flops, error, options)
+    if smaller is None:
+        return refused
+    again = build(replace(request, recipe=smaller, budgeted=True))
+    kept = sum(la.keep is not None for la in smaller.layers.values())
+    return replace(again, notes=(*again.notes, f"with every layer in 8 bits the first output differed by {error:.3f}, max_error is "
+                                               f"{options.max_error}: {kept} layers stay in their own precision"))
+
+
+def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision],
+                   where: Mapping[str, str]) -> tuple[LayerReport, ...]:
+    """One row per layer, its noise measured on the input that the unquantised graph feeds it."""
+    by_node = {d.layer.node: d for d in decisions}
+    rows: list[LayerReport] = []
+
+    class Measure(Observer):
+        def run_node(self, n: fx.Node) -> Any:
+            self.current = n
+            return super().run_node(n)
+
+    def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
+        n = observer.current.name
+        d = by_node[n]
+        sqnr, flops = measure.layer_noise(d, arguments, observer.current.target)  # type: ignore[arg-type]
+        precision = d.precision if d.quantized else str(d.layer.weight.dtype).removeprefix("torch.")
+        rows.append(LayerReport(name, op, tuple(d.layer.weight.shape), precision, where[n] if d.quantized else "inductor",
+                                d.reason, d.amax if d.quantized else None, sqnr, flops))
+
+    observer = Measure(captured.graph, captured.layer_names(), see)
+    observer.run(*args)
+    return tuple(rows)
+
+

@@ -1,0 +1,88 @@
+"""When a call of the denoiser begins, and at which timestep: told by whoever sees it, to all graphs below it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .timesteps import TIMESTEP_NAMES, Candidates, timestep_value
+
+# Calls without a timestep by name that are looked at before each call counts as a whole picture
+LOOKED_AT = 16
+
+
+class Clock:
+    """Tells ``begin`` once per call of the root its timestep, NaN where none is known.
+
+    Three sources. Where the root itself is not compiled, a hook on it. Else the graph that receives the timestep. Else the first
+    graph that is called, whose small inputs are observed: the one that moves as timesteps do is taken for it. Until that is
+    decided ``begin`` is told so, and afterwards ``again`` is told the timesteps of those calls.
+    """
+
+    def __init__(self, begin: Callable[[float, bool], None], again: Callable[[Sequence[float]], None]) -> None:
+        self.begin, self.again = begin, again
+        self.frame: int | None = None  # Dynamo's number of the piece of code whose graphs are the source
+        self.by_name = False  # whether that source has a timestep by name
+        self.hook: Any = None
+        self.candidates = Candidates()
+        self.seen: list[Mapping[Any, float]] | None = []  # of the calls before a candidate was chosen
+        self.whole_calls = False
+
+    def listen(self, root: torch.nn.Module) -> None:
+        """Take the root's own calls, which nothing compiles."""
+        if self.hook is not None:
+            return
+        signature, me = inspect.signature(root.forward), weakref.ref(self)
+
+        def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            clock = me()
+            if clock is not None and not torch.compiler.is_compiling():
+                given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}  # kwargs: a forward may collect them
+                clock.tell(next((given[n] for n in TIMESTEP_NAMES if n in given), None), given)
+
+        self.hook = root.register_forward_pre_hook(before, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Nobody waits for the time any more."""
+        if self.hook is not None:
+            self.hook.remove()
+
+    def called(self, frame: int, timestep: Any, inputs: Mapping[Any, Any]) -> None:
+        """A graph of the piece ``frame`` is called. timestep: its input of that name, or None; inputs: index -> value."""
+        if self.hook is not None:
+            return
+        if self.frame is None or (timestep is not None and not self.by_name):
+            self.frame, self.by_name = frame, timestep is not None
+        if frame == self.frame:
+            self.tell(timestep, inputs)
+
+    def tell(self, timestep: Any, inputs: Mapping[Any, Any]) -> None:
+        """A call of the root begins."""
+        if timestep is not None:
+            self.begin(timestep_value(timestep), True)
+            return
+        small = {i: timestep_value(v) for i, v in inputs.items() if _may_be_a_timestep(v)}
+        if self.seen is not None:
+            self.candidates.observe(small)
+            chosen = self.candidates.chosen
+            if chosen is not None:
+                self.again([s.get(chosen, math.nan) for s in self.seen])
+                self.seen = None
+            elif not small or len(self.seen) >= LOOKED_AT:
+                self.whole_calls, self.seen = True, None
+            else:
+                self.seen.append(small)
+                self.begin(math.nan, False)
+                return
+        self.begin(math.nan if self.whole_calls else small.get(self.candidates.chosen, math.nan), True)
+
+
+def _may_be_a_timestep(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() <= 1 and 0 < value.numel() and not value.is_meta
+    return isinstance(value, int | float) and not isinstance(value, bool)

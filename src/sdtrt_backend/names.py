@@ -1,0 +1,86 @@
+"""Which layer is this: from a parameter to the path of its layer in the denoiser that owns it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .timesteps import TIMESTEP_NAMES
+
+# denoisers that the user named: to accelerate, or to calibrate
+_NAMED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_CALLS = ("_call_impl", "_wrapped_call_impl")  # frames of torch.nn.Module, whose ``self`` is being called
+
+
+def named(module: torch.nn.Module) -> None:
+    """From now on this module is the root of its parameters' paths."""
+    _NAMED.add(module)
+
+
+def layer_name(path: str) -> str:
+    """Path of a parameter or of a layer -> the layer's name, the same with and without adapters of PEFT around it."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", path).removesuffix(".weight")
+
+
+def paths(root: torch.nn.Module) -> dict[int, str]:
+    """id of each parameter and buffer that the module has now -> its path."""
+    return {id(t): path for found in (root.named_parameters(), root.named_buffers()) for path, t in found}
+
+
+def root_of(tensors: Iterable[torch.Tensor]) -> torch.nn.Module | None:
+    """The denoiser that is being called by this thread and owns these parameters, None where no module is.
+
+    Of the modules on the call stack that own them, one that the user named; else the outermost that takes a timestep; else the
+    outermost that is compiled; else the outermost: what Dynamo compiles may be one block of it, or a piece behind a graph break.
+    """
+    wanted = {id(t) for t in tensors}
+    owners = [m for m in _called() if wanted <= paths(m).keys()]
+    for fits in (lambda m: m in _NAMED, _takes_a_timestep, _is_compiled, lambda m: True):
+        found = [m for m in owners if fits(m)]
+        if found:
+            return found[-1]
+    return None
+
+
+def _called() -> Iterator[torch.nn.Module]:
+    """The modules that this thread is inside of, innermost first, without torch.compile's wrappers."""
+    frame, last = sys._getframe(1), None
+    while frame is not None:
+        module = frame.f_locals.get("self") if frame.f_code.co_name in _CALLS else None
+        if isinstance(module, torch.nn.Module):
+            module = getattr(module, "_orig_mod", module)
+            if module is not last:
+                yield module
+            last = module
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _takes_a_timestep(module: torch.nn.Module) -> bool:
+    return not inspect.signature(module.forward).parameters.keys().isdisjoint(TIMESTEP_NAMES)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return module._compiled_call_impl is not None
+
+
+def runs_compiled(module: torch.nn.Module) -> bool:
+    """Whether this call of the module is one that Dynamo compiles as a whole: hooks that are added to it now are not run."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        wrapper = frame.f_locals.get("self") if frame.f_code.co_name in _CALLS else None
+        if wrapper is not None and getattr(wrapper, "_orig_mod", None) is module:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return _is_compiled(module)
+
+
+def timestep_argument(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The timestep of a call of a module with this signature, None where it takes none."""
+    given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}  # kwargs: a forward may collect them
+    return next((given[n] for n in TIMESTEP_NAMES if n in given), None)

@@ -1,0 +1,266 @@
+"""What is known of one denoiser under one set of options: its calibration, recipe, 8-bit weights and sentences.
+
+A state belongs to its root, the denoiser that the user calls, and dies with it. All graphs that Dynamo makes of the root, of its
+blocks and of the pieces between graph breaks share it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import names, weights
+from .calibrate import Calibration
+from .clock import Clock
+from .drift import Drift
+from .errors import CalibrationError
+from .graphs import Graphed, Memory
+from .options import Options
+from .recipe import Recipe
+from .report import merged
+from .timesteps import Trajectories
+from .values import Report
+
+if TYPE_CHECKING:
+    from .step import Unit
+
+log = logging.getLogger("sdtrt_backend")
+CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"
+
+
+class State:
+    """recipe: None while calibrating; units: one per graph and module that it was called for; watch: noticed changes."""
+
+    def __init__(self, options: Options, root: torch.nn.Module | None, recipe_hash: str = "") -> None:
+        self.options, self.recipe_hash = options, recipe_hash
+        self.root = None if root is None else weakref.ref(root)
+        self.lock = threading.RLock()  # held by the one thread that calibrates or builds
+        self.closed = False
+        self.refusal: str | None = None  # why no graph of the module runs in 8 bits
+        self.calibration = Calibration()
+        self.clock = Clock(self.observe_call, self.observed_calls)
+        self.recipe: Recipe | None = None
+        self.fallbacks: list[str] = []
+        self.notes: list[str] = []
+        self.memory = Memory()
+        self.drift = Drift(lambda sentence: self.say(self.notes, sentence))
+        self.units: list[Unit] = []
+        self.live: Any = WeakIdKeyDictionary()  # constants that were seen to change: steps take them as inputs
+        self.needs_weights = False
+
+    # --- sentences
+
+    def say(self, where: list[str], sentence: str) -> None:
+        if sentence not in where:
+            where.append(sentence)
+            log.warning("sd_%s: %s", self.options.precision, sentence)
+
+    def refuse(self, reason: str) -> None:
+        """From now on all of the module runs in the user's precision; said once."""
+        self.refusal = reason
+        self.clock.stop()
+        self.say(self.fallbacks, f"{reason}; the module runs in its own precision")
+        self.place_weights()
+
+    # --- calibration
+
+    def observed_calls(self, timesteps: Sequence[float]) -> None:
+        """The timesteps of the calls so far turned out to be these."""
+        self.calibration.trajectories = Trajectories()
+        for timestep in timesteps:
+            self.calibration.trajectories.observe(timestep)
+
+    def observe_call(self, timestep: float, known: bool) -> None:
+        """A call of the root begins. After the last calibrating picture the ranges become the recipe. known: whether ``timestep``
+        is what it is called at, or NaN because it has none."""
+        if self.recipe is not None or self.refusal is not None or not self.lock.acquire(blocking=False):
+            return  # another thread calibrates
+        try:
+            calibration = self.calibration
+            calibration.start_call(timestep)
+            if not known or calibration.trajectories.complete < self.options.calibration_runs:
+                return
+            trajectories = calibration.trajectories
+            facts = {"front_door": "self-calibration", "trajectories": trajectories.complete, "calls": trajectories.calls - 1}
+            try:
+                self.recipe = calibration.recipe(self.options, facts)
+            except CalibrationError as error:
+                self._without_recipe(error, timestep)
+                return
+            self.clock.stop()
+            if self.clock.whole_calls:
+                self.say(self.notes, "no timestep is known, so while calibrating each call of the module counted as a picture")
+            if calibration.nonfinite:
+                layers = ", ".join(sorted(calibration.nonfinite)[:3])
+                self.say(self.notes, f"NaN or infinite inputs seen while calibrating were left out (layers {layers}, ...)")
+        finally:
+            self.lock.release()
+
+    def _without_recipe(self, error: CalibrationError, timestep: float) -> None:
+        broken = next((layer.name for unit in self.units for layer in unit.captured.layers
+                       if not layer.weight.isfinite().all()), None)
+        if broken is not None:
+            self.refuse(f"the weights of {broken} are not finite")
+            return
+        self.say(self.notes, f"{error}; calibrating goes on")
+        self.calibration = Calibration()
+        self.calibration.start_call(timestep)
+
+    # --- weights
+
+    def covered(self) -> Iterator[torch.Tensor]:
+        """Every parameter that a graph of this state was called with."""
+        for unit in self.units:
+            yield from unit.captured.constants.values()
+
+    def place_weights(self) -> None:
+        """Weights that no step reads go to host memory where the options say so; all others are on their device."""
+        mine = {id(p): p for p in self.covered()}
+        unread: dict[int, torch.Tensor] = {}
+        if self.options.weights == "release" and not (self.closed or self.needs_weights or self.refusal):
+            replaced = {id(w): w for unit in self.units for w in unit.replaced()}
+            read = {k for unit in self.units for k in unit.reads()}
+            unread = {i: w for i, w in replaced.items() if i not in read and self._nobody_else_reads(w)}
+        weights.restore(p for i, p in mine.items() if i not in unread)
+        weights.release(unread.values())
+
+    def _nobody_else_reads(self, weight: torch.Tensor) -> bool:
+        return all(state is self or id(weight) not in {k for unit in state.units for k in unit.reads()}
+                   for state in _of_parameter(weight))
+
+    def keep_weights(self) -> None:
+        """From now on they stay on their device: code that no state knows of reads them at every call."""
+        self.needs_weights = True
+        self.place_weights()
+
+    def sleep(self) -> None:
+        """The module has left its device: what was built there gives the memory back, and is brought back by the next call."""
+        with self.lock:
+            in_use = {weights.key(p) for p in self.covered()}
+            for unit in self.units:
+                for made in unit.results.values():
+                    step = getattr(made, "step", None)
+                    if isinstance(step, Graphed):
+                        step.sleep(in_use)
+            self.memory.pool = None
+
+    # --- the end
+
+    def close(self) -> None:
+        """Let go of everything that was built, and never build again. Waits for a build in another thread."""
+        with self.lock:
+            self.closed = True
+            self.clock.stop()
+            self.place_weights()
+            for unit in self.units:
+                unit.clear()
+            self.units.clear()
+            self.drift.waiting.clear()
+            self.memory.codes.clear()
+
+    def purge(self) -> None:
+        """Drop units of parameters that the root has no more, or has in another dtype: an adapter was removed, a checkpoint was
+        assigned, the module was converted."""
+        root = None if self.root is None else self.root()
+        if root is None:
+            return
+        has = names.paths(root)
+        gone = [u for u in self.units if not u.fits() or any(id(p) not in has for p in u.captured.constants.values())]
+        for unit in gone:
+            unit.clear()
+            self.units.remove(unit)
+
+    # --- the report
+
+    @property
+    def status(self) -> str:
+        if self.refusal is not None:
+            return REFUSED
+        if self.recipe is None:
+            return CALIBRATING
+        statuses = {unit.status for unit in self.units}
+        return next((s for s in (BUILDING, READY) if s in statuses), REFUSED if statuses == {REFUSED} else CALIBRATING)
+
+    def report(self, of: Iterable[torch.Tensor] | None = None) -> Report:
+        """Of all graphs, or of those that read one of these parameters."""
+        self.drift.look()
+        wanted = None if of is None else {id(p) for p in of}
+        units = [u for u in self.units if wanted is None or any(id(p) in wanted for p in u.captured.constants.values())]
+        status = self.status if len(units) == len(self.units) else _status_of(units, self.status)
+        found = merged([r for u in units for r in u.reports()], status)
+        return found.about(tuple(self.fallbacks), tuple(self.notes), dict(self.recipe.provenance) if self.recipe else {},
+                           self.drift.watched())
+
+
+def _status_of(units: Sequence[Unit], default: str) -> str:
+    statuses = {u.status for u in units}
+    return statuses.pop() if len(statuses) == 1 else default
+
+
+# root -> (options, hash of the recipe's contents) -> state
+_OF_ROOT: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, State]] = weakref.WeakKeyDictionary()
+_OF_PARAMETER: Any = WeakIdKeyDictionary()  # parameter -> weak references to the states that cover it
+_LOCK = threading.RLock()
+
+
+def _of_parameter(parameter: torch.Tensor) -> list[State]:
+    return [s for ref in _OF_PARAMETER.get(parameter, ()) if (s := ref()) is not None and not s.closed]
+
+
+def state_of(root: torch.nn.Module | None, constants: Iterable[torch.Tensor], options: Options, recipe_hash: str = "") -> State:
+    """The state of these parameters under these options, a new one where there is none."""
+    constants = list(constants)
+    with _LOCK:
+        key = options, recipe_hash
+        if root is not None:
+            known = _OF_ROOT.setdefault(root, {})
+            state = known.get(key)
+        else:
+            known = {}
+            state = next((s for p in constants for s in _of_parameter(p) if (s.options, s.recipe_hash) == key), None)
+        if state is None or state.closed:
+            state = known[key] = State(options, root, recipe_hash)
+        register(state, constants)
+        return state
+
+
+def register(state: State, constants: Iterable[torch.Tensor]) -> None:
+    """``state`` is found by these parameters."""
+    ref = weakref.ref(state)
+    for p in constants:
+        found = _OF_PARAMETER.setdefault(p, [])
+        if ref not in found:
+            found[:] = [r for r in found if r() is not None] + [ref]
+
+
+def states(module: torch.nn.Module) -> list[State]:
+    """Every state that covers one of the module's parameters, oldest first."""
+    found: dict[int, State] = {}
+    for p in (*module.parameters(), *module.buffers()):
+        for state in _of_parameter(p):
+            found.setdefault(id(state), state)
+    return list(found.values())
+
+
+def report(module: torch.nn.Module) -> Report | None:
+    """Of the newest state of the module's parameters, over all graphs that read them; None where no state covers one."""
+    found = states(module)
+    return found[-1].report([*module.parameters(), *module.buffers()]) if found else None
+
+
+def forget(module: torch.nn.Module) -> None:
+    """Close the states of a module: the next call of a compiled one starts anew."""
+    for state in states(module):
+        state.close()
+    with _LOCK:
+        for root, known in list(_OF_ROOT.items()):
+            for key in [k for k, s in known.items() if s.closed]:
+                del known[key]
+            if not known:
+                del _OF_ROOT[root]

@@ -1,0 +1,565 @@
+"""What Dynamo calls: one graph, any number of modules of that structure, any number of sizes.
+
+Nothing of ours raises in the user's call: where capture, calibration or a build fails, the call returns the module's own result
+and the report says why. While calibrating, calls run the captured graph operation by operation, which gives the user's own
+numbers to the bit. Of the threads that call a module one calibrates or builds, and in a process one builds; the others run
+unquantised meanwhile and never wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import names, weights
+from .build import Ready, Refused, Request, build, unquantized
+from .calibrate import Observer
+from .capture import Captured, capture, concrete, follow, follow_all, tensor_inputs
+from .drift import KEPT_BYTES, ZEROS, Later, Watch, peaks, trouble
+from .errors import SdtrtError
+from .measure import outputs
+from .options import Options
+from .recipe import Recipe, fingerprint, one_weight
+from .rules import MODULES
+from .state import BUILDING, CALIBRATING, READY, REFUSED, State, register, state_of
+from .timesteps import timestep_value
+from .values import Report
+
+log = logging.getLogger("sdtrt_backend")
+# held while a step is built, or compiled and first run: it is timed, and its CUDA graph is captured, while nothing of ours waits
+# for the whole GPU, which would end the capture
+BUILDING_ALONE = threading.RLock()
+CHECKED = 64, 16  # constants whose values a call may look at on average; calls between two looks at all of them, at most
+RETRY = 8  # calls until a build that failed for want of memory or of a lock is tried again; doubled each time
+MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its own, so more are no way to run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A step for one set of inputs. captured: the graph whose tensor inputs it takes; made: what was built, None where the step is
+    the module's own precision."""
+
+    step: Callable[..., Any]
+    captured: Captured
+    made: Ready | None = None
+
+    @property
+    def watch(self) -> Watch | None:
+        return None if self.made is None else self.made.watch
+
+
+class Unit:
+    """One graph with the parameters of one module, and its steps. Held by its state, so that it dies with the module."""
+
+    def __init__(self, step: Step, captured: Captured, state: State) -> None:
+        self.state, self.frame = state, step.frame
+        self.constants = tuple(captured.constants.values())
+        self.pick = _getter(tuple(captured.constants))
+        self.dtypes = [p.dtype for p in self.constants]
+        self._follow(captured)
+        self.variants: dict[Any, Variant] = {}
+        self.results: dict[Any, Ready | Refused] = {}
+        self.refusal: str | None = None
+        self.building = False
+        self.every = max(1, min(CHECKED[1], len(self.constants) // CHECKED[0]))
+        self.calls = self.failures = self.retry_at = 0
+        self.numbers: dict[Any, set[Any]] = {}
+
+    def _follow(self, captured: Captured) -> None:
+        """Constants that are known to change are inputs from now on."""
+        self.captured = follow(captured, self.state.live)
+        self.inputs = _getter(self.captured.inputs)
+        self.frozen = tuple(self.captured.constants.values())
+        self.counted = [p for p in self.frozen if not p.is_inference()]  # those cannot be written, and count nothing
+        self.version = self._version()
+
+    # --- what the state asks
+
+    def replaced(self) -> list[torch.Tensor]:
+        """The weights that steps in use hold in 8 bits."""
+        return [w for v in self.variants.values() if v.made is not None for w in v.made.replaced]
+
+    def reads(self) -> set[int]:
+        """ids of the constants that a step in use reads, or that the module's own precision needs at every call."""
+        if not self.variants:
+            return set()
+        if any(v.made is None for v in self.variants.values()) or self.refusal is not None:
+            return {id(p) for p in self.constants}
+        held = {id(w) for w in self.replaced()}
+        kept = {id(p) for v in self.variants.values() if v.made is not None for p in v.made.reads}
+        return {id(p) for p in self.constants if id(p) not in held or id(p) in kept}
+
+    def fits(self) -> bool:
+        """Whether the constants have the dtypes that they had when the graph was made."""
+        return all(p.dtype == dtype for p, dtype in zip(self.constants, self.dtypes, strict=True))
+
+    def clear(self) -> None:
+        self.variants.clear()
+        self.results.clear()
+
+    @property
+    def status(self) -> str:
+        if self.building:
+            return BUILDING
+        if any(v.made is not None for v in self.variants.values()):
+            return READY
+        if self.refusal is not None or self.state.refusal is not None:
+            return REFUSED
+        return CALIBRATING
+
+    def reports(self) -> list[Report]:
+        return [made.report(self.status) for made in self.results.values()]
+
+    # --- a call
+
+    def owns(self, args: Sequence[Any]) -> bool:
+        """Whether ``args`` carry this unit's own constants."""
+        return all(map(operator.is_, self.constants, self.pick(args)))
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        inputs = self.inputs(args)
+        key = signature(inputs)
+        variant = self.variants.get(key)
+        if variant is None or self.version != self._version():
+            return self._slow(key, args, inputs)
+        try:
+            return self._run(variant, args)
+        except Exception as error:
+            if variant.made is None:
+                raise
+            return self._failed(error, "running the 8-bit step", key, args)
+
+    def _run(self, variant: Variant, args: Sequence[Any]) -> Any:
+        state = self.state
+        if state.drift.waiting:
+            state.drift.look()
+        tensors = tensor_inputs(variant.captured, args)
+        result = variant.step(*tensors)
+        self.calls += 1
+        due = self.calls % self.every == 0
+        return self._watched(variant, args, tensors, result, due) if due or variant.watch is not None else result
+
+    def _slow(self, key: Any, args: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        """A call that is not served by what is built."""
+        state = self.state
+        if self.version != self._version():
+            self.renew(state.memory.changed(self.frozen))
+            self.clear()
+            self.version = self._version()
+        if state.recipe is None and state.refusal is None and self.refusal is None:
+            self._tell_the_time(args)
+        if state.refusal is not None or self.refusal is not None:
+            return self._own_precision(key, args)
+        if not state.lock.acquire(blocking=False):
+            return self.own(args)
+        try:
+            if state.recipe is None:
+                return self._calibrate(args)
+            if self.failures and self.calls < self.retry_at:
+                self.calls += 1
+                return self.own(args)
+            if self._another_number(key, inputs):
+                return self._own_precision(key, args)
+            if state.closed or not BUILDING_ALONE.acquire(blocking=False):
+                return self.own(args)
+            try:
+                self._build(key, args)
+                if key in self.variants:  # the first run, in which Inductor tunes what it compiled
+                    return self._run(self.variants[key], args)
+            finally:
+                BUILDING_ALONE.release()
+            return self._own_precision(key, args) if self.refusal is not None else self.own(args)
+        except Exception as error:
+            return self._failed(error, "building the 8-bit step", key, args)
+        finally:
+            state.lock.release()
+
+    def own(self, args: Sequence[Any]) -> Any:
+        """The module's own result, operation by operation."""
+        return self.captured.graph(*args)
+
+    # --- while calibrating
+
+    def _tell_the_time(self, args: Sequence[Any]) -> None:
+        captured = self.captured
+        at = None if captured.timestep is None else args[captured.timestep]
+        self.state.clock.called(self.frame, at, {i: args[i] for i in captured.inputs})
+
+    def _calibrate(self, args: Sequence[Any]) -> Any:
+        calibration = self.state.calibration
+        parameters = {layer.name: layer.weight for layer in self.captured.layers}
+        failure: list[Exception] = []
+
+        def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
+            if not failure:
+                try:
+                    calibration.observe(name, op, arguments[0], parameters[name], channel_axis)
+                except Exception as error:  # ours, and none of the user's call
+                    failure.append(error)
+
+        result = Observer(self.captured.graph, self.captured.layer_names(), see).run(*args)
+        if failure:
+            self._say_failure(failure[0], "calibrating")
+        return result
+
+    # --- building
+
+    def _build(self, key: Any, args: Sequence[Any]) -> None:
+        state = self.state
+        assert state.recipe is not None
+        changed = state.memory.changed(self.frozen)
+        if changed:
+            self.renew(changed)
+        work = concrete(self.captured, args), tuple(s for s in key if isinstance(s, tuple)), _autocast(self.constants[0].device)
+        made = state.memory.made.get(work)
+        if made is None:
+            log.info("sd_%s: building the 8-bit step", state.options.precision)
+            self.building, start = True, time.perf_counter()
+            try:
+                with weights.borrowed(self.constants), torch.cuda.device_of(self.constants[0]):
+                    made = build(Request(self.captured, args, state.recipe, state.options, state.memory))
+            finally:
+                self.building = False
+            made = made.timed(cold_start_s=time.perf_counter() - start)
+            for note in made.notes:
+                state.say(state.notes, note)
+        if state.closed:
+            return
+        self.results[key] = made
+        self.failures = 0
+        if isinstance(made, Refused):
+            self._refused(key, args, made)
+        else:
+            state.memory.made[work] = made
+            self.variants[key] = Variant(made.step, self.captured, made)
+            if made.watch is not None:
+                state.drift.expect(made.watch)
+        state.memory.stamp(self.frozen)
+        self.version = self._version()
+        state.place_weights()
+
+    def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
+        state = self.state
+        if any(v.made is not None for v in self.variants.values()):
+            sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
+            state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
+            self.variants[key] = self._compiled(args) if made.fallback is None else Variant(made.fallback, self.captured)
+            return
+        self.refuse(made.reason)
+        if made.fallback is not None:
+            self.variants[key] = Variant(made.fallback, self.captured)
+
+    def refuse(self, reason: str) -> None:
+        """From now on this graph runs in the user's precision."""
+        self.refusal = reason
+        for key in [k for k, v in self.variants.items() if v.made is not None]:
+            del self.variants[key]
+        whole = len(self.state.units) == 1
+        part = "the module" if whole else f"the part with {self.captured.layers[0].name}"
+        self.state.say(self.state.fallbacks, f"{reason}; {part} runs in its own precision")
+        self.state.place_weights()
+
+    def _own_precision(self, key: Any, args: Sequence[Any]) -> Any:
+        """The captured graph through Inductor, or as it is where that fails."""
+        if key not in self.variants:
+            if not BUILDING_ALONE.acquire(blocking=False):
+                return self.own(args)
+            try:
+                variant = self._compiled(args)
+                result = variant.step(*tensor_inputs(variant.captured, args))
+                self.variants[key] = variant
+                return result
+            except Exception as error:
+                self._say_failure(error, "compiling the module in its own precision")
+                self.variants[key] = self._as_it_is(args)
+                return self.own(args)
+            finally:
+                BUILDING_ALONE.release()
+        return self._run(self.variants[key], args)
+
+    def _compiled(self, args: Sequence[Any]) -> Variant:
+        whole = follow_all(self.captured)  # it reads the constants at every call, whatever becomes of them
+        return Variant(unquantized(whole, args), whole)
+
+    def _as_it_is(self, args: Sequence[Any]) -> Variant:
+        """The captured graph itself, in place of a compiled one."""
+        whole = follow_all(self.captured)
+        numbers = {i: args[i] for i in whole.inputs if not isinstance(args[i], torch.Tensor)}
+
+        def run(*tensors: torch.Tensor) -> Any:
+            left = iter(tensors)
+            return whole.graph(*(numbers[i] if i in numbers else next(left) for i in range(len(args))))
+
+        return Variant(run, whole)
+
+    def _another_number(self, key: Any, inputs: Sequence[Any]) -> bool:
+        """Whether a Python number takes too many values for a step of each; the unit is refused then."""
+        numbers = tuple(v for v in inputs if not isinstance(v, torch.Tensor))
+        sizes = {s for v in inputs if isinstance(v, torch.Tensor) for s in v.shape}
+        free = tuple(n for n in numbers if n not in sizes)
+        if not free:
+            return False
+        seen = self.numbers.setdefault(tuple(k for k in key if isinstance(k, tuple)), set())
+        seen.add(free)
+        if len(seen) <= MANY_VALUES:
+            return False
+        self.refuse(f"a Python number that the module is given took {len(seen)} values on the same sizes, each of which is a step "
+                    "of its own: pass a tensor")
+        return True
+
+    # --- failures
+
+    def _failed(self, error: Exception, what: str, key: Any, args: Sequence[Any]) -> Any:
+        """The module's own result after a failure of ours."""
+        self.building = False
+        self.variants.pop(key, None)
+        sentence = self._say_failure(error, what, say=False)
+        if transient(error):
+            self.failures += 1
+            self.retry_at = self.calls + RETRY * 2 ** (self.failures - 1)
+            sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
+            self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision, and it is tried "
+                                                 "again later")
+        elif any(v.made is not None for v in self.variants.values()) and what.startswith("building"):
+            sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
+            self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision")
+            self.variants[key] = self._as_it_is(args)
+        else:
+            self.refuse(sentence)
+        return self.own(args)
+
+    def _say_failure(self, error: Exception, what: str, say: bool = True) -> str:
+        """The sentence; the traceback goes to the log once."""
+        sentence = f"{what} failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if sentence not in self.state.notes:
+            log.info("%s", sentence, exc_info=error)
+        if say:
+            self.state.say(self.state.notes, sentence)
+        return sentence
+
+    # --- changed values
+
+    def _version(self) -> int:
+        """Changes when a constant is written in place."""
+        return sum(map(_VERSION, self.counted))
+
+    def renew(self, changed: Sequence[torch.Tensor]) -> None:
+        """What was built from other values of these constants goes: the next call builds from what they are now. Constants that no
+        layer holds in 8 bits become inputs of that step, which then follows them by itself."""
+        state = self.state
+        ids = {id(p) for p in changed}
+        units = [unit for unit in state.units if any(id(p) in ids for p in unit.frozen)]
+        in_layers = {id(layer.weight) for unit in units for layer in unit.captured.layers}
+        for p in changed:
+            if id(p) not in in_layers:
+                state.live[p] = True
+        for unit in units:
+            unit.clear()
+            unit._follow(unit.captured)
+        if not changed:
+            return
+        state.memory.forget(ids)
+        state.say(state.notes, "constants of the module were changed after the 8-bit step was built (an adapter merged or swapped, a "
+                               "checkpoint loaded): it is built again from the new values")
+
+    def _watched(self, variant: Variant, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any, due: bool) -> Any:
+        """``result`` of the 8-bit step, or the module's own where that one is not to be used and it is known already."""
+        state, watch = self.state, variant.watch
+        drift, made = state.drift, outputs(result)
+        drift.called = call = next(drift.calls)
+        if watch is not None and watch.due(call):
+            drift.sample(watch, tensors)
+        device = self.constants[0].device
+        looked = self.frozen if due else ()
+        numbers = [state.memory.elements(looked)] if looked else []
+        given = [t for t in outputs(tensors) if t.device == device] if watch is not None else []
+        mine = [t for t in made if t.device == device] if watch is not None else []
+        if mine:
+            numbers.insert(0, peaks(mine, given))
+        if not numbers:
+            return result
+        later = Later(torch.cat(numbers))
+        if later.ready():
+            own = self._examine(call, args, len(mine), len(given), looked, later.values())
+            return result if own is None else own
+        kept = args if sum(t.numel() * t.element_size() for t in given) <= KEPT_BYTES else None
+        me = weakref.ref(self)
+
+        def when_there(values: list[float]) -> None:
+            unit = me()
+            if unit is not None:
+                unit._examine(call, kept, len(mine), len(given), looked, values, late=True)
+
+        drift.waiting.append((later, when_there))
+        return result
+
+    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, ins: int, looked: Sequence[torch.Tensor],
+                 values: Sequence[float], late: bool = False) -> Any:
+        """The module's own result where the 8-bit step is to blame for a bad one, else None.
+
+        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs, and one element of each constant that
+        was ``looked`` at. args: None where they were not kept.
+        """
+        state, what = self.state, trouble(values[:outs])
+        since = "; results since that call are to be made again" if late else ""
+        if state.refusal is not None or self.refusal is not None or state.closed:
+            return None
+        changed = state.memory.differing(looked, values[outs + ins:])
+        if changed:
+            self.renew(changed)
+            if late:
+                state.say(state.notes, f"it was noticed on call {call}{since}")
+            return None if not args or late else self.own(args)
+        if not all(v == v and v != float("inf") for v in values[outs:outs + ins]):
+            state.say(state.notes, "the module was given NaN or infinite inputs, so its outputs mean nothing, even where 8-bit "
+                                   "codes made them finite; the 8-bit step goes on")
+            return None
+        if what is None or (what == ZEROS and state.drift.own_zeros):
+            return None
+        own, whose, at = None, "from finite inputs", ""
+        if args:
+            with torch.no_grad():
+                own = self.own(args)
+            if trouble(peaks(outputs(own)).tolist()) == what:
+                state.drift.own_zeros = what == ZEROS
+                state.say(state.notes, f"the module gave {what}, and gives the same in its own precision; the 8-bit step goes on")
+                return None
+            whose = "the module's own precision does not"
+            at = "" if self.captured.timestep is None else f" at timestep {timestep_value(args[self.captured.timestep]):g}"
+        self.refuse(f"the 8-bit step gave {what} on call {call}{at}, {whose}{since}")
+        return own
+
+
+class Step:
+    """What Dynamo calls. It knows its units weakly: Dynamo keeps it as long as the code of the model's class."""
+
+    def __init__(self, graph: fx.GraphModule, options: Options, frame: int) -> None:
+        self.graph, self.options, self.frame = graph, options, frame
+        self.recipe: Recipe | None = None
+        self.recipe_hash = ""
+        self.last: Callable[[], Unit | None] = lambda: None
+        self.units: dict[int, list[weakref.ref[Unit]]] = {}
+        self.first: int | None = None  # index of a constant
+        self.broken: str | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        unit = self.last()
+        if unit is None or unit.state.closed or not unit.owns(args):
+            unit = self._unit(args)
+            if unit is None:
+                return self.graph(*args)
+            self.last = weakref.ref(unit)
+        return unit(args)
+
+    def _unit(self, args: Sequence[Any]) -> Unit | None:
+        """The unit of these parameters; None where there is no way to make one."""
+        if self.broken is not None:
+            return None
+        known = self.units.get(0 if self.first is None else id(args[self.first]), [])
+        for ref in known:
+            unit = ref()
+            if unit is not None and not unit.state.closed and unit.owns(args):
+                return unit
+        try:
+            return self._add(args)
+        except SdtrtError:
+            raise
+        except Exception as error:
+            self.broken = f"{type(error).__name__}: {error}"
+            log.warning("sd_%s: a graph runs in its own precision: reading it failed with %s", self.options.precision, self.broken)
+            log.info("reading the graph failed", exc_info=error)
+            return None
+
+    def _add(self, args: Sequence[Any]) -> Unit:
+        root, captured = captured_of(self.graph, args)
+        state = state_with_recipe(root, captured, self)
+        captured = renamed(captured, state.recipe)
+        state.purge()
+        unit = Unit(self, follow(captured, state.live), state)
+        state.units.append(unit)
+        self.first = next(iter(captured.constants))
+        refs = self.units.setdefault(id(args[self.first]), [])
+        refs[:] = [r for r in refs if r() is not None] + [weakref.ref(unit)]
+        if root is not None and state.recipe is None and state.refusal is None and not names.runs_compiled(root):
+            state.clock.listen(root)
+        return unit
+
+
+def captured_of(graph: fx.GraphModule, args: Sequence[Any]) -> tuple[torch.nn.Module | None, Captured]:
+    """(the denoiser that owns the parameters among ``args``, the graph with them)."""
+    root = names.root_of(a for a in args if isinstance(a, torch.nn.Parameter))
+    return root, capture(graph, args, None if root is None else names.paths(root))
+
+
+def state_with_recipe(root: torch.nn.Module | None, captured: Captured, step: Step) -> State:
+    """The denoiser's state, with the recipe that the options name. Raises RecipeError for one of another model."""
+    if step.recipe is not None and not step.recipe_hash:
+        step.recipe_hash = step.recipe.content_hash()
+    state = state_of(root, captured.constants.values(), step.options, step.recipe_hash)
+    if step.recipe is not None and state.recipe is None:
+        with weights.borrowed(captured.constants.values()):
+            step.recipe.check_model(captured.fingerprints() if root is None else fingerprints(root))
+        state.recipe = step.recipe
+    return state
+
+
+def fingerprints(root: torch.nn.Module) -> dict[str, str]:
+    """Layer name -> fingerprint of its weight."""
+    return {names.layer_name(n): fingerprint(m.get_parameter("weight")) for n, m in root.named_modules() if type(m) in MODULES}
+
+
+def renamed(captured: Captured, recipe: Recipe | None) -> Captured:
+    """Layers whose name the recipe does not know get the one that it has for their weight: the denoiser is compiled inside another
+    module, or in pieces whose paths nobody knows."""
+    if recipe is None or all(layer.name in recipe.layers for layer in captured.layers):
+        return captured
+    known = {layer.name for layer in captured.layers}
+
+    def name(layer: Any) -> str:
+        if layer.name in recipe.layers:
+            return str(layer.name)
+        mine = fingerprint(layer.weight)
+        found = [n for n, la in recipe.layers.items() if n not in known and one_weight(la.fingerprint, mine)]
+        return found[0] if len(found) == 1 else str(layer.name)
+
+    return replace(captured, layers=tuple(replace(layer, name=name(layer)) for layer in captured.layers))
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same may succeed later: memory was short, or a lock was held."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | TimeoutError):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in ("out of memory", "ALLOC_FAILED"))
+
+
+_VERSION = operator.attrgetter("_version")
+
+
+def _getter(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Those elements of a sequence, as a tuple also where it is one or none."""
+    if len(indices) == 1:
+        (one,) = indices
+        return lambda args: (args[one],)
+    return operator.itemgetter(*indices) if indices else lambda args: ()
+
+
+def signature(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What a built step is valid for: sizes, dtypes and devices of tensor inputs, strides unless a CUDA graph copies them,
+    numbers, and the precision that autocast imposes."""
+    key = tuple([(a.shape, None if a.is_cuda else a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a
+                 for a in inputs])
+    return (*key, *_autocast(torch.device("cuda"))) if torch.is_autocast_enabled("cuda") else (
+        (*key, *_autocast(torch.device("cpu"))) if torch.is_autocast_enabled("cpu") else key)
+
+
+def _autocast(device: torch.device) -> tuple[Any, ...]:
+    return ((device.type, torch.get_autocast_dtype(device.type)),) if torch.is_autocast_enabled(device.type) else ()
