@@ -131,13 +131,15 @@ def read_json(path: Path, schema: int, unusable: Callable[[str], Exception] = Un
     -> the error for that."""
     name = path.name
     try:
-        body = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except FileNotFoundError:
         raise unusable(f"{name} is missing") from None
     except NotADirectoryError:
         raise unusable("expected a folder, this is a file") from None
     except OSError as error:
         raise unusable(f"{name} cannot be read ({error})") from None
+    try:
+        body = json.loads(text)
     except (ValueError, RecursionError):
         raise unusable(f"{name} is truncated or not JSON") from None
     found = body.get("schema") if isinstance(body, dict) else None
@@ -155,15 +157,16 @@ class Format:
     """A kind of folder: ``<stem>.json``, and beside it ``<stem>-<SHA-256>.safetensors``.
 
     schema: of what is written; unusable: (folder, why) -> the error to raise; newer: (folder, schema found) -> the error for
-    that; old_tensors: body -> name of the tensors in schema 1, which did not hold their hash; sort_keys: False where the order
-    of keys says something.
+    that; old_tensors, old_name: pattern of the names that the tensors had in schema 1, and body -> their name; sort_keys: False
+    where the order of keys says something.
     """
 
     stem: str
     schema: int
     unusable: Callable[[Path, str], Exception]
     newer: Callable[[Path, int], Exception]
-    old_tensors: Callable[[Mapping[str, Any]], str]
+    old_tensors: str
+    old_name: Callable[[Mapping[str, Any]], str]
     sort_keys: bool = True
 
     @property
@@ -185,25 +188,17 @@ class Format:
         tensors that a JSON names."""
         text, name, blob = self.files(body, tensors)
         with alone(folder) as removing:
-            before = self._old_name(folder)
             write_atomically(folder / name, blob)
             write_atomically(folder / self.json_name, text)
             for path in folder.iterdir() if removing else ():
-                if path.name != name and (path.name == before or self._is_ours(path.name)):
+                if path.name != name and self._is_ours(path.name):
                     path.unlink(missing_ok=True)
-
-    def _old_name(self, folder: Path) -> str:
-        """Name of the tensors that a JSON of schema 1 in the folder names, or ""."""
-        try:
-            body = read_json(folder / self.json_name, 1)
-            return Path(self.old_tensors(body)).name
-        except (Unusable, KeyError):
-            return ""
 
     def _is_ours(self, name: str) -> bool:
         """Tensors of a save, or what a killed one left half written."""
         tensors = rf"{self.stem}-[0-9a-f]{{64}}\.safetensors"
-        return re.fullmatch(rf"{tensors}|\.({self.stem}\.json|{tensors})\.[0-9a-f]{{32}}", name) is not None
+        half = rf"\.({self.stem}\.json|{tensors})\.[0-9a-f]{{32}}"
+        return re.fullmatch(rf"{tensors}|{half}|{self.old_tensors}", name) is not None
 
     def load(self, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """(body, tensors) that ``save`` wrote, complete and unchanged, else the error that ``unusable`` or ``newer`` makes."""
@@ -233,7 +228,7 @@ class Format:
             sha = body["tensors_sha256"]
             if not SHA256.fullmatch(sha):
                 raise ValueError(sha)
-            name = self.old_tensors(body) if body["schema"] == 1 else f"{self.stem}-{sha}.safetensors"
+            name = self.old_name(body) if body["schema"] == 1 else f"{self.stem}-{sha}.safetensors"
         return body, folder / Path(name).name
 
     def _tensors(self, folder: Path, name: str, body: Mapping[str, Any], blob: bytes) -> dict[str, torch.Tensor]:

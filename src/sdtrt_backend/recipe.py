@@ -18,7 +18,7 @@ from .files import write_atomically as write_atomically
 
 SCHEMA = 2  # 1: the tensors were recipe.safetensors
 FORMAT = Format("recipe", SCHEMA, RecipeError.unreadable, lambda folder, found: RecipeError.newer(folder, found, SCHEMA),
-                old_tensors=lambda body: "recipe.safetensors")
+                old_tensors=r"recipe\.safetensors", old_name=lambda body: "recipe.safetensors")
 JSON_NAME = FORMAT.json_name
 FINGERPRINT_SAMPLES = 1024
 

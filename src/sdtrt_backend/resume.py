@@ -21,7 +21,7 @@ SCHEMA = 2  # 1: the tensors were calibration-<finished prompts>.safetensors
 FORMAT = Format("calibration", SCHEMA, CalibrationError.kept_unreadable,
                 lambda folder, found: CalibrationError.kept_unreadable(
                     folder, f"it has schema {found}, this version reads up to {SCHEMA}"),
-                old_tensors=lambda body: f"calibration-{body['done']}.safetensors",
+                old_tensors=r"calibration-\d+\.safetensors", old_name=lambda body: f"calibration-{body['done']}.safetensors",
                 sort_keys=False)  # the order of layers and timesteps is restored
 COUNTED = "steps counted by the rule"
 HASH = "sha256:"  # settings that start so are told apart, not shown
