@@ -8,7 +8,6 @@ module gave it. The error is measured on every layer. At the end the whole modul
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
@@ -24,9 +23,10 @@ import torch
 from torch import fx, nn
 
 from .errors import ModelError, OptionError, PlanError, require_torchao
+from .files import read_json, write_json
 from .kernels import graph_ms
 from .measure import finish_device, step_ms
-from .recipe import digest, versions, write_atomically
+from .recipe import versions
 from .stats import TINY_AMAX, sqnr_db
 from .store import processor
 from .values import INT8_MAX
@@ -121,31 +121,20 @@ class AutoquantPlan:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON, atomically."""
-        body = {"schema": SCHEMA, **asdict(self)}
-        body = json.loads(json.dumps(body))  # as a reader sees it: tuples are lists
-        body["sha256"] = digest(body)
         path = Path(path)
-        write_atomically(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        write_json(path, SCHEMA, asdict(self))
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AutoquantPlan:
         """Read what ``save`` wrote. Raises PlanError when it is missing, truncated, edited or of a newer schema."""
-        try:
-            body = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise PlanError.unreadable(path, f"it cannot be read ({error.strerror})") from None
-        except ValueError:
-            raise PlanError.unreadable(path, "it is truncated or not JSON") from None
-        if not isinstance(body, dict) or not isinstance(body.get("schema"), int):
-            raise PlanError.unreadable(path, "it has no schema number")
-        if body["schema"] > SCHEMA:
-            raise PlanError.unreadable(path, f"it has schema {body['schema']}, this version reads up to {SCHEMA}")
-        if body.pop("sha256", None) != digest(body):
-            raise PlanError.unreadable(path, "it was edited or damaged (its checksum does not match)")
+        body = read_json(Path(path), SCHEMA, partial(PlanError.unreadable, path))
         del body["schema"]
-        layers = {name: LinearChoice(**{**c, "weight": tuple(c["weight"])}) for name, c in body.pop("layers").items()}
-        return cls(layers=layers, **body)
+        try:
+            layers = {name: LinearChoice(**{**c, "weight": tuple(c["weight"])}) for name, c in body.pop("layers").items()}
+            return cls(layers=layers, **body)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError.unreadable(path, f"it has not the form of its schema ({type(error).__name__}: {error})") from None
 
     def check(self, module: nn.Module) -> None:
         """Raise PlanError unless the plan was made on this hardware with these versions, for linears that ``module`` has."""

@@ -64,7 +64,7 @@ def demo(
 @app.command()
 def calibrate(
     prompts: Annotated[Path, typer.Argument(help="A text file, one prompt per line.")],
-    out: Annotated[Path, typer.Option(help="Folder for recipe.json and recipe.safetensors.")] = Path("recipe"),
+    out: Annotated[Path, typer.Option(help="Folder for recipe.json and its tensors.")] = Path("recipe"),
     model: Model = None,
     steps: Steps = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,

@@ -169,6 +169,16 @@ class CalibrationError(SdtrtError):
                    "name another folder for resume=, or delete this one")
 
 
+class GraphError(SdtrtError):
+    """A captured graph has no identity, so nothing can be kept for it."""
+
+    @classmethod
+    def no_identity(cls, what: str, kind: type) -> GraphError:
+        return cls(f"the graph uses {what} ({kind.__name__}), which has no name or text that is the same in another process; "
+                   "expected functions that can be imported, and plain values: define it at the top of a module, or register an "
+                   "operator")
+
+
 class ModelError(SdtrtError):
     """The module or pipeline handed in cannot be used."""
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
 from .errors import RecipeError, require_modelopt
+from .files import Format
+from .files import digest as digest
+from .files import write_atomically as write_atomically
 
-SCHEMA = 1
-JSON_NAME, TENSORS_NAME = "recipe.json", "recipe.safetensors"
+SCHEMA = 2  # 1: the tensors were recipe.safetensors
+FORMAT = Format("recipe", SCHEMA, RecipeError.unreadable, lambda folder, found: RecipeError.newer(folder, found, SCHEMA),
+                old_tensors=r"recipe\.safetensors", old_name=lambda body: "recipe.safetensors")
+JSON_NAME = FORMAT.json_name
 FINGERPRINT_SAMPLES = 1024
 
 
@@ -92,39 +94,26 @@ class Recipe:
 
         return modelopt.from_modelopt(module, original)
 
-    def _files(self) -> tuple[bytes, bytes]:
-        """What ``save`` writes: the JSON and the tensors."""
-        from safetensors.torch import save
-
-        tensors = {f"smoothing/{k}": v.contiguous() for k, v in sorted(self.smoothing.items())}
-        tensors |= {f"amax/{k}": v.contiguous() for k, v in sorted(self.amax_by_timestep.items())}
-        blob = save(tensors)
-        body = {
-            "schema": SCHEMA,
-            "model_hash": self.model_hash,
-            "timesteps": list(self.timesteps),
-            "provenance": dict(self.provenance),
-            "layers": {name: asdict(layer) for name, layer in sorted(self.layers.items())},
-            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
-        }
-        body["sha256"] = digest(body)
-        return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode(), blob
+    def _content(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The body of the JSON, and the tensors."""
+        body = {"model_hash": self.model_hash, "timesteps": list(self.timesteps), "provenance": dict(self.provenance),
+                "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+        return body, {**{f"smoothing/{k}": v for k, v in self.smoothing.items()},
+                      **{f"amax/{k}": v for k, v in self.amax_by_timestep.items()}}
 
     def content_hash(self) -> str:
-        """Of all that ``save`` writes: 32 hexadecimal digits."""
-        return hashlib.sha256(self._files()[0]).hexdigest()[:32]
+        """Of all that ``save`` writes: 32 hexadecimal digits. What ``load`` gives has the hash of what was saved."""
+        return hashlib.sha256(FORMAT.files(*self._content())[0]).hexdigest()[:32]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``recipe.json`` and ``recipe.safetensors`` into ``folder``, atomically, also while others save and load there.
+        """Write ``recipe.json`` and ``recipe-<SHA-256>.safetensors`` into ``folder``; see ``Format.save``.
 
-        Raises RecipeError where that is no folder and none can be made, or it cannot be written."""
-        text, blob = self._files()
+        Whoever loads meanwhile, or after the process was killed here, gets the recipe before or this one. Raises RecipeError
+        where that is no folder and none can be made, or it cannot be written."""
         try:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder, exclusive=True):
-                write_atomically(folder / TENSORS_NAME, blob)
-                write_atomically(folder / JSON_NAME, text)
+            FORMAT.save(folder, *self._content())
         except (OSError, TypeError, ValueError) as error:
             raise RecipeError.unwritable(folder, error) from None
         return folder
@@ -132,42 +121,20 @@ class Recipe:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Recipe:
         """Read what ``save`` wrote. Raises RecipeError when it is missing, truncated, edited or of a newer schema."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         try:
             folder = Path(folder)
-            with _locked(folder):
-                body = json.loads((folder / JSON_NAME).read_text())
-                blob = (folder / TENSORS_NAME).read_bytes()
-        except FileNotFoundError as error:
-            raise RecipeError.unreadable(folder, f"{Path(error.filename).name} is missing") from None
-        except NotADirectoryError:
-            raise RecipeError.unreadable(folder, "a recipe is a folder, this is a file") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            raise RecipeError.unreadable(folder, f"{JSON_NAME} is truncated or not JSON") from None
-        except (OSError, TypeError, ValueError) as error:
+            body, tensors = FORMAT.load(folder)
+        except (TypeError, ValueError) as error:
             raise RecipeError.unreadable(folder, f"expected the folder of a saved recipe ({error})") from None
-        if not isinstance(body, dict) or not isinstance(body.get("schema"), int):
-            raise RecipeError.unreadable(folder, f"{JSON_NAME} has no schema number")
-        if body["schema"] > SCHEMA:
-            raise RecipeError.newer(folder, body["schema"], SCHEMA)
-        if body.pop("sha256", None) != digest(body):
-            raise RecipeError.unreadable(folder, f"{JSON_NAME} was edited or damaged (its checksum does not match)")
-        if hashlib.sha256(blob).hexdigest() != body["tensors_sha256"]:
-            raise RecipeError.unreadable(folder, f"{TENSORS_NAME} is truncated, edited or of another recipe")
-        try:
-            tensors = load(blob)
-        except SafetensorError as error:
-            raise RecipeError.unreadable(folder, f"{TENSORS_NAME}: {error}") from None
-        return cls(
-            model_hash=body["model_hash"],
-            layers={name: LayerRecipe(**layer) for name, layer in body["layers"].items()},
-            smoothing={k.removeprefix("smoothing/"): v for k, v in tensors.items() if k.startswith("smoothing/")},
-            amax_by_timestep={k.removeprefix("amax/"): v for k, v in tensors.items() if k.startswith("amax/")},
-            timesteps=tuple(body["timesteps"]),
-            provenance=body["provenance"],
-        )
+        with FORMAT.shaped(folder):
+            return cls(
+                model_hash=body["model_hash"],
+                layers={name: LayerRecipe(**layer) for name, layer in body["layers"].items()},
+                smoothing={k.removeprefix("smoothing/"): v for k, v in tensors.items() if k.startswith("smoothing/")},
+                amax_by_timestep={k.removeprefix("amax/"): v for k, v in tensors.items() if k.startswith("amax/")},
+                timesteps=tuple(body["timesteps"]),
+                provenance=dict(body["provenance"]),
+            )
 
 
 def fingerprint(weight: torch.Tensor) -> str:
@@ -203,34 +170,3 @@ def versions(names: Iterable[str] = ("sdtrt_backend", "torch", "torchao", "diffu
         except PackageNotFoundError:
             continue
     return found
-
-
-def digest(body: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, exclusive: bool = False) -> Iterator[None]:
-    """The two files are of one save, whoever else saves meanwhile. The lock is the folder's own, so it leaves no file there."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):  # Windows, and file systems without locks, do without
-            import fcntl
-
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the new one, never half of it, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")  # not of mkstemp, whose files only their owner may read
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

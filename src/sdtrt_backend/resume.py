@@ -14,10 +14,15 @@ import torch
 
 from .calibrate import Calibration, InputStats, denoiser_name
 from .errors import CalibrationError
-from .recipe import digest, fingerprint, model_hash, versions, write_atomically
+from .files import Format, make_private
+from .recipe import fingerprint, model_hash, versions
 
-SCHEMA = 1
-JSON_NAME, TENSORS_NAME = "calibration.json", "calibration-{done}.safetensors"
+SCHEMA = 2  # 1: the tensors were calibration-<finished prompts>.safetensors
+FORMAT = Format("calibration", SCHEMA, CalibrationError.kept_unreadable,
+                lambda folder, found: CalibrationError.kept_unreadable(
+                    folder, f"it has schema {found}, this version reads up to {SCHEMA}"),
+                old_tensors=r"calibration-\d+\.safetensors", old_name=lambda body: f"calibration-{body['done']}.safetensors",
+                sort_keys=False)  # the order of layers and timesteps is restored
 COUNTED = "steps counted by the rule"
 HASH = "sha256:"  # settings that start so are told apart, not shown
 
@@ -33,56 +38,27 @@ class ResumeFolder:
     settings: Mapping[str, Any]
 
     def save(self, calibration: Calibration, done: int) -> None:
-        """Replace what is kept with the statistics after ``done`` prompts. Stopped anywhere, one of the two can be loaded:
-        the tensors have a name of their own, and the JSON, written last, says which belong to it."""
-        from safetensors.torch import save
-
+        """Replace what is kept with the statistics after ``done`` prompts. Stopped anywhere, one of the two can be loaded."""
         facts, tensors = pack(calibration)
-        blob = save(tensors)
-        body = {"schema": SCHEMA, "done": done, "settings": dict(self.settings), "calibration": facts,
-                "tensors_sha256": hashlib.sha256(blob).hexdigest()}
-        body["sha256"] = digest(body)
-        tensors_path = self.path / TENSORS_NAME.format(done=done)
-        write_atomically(tensors_path, blob)
-        write_atomically(self.path / JSON_NAME, (json.dumps(body, indent=1) + "\n").encode())  # unsorted: order is restored
-        for old in self.path.glob(TENSORS_NAME.format(done="*")):
-            if old != tensors_path:
-                old.unlink()
+        make_private(self.path)
+        FORMAT.save(self.path, {"done": done, "settings": dict(self.settings), "calibration": facts}, tensors)
 
     def load(self) -> tuple[Calibration, int]:
         """(statistics, finished prompts); empty ones where nothing is kept, and the folder is made, for its owner only.
 
         Raises CalibrationError for a file that is missing, truncated or edited, and for other settings.
         """
-        from safetensors.torch import load
-
         total_step = self.settings[COUNTED]
-        try:
-            text = (self.path / JSON_NAME).read_bytes()
-        except FileNotFoundError:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.path.exists() or (self.path.is_dir() and not (self.path / FORMAT.json_name).exists()):
+            make_private(self.path)
             return Calibration(total_step), 0
-        except NotADirectoryError:
-            raise CalibrationError.kept_unreadable(self.path, "expected a folder, this is a file") from None
-        try:
-            body = json.loads(text)
-        except (ValueError, RecursionError):
-            raise CalibrationError.kept_unreadable(self.path, f"{JSON_NAME} is truncated or not JSON") from None
-        if not isinstance(body, dict) or body.pop("sha256", None) != digest(body):
-            raise CalibrationError.kept_unreadable(self.path, f"{JSON_NAME} was edited or damaged: its checksum differs")
-        if body["schema"] != SCHEMA:
-            raise CalibrationError.kept_unreadable(self.path, f"schema {body['schema']}, this version reads {SCHEMA}")
-        different = differences(body["settings"], self.settings)
+        body, tensors = FORMAT.load(self.path)
+        with FORMAT.shaped(self.path):
+            different = differences(body["settings"], self.settings)
         if different:
             raise CalibrationError.kept_differs(self.path, different)
-        name = TENSORS_NAME.format(done=body["done"])
-        try:
-            blob = (self.path / name).read_bytes()
-        except FileNotFoundError:
-            raise CalibrationError.kept_unreadable(self.path, f"{name} is missing") from None
-        if hashlib.sha256(blob).hexdigest() != body["tensors_sha256"]:
-            raise CalibrationError.kept_unreadable(self.path, f"{name} is truncated, edited or of another calibration")
-        return unpack(body["calibration"], load(blob), total_step), body["done"]
+        with FORMAT.shaped(self.path):
+            return unpack(body["calibration"], tensors, total_step), int(body["done"])
 
 
 def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -1,13 +1,13 @@
-"""Measurements kept on disk: one JSON file per (GPU, driver, library versions, kernel sources) in the user's cache directory."""
+"""Measurements kept on disk: one JSON file per (GPU or CPU, driver, library versions, kernel sources) in the user's cache."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import metadata
@@ -16,28 +16,38 @@ from typing import Any
 
 import torch
 
+from .files import Unusable, alone, read_json, write_json
+from .files import cache_folder as cache_folder
+
 log = logging.getLogger("sdtrt_backend")
+SCHEMA = 1
 KERNELS = Path(__file__).parent / "kernels"
 
 
-def cache_folder() -> Path:
-    """SDTRT_CACHE, or sdtrt_backend in the user's cache directory; made with mode 0700."""
-    named = os.environ.get("SDTRT_CACHE")
-    folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtrt_backend"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+def device_key(device: torch.device) -> dict[str, str]:
+    """Everything that a measurement depends on; two machines with equal keys may share it.
+
+    On the CPU the number of threads counts, as ``torch.set_num_threads`` leaves it now."""
+    if device.type == "cpu":
+        return {"cpu": processor(), "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+                "threads": str(torch.get_num_threads()), "kernels": _sources()}
+    return dict(_gpu_key(device))
 
 
 @cache
-def device_key(device: torch.device) -> dict[str, str]:
-    """Everything that a measurement depends on; two machines with equal keys may share it."""
-    sources = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(KERNELS.glob("*.py"))))
+def _gpu_key(device: torch.device) -> dict[str, str]:
     properties = torch.cuda.get_device_properties(device)
     return {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": str(properties.multi_processor_count), "torch": torch.__version__,
             "cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version()), "driver": _driver(),
             "triton": _version("triton"), "nvidia-cudnn-frontend": _version("nvidia-cudnn-frontend"),
-            "kernels": sources.hexdigest()[:16]}
+            "kernels": _sources()}
+
+
+@cache
+def _sources() -> str:
+    """Hash of the kernels' source."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(KERNELS.glob("*.py")))).hexdigest()[:16]
 
 
 @cache
@@ -64,40 +74,50 @@ def _driver() -> str:
 
 
 class Store:
-    """name -> JSON value, computed once. A file that cannot be read, or of another key, is measured anew and said so."""
+    """name -> JSON value, computed once, by whichever process comes first. A file that cannot be read, or of another key, is
+    measured anew and said so.
+
+    A value is what the caller makes of it: times in milliseconds, or the sentence why there are none."""
 
     def __init__(self, key: Mapping[str, str]) -> None:
         self.key = dict(key)
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = cache_folder() / f"kernels-{digest}.json"
+        name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = cache_folder() / f"kernels-{name}.json"
+        self.lock = threading.Lock()
         self.values: dict[str, Any] = self._read()
 
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
         try:
-            body = json.loads(self.path.read_text())
-            if body["key"] == self.key and isinstance(body["values"], dict):
-                return body["values"]
+            body = read_json(self.path, SCHEMA)
+            if body.get("key") == self.key and isinstance(body.get("values"), dict):
+                return dict(body["values"])
             why = "it was measured on another machine"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"it cannot be read ({error})"
+        except Unusable as unusable:
+            why = str(unusable)
         log.warning("%s is not used: %s; measuring anew", self.path, why)
         return {}
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The stored value, or ``measure()``, which is stored."""
+        """The stored value, or ``measure()``, which is stored. Where another process has stored one meanwhile, that."""
         if name not in self.values:
-            self.values[name] = measure()
-            self.save()
+            self._merge({})
+        if name not in self.values:
+            self._merge({name: measure()}, write=True)
         return self.values[name]
 
     def save(self) -> None:
-        """Atomically; a cache that cannot be written costs time, not correctness."""
-        try:
-            handle, partial = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-            with os.fdopen(handle, "w") as file:
-                json.dump({"key": self.key, "values": self.values}, file, indent=1, sort_keys=True)
-            os.replace(partial, self.path)
-        except OSError as error:
-            log.warning("measurements cannot be kept in %s: %s", self.path, error)
+        """Add all values to those on disk; a cache that cannot be written costs time, not correctness."""
+        self._merge({}, write=True)
+
+    def _merge(self, found: Mapping[str, Any], write: bool = False) -> None:
+        """Values on disk come first, then ours: two processes that measured one thing go on with one value."""
+        with self.lock, alone(self.path) if write else contextlib.nullcontext():
+            self.values = {**found, **self.values, **self._read()}
+            if not write:
+                return
+            try:
+                write_json(self.path, SCHEMA, {"key": self.key, "values": self.values})
+            except OSError as error:
+                log.warning("measurements cannot be kept in %s: %s", self.path, error)

@@ -7,9 +7,13 @@ only after it ran on a real input and gave what the part's Q/DQ graph gives in p
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import logging
+import operator
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,10 @@ from .. import engine
 from ..enginecache import EngineCache
 from ..errors import ExportError
 from ..fx import propagate
+from ..identity import printed, tensor_text
 from ..measure import compare
 from ..options import Options
-from ..partition import ENGINE, REST, Part, Parts, halve, join, partition
+from ..partition import CODING, ENGINE, REST, Part, Parts, halve, join, partition
 from ..store import device_key
 from . import inductor_cuda, onnx
 from .lowered import Lowered
@@ -148,25 +153,40 @@ def _renamed(gm: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
 
 
 def key(part: Part, inputs: Sequence[torch.Tensor], flavour: str) -> dict[str, str]:
-    """Everything the engine depends on: see ``EngineCache``."""
+    """Everything the engine depends on: see ``EngineCache``. The same in every process, for the same part.
+
+    part: its calls with all arguments but the scales; scales: numbers of the calls that go to codes and back; weights: what its
+    constants hold, in the order they are read."""
     here = device_key(inputs[0].device)
     nodes = list(part.graph.graph.nodes)
-    place = {n: i for i, n in enumerate(nodes)}
-    calls = (f"{n.op} {n.target if n.op not in ('get_attr', 'placeholder') else ''} {[place[a] for a in n.all_input_nodes]}"
-             for n in nodes)
-    numbers = [repr([a for a in n.args if isinstance(a, int | float)]) for n in nodes]
-    return {"part": _sha256(*part.layers, *calls), "scales": _sha256(*numbers), "weights": _sha256(*part.graph.buffers()),
-            "flavour": flavour, "version": engine.version(flavour), "torch": here["torch"], "cuda": here["cuda"],
+    held = list(dict.fromkeys(str(n.target) for n in nodes if n.op == "get_attr"))
+    place = {n: f"c{held.index(n.target)}" if n.op == "get_attr" else f"v{i}" for i, n in enumerate(nodes)}
+    scales: list[str] = []
+
+    def without_scales(node: fx.Node) -> tuple[Any, Any]:
+        """Arguments of a call that goes to codes or back have no numbers: they are kept for themselves."""
+        def taken(a: Any) -> Any:
+            if type(a) not in (int, float):
+                return a
+            scales.append(f"{place[node]} {a!r}")
+            return ...
+
+        return fx.node.map_aggregate((node.args, node.kwargs), taken) if node.target in CODING else (node.args, node.kwargs)
+
+    calls = printed(part.graph.graph, place.__getitem__, without_scales)
+    tensors = (operator.attrgetter(name)(part.graph) for name in held)
+    weights = [tensor_text(t) for t in tensors if isinstance(t, torch.Tensor)]  # a graph is printed where it is called
+    return {"part": _sha256([*part.layers, *calls]), "scales": _sha256(scales), "weights": _sha256(weights),
+            "builder": _builder(), "flavour": flavour, "version": engine.version(flavour), "torch": here["torch"], "cuda": here["cuda"],
             "driver": here["driver"], "gpu": here["gpu"], "sm": here["capability"],
             "shapes": " ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in inputs)}
 
 
-def _sha256(*parts: str | torch.Tensor) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, str):
-            raw = part.encode()
-        else:
-            raw = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-    return digest.hexdigest()
+@cache
+def _builder() -> str:
+    """Hash of the source that writes a part as ONNX and builds it: an engine of an older one is not what this one builds."""
+    return _sha256([inspect.getsource(module) for module in (engine, onnx)])
+
+
+def _sha256(lines: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
