@@ -15,7 +15,7 @@ LAYERS = (
     {"calls"},
     {"fx", "measure", "enginecache", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
      "kernels.triton_norm", "kernels.triton_attention", "kernels.triton_rope", "kernels.triton_candidates"},
-    {"kernels"},
+    {"kernels", "scalars"},
     {"latency", "capture", "calibrate", "resume", "budget", "smooth", "quantize", "assign", "partition", "engine"},
     {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
      "lower.attention", "lower.onnx", "lower.tensorrt", "lower.reference", "lower.torchao"},
