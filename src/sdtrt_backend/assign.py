@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from . import ops
-from .fx import ATTENTION, call_arguments, pair, plain_attention
+from .calls import call_arguments, name_of, rearranges
+from .fx import ATTENTION, pair, plain_attention
 from .kernels import Chooser, Problem
 from .rules import OPS
 from .stats import relative_error
@@ -19,8 +20,10 @@ from .values import DTYPES, FP8_MAX, Decision
 
 # calls that write their result from a kernel of their own: quantising it is a pass of its own. What is none of these is
 # a norm or pointwise, and writes 8 bits itself
-OPAQUE = {*OPS, ATTENTION}
-VIEWS = {"reshape", "view", "permute", "transpose", "contiguous", "flatten", "unflatten", "chunk", "to"}
+OPAQUE = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+          "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention")
+# besides views: what takes a part of a tensor, and conversions, which are fused into the pass
+PARTS = ("chunk", "split", "unbind", "getitem", "to", "float", "half", "bfloat16")
 
 
 def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser: Chooser, precision: str,
@@ -100,13 +103,13 @@ def quantization_ms(source: fx.Node, chooser: Chooser, dtype: torch.dtype) -> fl
     """What it costs that ``source`` is written in 8 bits instead of 16: nothing behind a norm or pointwise call, a pass over
     the tensor behind a matrix product, the difference between two kernels behind an attention."""
     value, node = source.meta["val"], source
-    while (node.op == "call_method" and node.target in VIEWS) or node.target in (torch.chunk, torch.flatten):
+    while (rearranges(node) or name_of(node) in PARTS) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     if (attention := plain_attention(node)) is not None:
         query, key = (a.meta["val"] for a in attention[:2])
         wide, narrow = (chooser.attention_ms(tuple(query.shape), key.shape[-2], query.dtype, d) for d in (query.dtype, dtype))
         return narrow - wide
-    if node.op == "placeholder" or node.target in OPAQUE:
+    if node.op == "placeholder" or name_of(node) in OPAQUE:
         return chooser.quantize_ms(value.numel(), value.dtype)
     return 0.0
 

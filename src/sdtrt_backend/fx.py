@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,16 +12,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from .rules import OPS
+from .calls import arguments, call_arguments, changes, inputs_changed, written
+
+__all__ = ["ATTENTION", "add_constant", "alive", "arguments", "call_arguments", "changes", "drop_dead", "finish", "inductor",
+           "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate", "read_through_copies",
+           "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
-# calls that change their first argument; so do methods and functions whose name ends in one underscore
-IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow,
-            operator.imod, operator.iand, operator.ior, operator.ixor}
-# names of methods and functions whose result may share the memory of their first argument
-VIEWS = {"getitem", "view", "view_as", "reshape", "reshape_as", "transpose", "permute", "t", "movedim", "swapaxes", "flatten",
-         "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "chunk", "split", "tensor_split", "unbind", "narrow",
-         "select", "contiguous", "to", "type", "type_as", "float", "half", "bfloat16", "detach", "dropout", "getattr"}
 
 
 def module_path(node: fx.Node) -> str:
@@ -36,28 +32,18 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"^(?:self|[LG]\['[^']+'\])\.?", "", path).strip(".") or node.name
 
 
-def call_arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a quantisable call by name, defaults filled in (``rules.OPS``)."""
-    parameters = OPS[node.target].arguments
-    values = dict(parameters)
-    values.update(zip((name for name, _ in parameters), node.args, strict=False))
-    values.update(node.kwargs)
-    return values
-
-
 def plain_attention(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
     """(query, key, value, factor of the scores) of a call of ATTENTION without mask, dropout or anything broadcast, keys and
     values of one width; else None."""
     if node.target is not ATTENTION:
         return None
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if given.get("attn_mask") is not None or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+    given = arguments(node)
+    if given["attn_mask"] is not None or any(given[name] for name in ("dropout_p", "is_causal", "enable_gqa")):
         return None
-    q, k, v = (given[name] for name in names[:3])
+    q, k, v, scale = (given[name] for name in ("query", "key", "value", "scale"))
     query, key, value = (t.meta["val"].shape for t in (q, k, v))
-    plain = len(query) == 4 and key == value and key[:2] == query[:2]
-    return (q, k, v, given.get("scale") or query[-1] ** -0.5) if plain else None
+    plain = len(query) == 4 and key == value and key[:2] == query[:2] and not isinstance(scale, fx.Node)
+    return (q, k, v, query[-1] ** -0.5 if scale is None else scale) if plain else None
 
 
 def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
@@ -109,38 +95,6 @@ def inserting_after(node: fx.Node) -> AbstractContextManager[None]:
     return node.graph.inserting_after(inputs[-1])
 
 
-def _name(node: fx.Node) -> str:
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name.partition(".")[0]  # of an overload: "add_.Tensor"
-
-
-def changes(node: fx.Node) -> fx.Node | None:
-    """The tensor that a call changes in place, or None."""
-    name = _name(node)
-    if node.op not in ("call_function", "call_method"):
-        return None
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        return node.kwargs["out"]  # type: ignore[return-value]
-    named = name.endswith("_") and not name.endswith("__")
-    if not (named or node.target in IN_PLACE or node.kwargs.get("inplace")):
-        return None
-    return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-
-
-def written(graph: fx.Graph) -> set[fx.Node]:
-    """Every node whose memory some call of the graph may change: what it reads there depends on when it reads."""
-    found = {base for n in graph.nodes if (base := changes(n)) is not None}
-    pairs = [(n, base) for n in graph.nodes
-             if isinstance(base := changes(n) or (n.args[0] if _name(n) in VIEWS and n.args else None), fx.Node)]
-    before = 0
-    while len(found) > before:
-        before = len(found)
-        for pair in pairs:
-            if not found.isdisjoint(pair):
-                found.update(pair)
-    return found
-
-
 def read_through_copies(gm: fx.GraphModule) -> None:
     """Whoever reads what the graph changes in place reads a copy, made where it reads: a kernel that takes its place may then
     read earlier or later. Views, changes and outputs stay."""
@@ -170,3 +124,9 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def alive(nodes: Mapping[str, fx.Node], gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """Those of ``nodes`` that are still in ``gm``'s graph: a layer whose result nobody uses is erased as dead."""
+    kept = set(gm.graph.nodes)
+    return {name: node for name, node in nodes.items() if node in kept}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .fx import add_constant, inserting_after
+from .fx import add_constant, arguments, inserting_after
 
 LAYER_NORMS = (torch.nn.functional.layer_norm, torch.ops.aten.layer_norm.default)  # Dynamo's and torch.export's
 
@@ -21,15 +21,17 @@ def smooth_source(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], fa
 
 def fold_into_norm(gm: fx.GraphModule, source: fx.Node, readers: set[fx.Node], factor: torch.Tensor) -> fx.Node | None:
     """norm(x) * w + b over s is norm(x) * (w / s) + b / s. None when the pattern does not hold."""
-    if source.target not in LAYER_NORMS or not set(source.users) <= readers or len(source.args) < 4:
+    if source.target not in LAYER_NORMS or not set(source.users) <= readers:
         return None
-    weight, bias = source.args[2], source.args[3]
-    if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and isinstance(bias, fx.Node) and bias.op == "get_attr"):
+    given = arguments(source)
+    weight, bias = given["weight"], given["bias"]
+    if not isinstance(weight, fx.Node) or any(isinstance(n, fx.Node) and n.op != "get_attr" for n in (weight, bias)):
         return None
     with gm.graph.inserting_before(source):
-        folded = [add_constant(gm, f"{source.name}_{part}", _divide(getattr(gm, str(node.target)), factor))
-                  for part, node in (("weight", weight), ("bias", bias))]
-    source.args = (*source.args[:2], *folded, *source.args[4:])
+        folded = {part: add_constant(gm, f"{source.name}_{part}", _divide(getattr(gm, str(node.target)), factor))
+                  for part, node in (("weight", weight), ("bias", bias)) if node is not None}
+    source.args = (given["input"], given["normalized_shape"], folded["weight"], folded.get("bias"), given["eps"])
+    source.kwargs = {}
     return source
 
 

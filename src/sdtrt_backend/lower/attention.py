@@ -9,12 +9,14 @@ import torch
 from torch import fx
 
 from .. import ops
+from ..calls import arguments, name_of, rearranges
 from ..fx import ATTENTION, add_constant, drop_dead, plain_attention
 from ..kernels import Chooser
 from ..values import FP8_MAX
-from .producers import ADDITIONS, PRODUCTS, TRANSPOSED
+from .producers import ADDITIONS, PRODUCTS, concatenated, heads_in_front, operands
 
 FP8 = torch.float8_e4m3fn
+SPLITS = ("reshape", "view", "unflatten")  # that may make pairs of neighbours
 NORMS = (torch.nn.functional.rms_norm, torch.rms_norm)
 
 
@@ -73,19 +75,17 @@ def rms_rope(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node | None, dtyp
     """The operand [b, h, t, d] from one kernel, where it is rms_norm -> rotary embedding of neighbouring pairs -> heads in
     front: (n * cos + rotated * sin), of one stream of tokens or of two one behind the other. ``dtype`` fp8: codes, times
     ``inverse``."""
-    if (operand.target, operand.args[1:]) not in TRANSPOSED:
+    if not heads_in_front(operand):
         return None
-    total = _uncast(operand.args[0])
-    terms: list[Any] = [_uncast(a) for a in total.args]
-    if total.target not in ADDITIONS or total.kwargs or any(
-            not isinstance(t, fx.Node) or t.target not in PRODUCTS or t.kwargs or len(t.all_input_nodes) != 2 for t in terms):
+    terms = operands(_uncast(arguments(operand)["input"]), ADDITIONS)
+    products = [operands(_uncast(term), PRODUCTS) for term in terms or ()]
+    if len(products) != 2 or products[0] is None or products[1] is None:
         return None
-    terms = [t.args for t in terms]
-    normed, rotated = (_uncast(t[0]) for t in terms)
-    cos, sin = (_table(t[1], operand.meta["val"].shape[2:]) for t in terms)
+    normed, rotated = (_uncast(p[0]) for p in products)
+    cos, sin = (_table(p[1], operand.meta["val"].shape[2:]) for p in products)
     if cos is None or sin is None or not _swaps_neighbours(rotated, normed):
         return None
-    streams: Any = normed.args[0] if normed.target is torch.cat and normed.args and _dim(normed, 0) == 1 else [normed]
+    streams = concatenated(normed, 1) or [normed]
     norms = [n for n in map(_norm, streams) if n is not None]
     if len(norms) != len(streams) or len(norms) > 2 or len({eps for _, _, eps in norms}) > 1:
         return None
@@ -108,10 +108,6 @@ def _uncast(node: Any) -> fx.Node:
     return node  # type: ignore[no-any-return]
 
 
-def _dim(node: fx.Node, default: int) -> Any:
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", default)
-
-
 def _table(node: Any, shape: torch.Size) -> fx.Node | None:
     """[t, d] of that shape behind table[None, :, None, :]."""
     node = _uncast(node)
@@ -124,27 +120,27 @@ def _table(node: Any, shape: torch.Size) -> fx.Node | None:
 
 def _swaps_neighbours(node: fx.Node, x: fx.Node) -> bool:
     """Whether ``node`` is x with neighbours (a, b) as (-b, a): reshape to pairs, unbind, stack, flatten."""
-    if node.op != "call_method" or node.target != "flatten" or node.args[0].target is not torch.stack:
+    value = x.meta["val"]
+    stack = arguments(node)["input"] if name_of(node) == "flatten" and node.meta["val"].shape == value.shape else None
+    joined = arguments(stack) if isinstance(stack, fx.Node) and stack.target is torch.stack else {"tensors": (), "dim": None}
+    if len(pair := tuple(joined["tensors"])) != 2 or joined["dim"] not in (-1, value.dim()) or name_of(pair[0]) != "neg":
         return False
-    stack: Any = node.args[0]
-    minus, plus = stack.args[0] if stack.args and len(stack.args[0]) == 2 else (None, None)
-    if minus is None or minus.target is not operator.neg or _dim(stack, 0) not in (-1, x.meta["val"].dim()):
-        return False
-    halves = [minus.args[0], plus]
+    halves = [arguments(pair[0])["input"], pair[1]]
     if any(h.target is not operator.getitem or h.args[1] != i for h, i in zip(halves, (1, 0), strict=True)):
         return False
-    unbind = plus.args[0]
-    if halves[0].args[0] is not unbind or unbind.target != "unbind" or _dim(unbind, 0) not in (-1, x.meta["val"].dim()):
+    unbind, other = (h.args[0] for h in halves)
+    if unbind is not other or name_of(unbind) != "unbind" or arguments(unbind)["dim"] not in (-1, value.dim()):
         return False
-    pairs = unbind.args[0]
-    return pairs.target == "reshape" and pairs.args[0] is x and pairs.meta["val"].shape[-1] == 2
+    pairs = arguments(unbind)["input"]
+    return rearranges(pairs) and arguments(pairs)["input"] is x and (
+        pairs.meta["val"].shape == (*value.shape[:-1], value.shape[-1] // 2, 2) and name_of(pairs) in SPLITS)
 
 
 def _norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
     """(input [b, t, h, d], weight [d], eps) of an RMS norm over the last dimension."""
     if node.target not in NORMS:
         return None
-    given: dict[str, Any] = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False)) | node.kwargs
-    if given.get("weight") is None or given.get("eps") is None or len(given["normalized_shape"]) != 1:
+    given = arguments(node)
+    if given["weight"] is None or given["eps"] is None or len(given["normalized_shape"]) != 1:
         return None
     return (given["input"], given["weight"], given["eps"]) if given["input"].meta["val"].dim() == 4 else None

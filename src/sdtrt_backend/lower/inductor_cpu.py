@@ -17,7 +17,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import ops
-from ..fx import add_constant, call_arguments, drop_dead, finish, inductor, pair
+from ..fx import add_constant, arguments, call_arguments, drop_dead, finish, inductor, pair
 from ..measure import step_ms
 from ..options import Options
 from ..rules import OPS
@@ -55,15 +55,15 @@ def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.Grap
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in OPS:
             continue
-        arguments = call_arguments(node)
-        x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+        given = call_arguments(node)
+        x, weight, bias = given["input"], given["weight"], given["bias"]
         if weight.target is not QD.dequantize_per_channel.default:
             continue
         scale, zero, dtype = x.args[1], UINT8_ZERO + x.args[2], x.kwargs["out_dtype"]
         out = narrow or (dtype if dtype in KERNEL_OUTPUTS else torch.float32)
         convolution = OPS[node.target].name == "conv2d"
         operator = ops.int8_conv2d if convolution else ops.int8_linear
-        geometry = [pair(arguments[k]) for k in ("stride", "padding", "dilation")] if convolution else []
+        geometry = [pair(given[k]) for k in ("stride", "padding", "dilation")] if convolution else []
         quantize = x.args[0]
         two_codes = quantize.args[5] is torch.int16
         codes = _high_and_low(gm, quantize) if two_codes else (_unsigned(gm, quantize),)
@@ -153,8 +153,8 @@ def _qkv_shapes(node: fx.Node) -> list[list[int]]:
 
 def _qkv(node: fx.Node) -> list[fx.Node]:
     """Query, key and value, which diffusers' newer models give by name."""
-    given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
-    return [given[name] for name in ("query", "key", "value")]  # type: ignore[misc]
+    given = arguments(node)
+    return [given[name] for name in ("query", "key", "value")]
 
 
 def attention_in_bf16(gm: fx.GraphModule) -> fx.GraphModule:
@@ -164,8 +164,8 @@ def attention_in_bf16(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         with gm.graph.inserting_before(node):
             narrow = [gm.graph.call_method("to", (a, torch.bfloat16)) for a in _qkv(node)]
-        node.args = (*narrow, *node.args[3:])
-        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("query", "key", "value")}
+        rest = {name: value for name, value in arguments(node).items() if name not in ("query", "key", "value")}
+        node.args, node.kwargs = tuple(narrow), rest
         with gm.graph.inserting_after(node):
             wide = gm.graph.call_method("to", (node, torch.float32))
         node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
@@ -175,16 +175,16 @@ def attention_in_bf16(gm: fx.GraphModule) -> fx.GraphModule:
 def group_norm_by_aten(gm: fx.GraphModule) -> fx.GraphModule:
     """Keep group norms as ATen calls. Inductor's decomposition is no faster in channels last, where a group is 4 to 8
     of 16 vector lanes, and its 30 large kernels are a third of the whole compile time."""
-    parameters = ("input", "num_groups", "weight", "bias", "eps")
     for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.group_norm):
-        given = {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(parameters, node.args, strict=False)), **node.kwargs}
-        node.target, node.args, node.kwargs = ops.group_norm, tuple(given[p] for p in parameters), {}
+        given = arguments(node)
+        node.target, node.kwargs = ops.group_norm, {}
+        node.args = tuple(given[p] for p in ("input", "num_groups", "weight", "bias", "eps"))
     return finish(gm)
 
 
 def _is_float32(node: fx.Node) -> bool:
-    value, mask = node.meta.get("example_value"), dict(enumerate(node.args)).get(3, node.kwargs.get("attn_mask"))
-    return isinstance(value, torch.Tensor) and value.dtype is torch.float32 and mask is None
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32 and arguments(node)["attn_mask"] is None
 
 
 class PackForOneDNN(CustomGraphPass):

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from .. import ops
-from ..fx import ATTENTION, add_constant, plain_attention, written
+from ..calls import arguments, dimension, name_of, rearranges, written
+from ..fx import ATTENTION, add_constant, plain_attention
 
 # not in place: a kernel that takes the sum along does not write it where others read it under its first operand's name
 ADDITIONS = (operator.add, torch.add)
 PRODUCTS = (operator.mul, torch.mul)
-VIEWS = ("reshape", "view", "permute", "transpose", "flatten", "contiguous")
-TRANSPOSED = (("transpose", (1, 2)), ("transpose", (2, 1)), ("permute", (0, 2, 1, 3)))
 TWO_ROOT = 2 * math.sqrt(2 / math.pi)
 MAX_ROW = 4096  # channels that one program of the layer norm kernel holds
 
@@ -46,11 +45,12 @@ def gelu_by_sigmoid(gm: fx.GraphModule) -> None:
     """gelu(x, "tanh") as x * sigmoid(2 u), which it equals: one exponential, where the library's tanh makes the pass over a
     transformer's widest tensor compute-bound."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.gelu):
-        if node.kwargs.get("approximate") != "tanh" or len(node.args) != 1:
+        given = arguments(node)
+        if given["approximate"] != "tanh":
             continue
         call, dtype = gm.graph.call_function, node.meta["val"].dtype
         with gm.graph.inserting_before(node):
-            x = gm.graph.call_method("float", node.args)
+            x = gm.graph.call_method("float", (given["input"],))
             cubic = call(torch.mul, (call(torch.square, (x,)), TWO_ROOT * 0.044715))
             u = call(torch.mul, (x, call(torch.add, (cubic, TWO_ROOT))))
             y = gm.graph.call_method("to", (call(torch.mul, (x, call(torch.sigmoid, (u,)))), dtype))
@@ -60,18 +60,26 @@ def gelu_by_sigmoid(gm: fx.GraphModule) -> None:
 
 
 def _dropout_is_idle(node: fx.Node) -> bool:
-    given = {**dict(zip(("input", "p", "training"), node.args, strict=False)), **node.kwargs}
-    return bool(given.get("p", 0.5) == 0.0 or given.get("training", True) is False)
+    given = arguments(node)
+    return bool(given["p"] == 0.0 or given["training"] is False)
+
+
+def heads_in_front(node: fx.Node) -> bool:
+    """Whether the call swaps dimensions 1 and 2 of four: [batch, tokens, heads, width] and the other way round."""
+    given, name = arguments(node), name_of(node)
+    if name == "permute":
+        return [dimension(d, node) for d in given["dims"]] == [0, 2, 1, 3]
+    return name == "transpose" and {dimension(given["dim0"], node), dimension(given["dim1"], node)} == {1, 2}
 
 
 def _chain(node: fx.Node, ends: Callable[[fx.Node], bool]) -> tuple[fx.Node, list[fx.Node]] | None:
     """(the node that ``ends`` accepts, the views from it down to ``node``) where each is read by the next alone."""
     views: list[fx.Node] = []
     while not ends(node):
-        if node.op != "call_method" or node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
+        if not rearranges(node):
             return None
         views.append(node)
-        node = node.args[0]
+        node = arguments(node)["input"]
         if len(node.users) != 1:
             return None
     return node, views[::-1]
@@ -80,8 +88,29 @@ def _chain(node: fx.Node, ends: Callable[[fx.Node], bool]) -> tuple[fx.Node, lis
 def _viewed(gm: fx.GraphModule, node: fx.Node, views: list[fx.Node]) -> fx.Node:
     """``views`` applied to another node, in front of the insertion point."""
     for view in views:
-        node = gm.graph.call_method(str(view.target), (node, *view.args[1:]), view.kwargs)
+        new = gm.graph.create_node(view.op, view.target, view.args, view.kwargs)
+        new.replace_input_with(arguments(view)["input"], node)
+        node = new
     return node
+
+
+def operands(node: fx.Node, functions: Sequence[Any]) -> tuple[fx.Node, fx.Node] | None:
+    """Both tensors of a sum or product, where it is one of ``functions`` and does nothing else."""
+    if node.target not in functions:
+        return None
+    given = arguments(node)
+    both = given["input"], given["other"]
+    plain = given.get("alpha", 1) == 1 and given.get("out") is None
+    return both if plain and all(isinstance(n, fx.Node) for n in both) else None
+
+
+def concatenated(node: fx.Node, dim: int) -> Sequence[fx.Node]:
+    """What the call concatenates along ``dim``; nothing where it does not."""
+    if node.target is not torch.cat:
+        return ()
+    given = arguments(node)
+    tensors: Any = given["tensors"]
+    return tensors if dimension(given["dim"], node) == dim and isinstance(tensors, list | tuple) else ()
 
 
 def group_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype, kernel: str) -> fx.Node | None:
@@ -106,7 +135,7 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
                     kernel: str) -> fx.Node | None:
     """group_norm8 for the norm ``node``; a concatenation of two, or a shift per image, in front of it is taken in. None where
     its weight or bias is computed."""
-    given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), node.args, strict=False)) | node.kwargs
+    given = arguments(node)
     x, x2, shift = given["input"], None, None
     affine = _affine(gm, given)
     if affine is None:
@@ -118,13 +147,12 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
         out_scale = add_constant(gm, f"{node.name}_out_scale", torch.ones_like(factor.view(-1)[:1]))
     elif factor is not None:
         out_scale = add_constant(gm, f"{node.name}_out_scale", factor.float().view(1))
-    parts: Any = x.args[0] if x.target is torch.cat and x.args else ()
-    if len(parts) == 2 and (x.args[1] if len(x.args) > 1 else x.kwargs.get("dim", 0)) == 1 and (
-            parts[0].meta["val"].dtype is parts[1].meta["val"].dtype):
+    parts, added_up = concatenated(x, 1), operands(x, ADDITIONS)
+    if len(parts) == 2 and parts[0].meta["val"].dtype is parts[1].meta["val"].dtype:
         x, x2 = parts
-    elif x.target in ADDITIONS and len(x.users) == 1 and not x.kwargs and all(isinstance(a, fx.Node) for a in x.args):
+    elif added_up is not None and len(x.users) == 1:
         whole = x.meta["val"].shape
-        for image, added in (x.args, x.args[::-1]):  # the kernel does not broadcast
+        for image, added in (added_up, added_up[::-1]):  # the kernel does not broadcast
             if image.meta["val"].shape == whole and added.meta["val"].shape == (*whole[:2], 1, 1):
                 x, shift = image, gm.graph.call_method("flatten", (added, 1))
                 break
@@ -132,7 +160,7 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
              for t in (x, x2))
     constants = [None if v is None else add_constant(gm, f"{node.name}_{name}", v)
                  for name, v in (("weight", weight), ("bias", bias))]
-    return gm.graph.call_function(ops.group_norm8, (x, x2, shift, given["num_groups"], *constants, given.get("eps", 1e-5), silu,
+    return gm.graph.call_function(ops.group_norm8, (x, x2, shift, given["num_groups"], *constants, given["eps"], silu,
                                                     out_scale, dtype, kernel))
 
 
@@ -140,22 +168,23 @@ def layer_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype:
     """layer_norm over the last dimension, with the addition in front of it, whose sum is written too."""
     if source.target is not torch.nn.functional.layer_norm or source.meta["val"].shape[-1] > MAX_ROW:
         return None
-    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), source.args, strict=False)) | source.kwargs
+    given = arguments(source)
     affine = _affine(gm, given)
     if affine is None or len(given["normalized_shape"]) != 1:
         return None
-    x, eps = given["input"], given.get("eps", 1e-5)
-    added = x.target in ADDITIONS and not x.kwargs and all(
-        isinstance(a, fx.Node) and a.meta["val"].shape == x.meta["val"].shape and a.meta["val"].dtype is x.meta["val"].dtype
-        for a in x.args)
-    with gm.graph.inserting_before(x if added else source):
+    x, eps = given["input"], given["eps"]
+    added = operands(x, ADDITIONS)
+    if added is not None and any(a.meta["val"].shape != x.meta["val"].shape or a.meta["val"].dtype is not x.meta["val"].dtype
+                                 for a in added):
+        added = None
+    with gm.graph.inserting_before(source if added is None else x):
         constants = [None if v is None else add_constant(gm, f"{source.name}_{name}", v)
                      for name, v in zip(("weight", "bias"), affine, strict=True)]
         out_scale = add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
         tail = (*constants, eps, out_scale, dtype, kernel)
-        if not added:
+        if added is None:
             return gm.graph.call_function(ops.layer_norm8, (x, *tail))
-        both = gm.graph.call_function(ops.add_layer_norm8, (*x.args, *tail))
+        both = gm.graph.call_function(ops.add_layer_norm8, (*added, *tail))
         total, y = (gm.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
     total.meta.update(x.meta)
     x.replace_all_uses_with(total)
@@ -164,25 +193,17 @@ def layer_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype:
 
 def geglu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype, kernel: str) -> fx.Node | None:
     """hidden * gelu(gate), the halves of one tensor."""
-    if source.target not in PRODUCTS or len(source.args) != 2:
+    hidden, gate = operands(source, PRODUCTS) or (source, source)
+    if gate.target is not torch.nn.functional.gelu or arguments(gate)["approximate"] != "none":
         return None
-    hidden, gate = source.args
-    if not isinstance(gate, fx.Node) or not isinstance(hidden, fx.Node) or gate.target is not torch.nn.functional.gelu:
+    second = arguments(gate)["input"]
+    if any(h.target is not operator.getitem or h.args[1] != i for i, h in enumerate((hidden, second))):
         return None
-    if gate.kwargs.get("approximate", "none") != "none" or len(gate.args) != 1:
+    halves = second.args[0]
+    if hidden.args[0] is not halves or halves.target not in ("chunk", torch.chunk):
         return None
-    second = gate.args[0]
-    if not all(isinstance(h, fx.Node) and h.target is operator.getitem and h.args[1] == i
-               for i, h in enumerate((hidden, second))):
-        return None
-    halves = hidden.args[0]
-    assert isinstance(halves, fx.Node)
-    assert isinstance(second, fx.Node)
-    given = dict(zip(("input", "chunks", "dim"), halves.args, strict=False)) | halves.kwargs
-    if second.args[0] is not halves or halves.target not in ("chunk", torch.chunk) or given["chunks"] != 2:
-        return None
-    x, dim = given["input"], given.get("dim", 0)
-    if not isinstance(x, fx.Node) or dim not in (-1, x.meta["val"].dim() - 1):
+    x, chunks, dim = (arguments(halves)[name] for name in ("input", "chunks", "dim"))
+    if chunks != 2 or dimension(dim, x) != x.meta["val"].dim() - 1:
         return None
     out_scale = add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
     return gm.graph.call_function(ops.geglu8, (x, out_scale, dtype, kernel))
@@ -195,8 +216,8 @@ def attention(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor | None, 
     plain = None if found is None else plain_attention(found[0])
     if found is None or plain is None:
         return None
-    views = [(v.target, v.args[1:]) for v in found[1]]
-    if len(views) != 2 or views[0] not in TRANSPOSED or views[1][0] not in ("reshape", "flatten"):
+    views = found[1]
+    if len(views) != 2 or not heads_in_front(views[0]) or name_of(views[1]) not in ("reshape", "flatten"):
         return None
     q, k, v, scale = plain
     query, shape = q.meta["val"], source.meta["val"].shape
@@ -211,7 +232,7 @@ def attention(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor | None, 
 
 def _affine(gm: fx.GraphModule, given: Mapping[str, Any]) -> list[torch.Tensor | None] | None:
     """Weight and bias among a norm's arguments; None where the graph computes or is handed one of them."""
-    nodes = [given.get("weight"), given.get("bias")]
+    nodes = [given["weight"], given["bias"]]
     if any(n is not None and n.op != "get_attr" for n in nodes):
         return None
     return [None if n is None else getattr(gm, str(n.target)).detach() for n in nodes]
