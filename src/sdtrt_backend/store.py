@@ -32,6 +32,9 @@ def cache_folder() -> Path:
 def device_key(device: torch.device) -> dict[str, str]:
     """Everything that a measurement depends on; two machines with equal keys may share it."""
     sources = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(KERNELS.glob("*.py"))))
+    if device.type == "cpu":
+        return {"cpu": processor(), "instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+                "kernels": sources.hexdigest()[:16]}
     properties = torch.cuda.get_device_properties(device)
     return {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": str(properties.multi_processor_count), "torch": torch.__version__,
