@@ -1,4 +1,4 @@
-"""Which layers run in 8 bits on a GPU, and in which: decided per group of layers that read one tensor, by measured time."""
+"""Which layers run in 8 bits, and in which: decided per group of layers that read one tensor, by measured time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import fx
 from . import ops
 from .calls import call_arguments, name_of, rearranges
 from .fx import ATTENTION, pair, plain_attention
-from .kernels import Chooser, Problem
+from .kernels import Problem, Timed
 from .rules import OPS
 from .stats import relative_error
 from .values import DTYPES, FP8_MAX, Decision
@@ -26,31 +26,37 @@ OPAQUE = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d
 PARTS = ("chunk", "split", "unbind", "getitem", "to", "float", "half", "bfloat16")
 
 
-def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser: Chooser, precision: str,
+def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser: Timed, precision: str,
            always: bool = False, tick: Callable[[float], None] = lambda share: None) -> tuple[Decision, ...]:
     """Every quantised decision with its precision: "fp8" or "int8" (``precision`` "fp8" may use both), or back to "16-bit"
-    where the 8-bit kernels, with the quantisation of their input, were measured to be slower, unless ``always``.
+    where the 8-bit kernels, with the quantisation of their input, were not measured to be faster, unless ``always``. A layer of
+    two codes counts its kernel twice.
 
     nodes: captured name -> node of the bound graph, with shapes in ``meta["val"]``; tick: told the share of the groups that
     each one is, when it is decided.
     """
-    groups: dict[tuple[str, str], list[Decision]] = {}
+    groups: dict[tuple[str, str, bool], list[Decision]] = {}  # each has one quantisation
     for d in decisions:
         if d.quantized:
-            groups.setdefault((d.layer.source, d.group), []).append(d)
+            groups.setdefault((d.layer.source, d.group, d.two_codes), []).append(d)
     chosen: dict[str, tuple[str, str]] = {}
-    for (source, _), members in groups.items():
+    for (source, *_), members in groups.items():
         candidates = ("int8",) if precision == "int8" else ("fp8",) if always else ("fp8", "int8")
         verdict = _cheapest(members, nodes, nodes[source], chooser, candidates, always)
         chosen.update({d.layer.node: verdict for d in members})
         tick(1 / len(groups))
-    return tuple(replace(d, precision=chosen[d.layer.node][0], reason=chosen[d.layer.node][1]) if d.quantized else d
-                 for d in decisions)
+    return tuple(_as_chosen(d, *chosen[d.layer.node]) if d.quantized else d for d in decisions)
 
 
-def kernels_ms(gm: fx.GraphModule, chooser: Chooser) -> float:
-    """Milliseconds of all matrix products, convolutions and attentions of the graph in 16 bits: no compiler of the same
-    calls can be faster than that."""
+def _as_chosen(decision: Decision, precision: str, reason: str) -> Decision:
+    if precision == "16-bit":
+        return Decision(decision.layer, precision, reason)
+    return replace(decision, precision=precision)  # and its own reason, which says why it has two codes
+
+
+def kernels_ms(gm: fx.GraphModule, chooser: Timed) -> float:
+    """Milliseconds of all matrix products, convolutions and attentions of the graph in 16 bits: on a GPU no compiler of the
+    same calls can be faster than that."""
     total = 0.0
     for node in gm.graph.nodes:
         if node.target in OPS:
@@ -64,27 +70,41 @@ def kernels_ms(gm: fx.GraphModule, chooser: Chooser) -> float:
     return total
 
 
-def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source: fx.Node, chooser: Chooser,
+def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source: fx.Node, chooser: Timed,
               precisions: tuple[str, ...], always: bool) -> tuple[str, str]:
     """(precision, reason) of one group: linears count as the one matrix product they become."""
     calls = [nodes[d.layer.node] for d in members]
-    if any(pair(call_arguments(c).get("dilation", 1)) != [1, 1] for c in calls):
-        return "16-bit", "dilated convolution: no 8-bit kernel"
-    linears = [c for c in calls if OPS[c.target].name == "linear"]
+    linears = [c for c in calls if chooser.joins and OPS[c.target].name == "linear"]
     problems = [problem([c]) for c in calls if c not in linears] + ([problem(linears)] if linears else [])
+    if always and not chooser.names_kernels:
+        return precisions[0], ""
+    refusals = {precision: _refusal(problems, chooser, precision) for precision in precisions}
+    taken = [precision for precision, refusal in refusals.items() if refusal is None]
+    if not taken:
+        return "16-bit", f"no {' or '.join(precisions)} kernel takes {refusals[precisions[0]]}"
+    if always:
+        return taken[0], ""
+    products = 2 if members[0].two_codes else 1
+    times = {p: products * (quantization_ms(source, chooser, DTYPES[p]) + _kernels_ms(problems, chooser, p)) for p in taken}
     wide = sum(chooser.wide_ms(problem([c])) for c in calls)
-    times: dict[str, float] = {}
-    for precision in precisions:
-        best = [chooser.best(p, precision) for p in problems]
-        if all(best):
-            times[precision] = quantization_ms(source, chooser, DTYPES[precision]) + sum(b.ms for b in best if b)
-    if not times:
-        return "16-bit", f"no {' or '.join(precisions)} kernel takes {problems[0]}"
     fastest = min(times, key=times.__getitem__)
-    if times[fastest] >= wide and not always:
-        return "16-bit", (f"measured on this GPU: {times[fastest]:.4f} ms in {fastest} with quantising the input, "
-                          f"{wide:.4f} ms in {str(problems[0].dtype)[6:]}")
+    if times[fastest] >= chooser.gain * wide:
+        least = "" if chooser.gain == 1 else f"; 8 bits must save {1 - chooser.gain:.0%}"
+        return "16-bit", (f"measured on this {chooser.place}: {times[fastest]:.4f} ms in {fastest} with quantising the input, "
+                          f"{wide:.4f} ms in {str(problems[0].dtype)[6:]}{least}")
     return fastest, ""
+
+
+def _refusal(problems: Sequence[Problem], chooser: Timed, precision: str) -> str | None:
+    """The first problem that no kernel of ``precision`` takes and why, or None."""
+    for p in problems:
+        if reasons := chooser.reasons(p, precision):
+            return f"{p} ({reasons[0]})"
+    return None
+
+
+def _kernels_ms(problems: Sequence[Problem], chooser: Timed, precision: str) -> float:
+    return sum(best.ms for p in problems if (best := chooser.best(p, precision)) is not None)
 
 
 def problem(calls: Sequence[fx.Node]) -> Problem:
@@ -95,13 +115,14 @@ def problem(calls: Sequence[fx.Node]) -> Problem:
     if OPS[calls[0].target].name == "linear":
         rows = x.numel() // x.shape[-1]
         return Problem("linear", (rows, x.shape[-1]), (sum(w.shape[0] for w in weights), x.shape[-1]), (1, 1), (0, 0), dtype)
-    (sy, sx), (py, px) = pair(arguments[0]["stride"]), pair(arguments[0]["padding"])
-    return Problem("conv2d", tuple(x.shape), tuple(weights[0].shape), (sy, sx), (py, px), dtype)
+    (sy, sx), (py, px), (dy, dx) = (pair(arguments[0].get(k, default)) for k, default in (
+        ("stride", 1), ("padding", 0), ("dilation", 1)))
+    return Problem("conv2d", tuple(x.shape), tuple(weights[0].shape), (sy, sx), (py, px), dtype, (dy, dx))
 
 
-def quantization_ms(source: fx.Node, chooser: Chooser, dtype: torch.dtype) -> float:
+def quantization_ms(source: fx.Node, chooser: Timed, dtype: torch.dtype) -> float:
     """What it costs that ``source`` is written in 8 bits instead of 16: nothing behind a norm or pointwise call, a pass over
-    the tensor behind a matrix product, the difference between two kernels behind an attention."""
+    the tensor behind a matrix product or another opaque call, the difference between two kernels behind an attention."""
     value, node = source.meta["val"], source
     while (rearranges(node) or name_of(node) in PARTS) and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -109,7 +130,7 @@ def quantization_ms(source: fx.Node, chooser: Chooser, dtype: torch.dtype) -> fl
         query, key = (a.meta["val"] for a in attention[:2])
         wide, narrow = (chooser.attention_ms(tuple(query.shape), key.shape[-2], query.dtype, d) for d in (query.dtype, dtype))
         return narrow - wide
-    if node.op == "placeholder" or name_of(node) in OPAQUE:
+    if node.op == "placeholder" or name_of(node) in OPAQUE or node.target in chooser.opaque:
         return chooser.quantize_ms(value.numel(), value.dtype)
     return 0.0
 
@@ -121,7 +142,7 @@ ATTENTION_ERROR = 0.08
 ATTENTION_HEADROOM = 8.0
 
 
-def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Chooser) -> list[float]:
+def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -> list[float]:
     """Mark the attentions of the bound graph that fp8 computes faster, quantising q, k and v included, and near enough on
     ``args``: their ``meta["fp8_attention"]`` gets the kernel and the scales of q, k and v, powers of 2. Returns the relative
     error of each."""

@@ -10,28 +10,28 @@ where the first 8-bit step exceeds it, the error is that of the step, and multip
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import statistics
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import ops, stats
+from . import stats
 from .capture import Captured, bind, tensor_inputs
+from .emulate import emulated
 from .errors import CalibrationError
-from .kernels import Problem, chooser
-from .measure import compare, step_ms
+from .kernels import Problem, of_layer, times_ms
+from .measure import compare
 from .metrics import psnr
 from .options import Options
 from .quantize import free_convs, insert, plan
 from .recipe import Recipe
 from .rules import MODULES
-from .values import UINT8_ZERO, Decision, Layer
+from .values import Decision, Layer
 
 log = logging.getLogger(__name__)
 JUDGES = (2, 8)  # prompts that judge: a quarter of all, at least and at most
@@ -46,7 +46,6 @@ ROUNDS = 8
 MARGIN_DB = 0.5  # more than what is missing is asked for at each round, so that rounds end
 SLACK_DB = 1.5  # beyond the budget: parts come back into 8 bits while there is more
 WITHIN = 0.8  # of max_error is aimed at: errors of parts do not quite add up
-TIMED = 10  # repeats of a layer's kernels
 
 # (indices of pictures, steps, output_type) -> what the pipeline gives; each has its own noise, and the prompts take turns
 Draw = Callable[[Sequence[int], int, str], Any]
@@ -203,28 +202,6 @@ def decided(module: torch.nn.Module, recipe: Recipe, options: Options) -> tuple[
                 options.two_codes)
 
 
-@contextlib.contextmanager
-def emulated(module: torch.nn.Module, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The layers give what 8 bits give, by fake quantisation, while the context is open. weights: as 8 bits hold them."""
-    def hook(name: str) -> Callable[..., torch.Tensor]:
-        def again(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> torch.Tensor:
-            x = args[0] if args else kwargs["input"]
-            x8 = stats.fake_quantize_input(decisions[name], x).to(x.dtype)
-            if decisions[name].layer.op == "conv2d":
-                y: torch.Tensor = layer._conv_forward(x8, weights[name], layer.bias)  # pads as the layer does
-                return y
-            return torch.nn.functional.linear(x8, weights[name], layer.bias)
-
-        return again
-
-    handles = [module.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in decisions]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor],
           can_have_two: Container[str], draw: Draw, bar: Any) -> list[Part]:
     """Every part with its error and its gain. can_have_two: layers whose kernels take two codes."""
@@ -233,7 +210,7 @@ def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decis
 
     def shape(name: str) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            problems[name] = _problem(layer, args[0] if args else kwargs["input"])
+            problems[name] = of_layer(layer, args[0] if args else kwargs["input"])
 
         return hook
 
@@ -243,7 +220,7 @@ def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decis
     finally:
         for handle in handles:
             handle.remove()
-    took = {p: _times_ms(p, exact.device) for p in set(problems.values())}
+    took = {p: times_ms(p, exact.device) for p in set(problems.values())}
     parts, groups = [], grouped(recipe, list(decisions))
     bar.total = len(groups)
     for name, layers in groups.items():
@@ -276,37 +253,3 @@ def _kind(path: str, first: int) -> str:
     words = path.split(".")
     numbers = [i for i, word in enumerate(words) if word.isdigit()]
     return ".".join("*" if i in numbers[first:] else word for i, word in enumerate(words))
-
-
-def _problem(layer: Any, x: torch.Tensor) -> Problem:
-    if isinstance(layer, torch.nn.Linear):
-        return Problem("linear", (x.numel() // x.shape[-1], x.shape[-1]), tuple(layer.weight.shape), (1, 1), (0, 0), x.dtype)
-    padding: Any = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
-    stride: Any = layer.stride
-    return Problem("conv2d", tuple(x.shape), tuple(layer.weight.shape), stride, padding, x.dtype)
-
-
-def _times_ms(problem: Problem, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of a layer in the user's precision and of its 8-bit product."""
-    if device.type == "cuda":
-        best, wide = chooser(device).best(problem, "int8"), chooser(device).wide_ms(problem)
-        return wide, best.ms if best else wide
-    noise = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(shape, generator=noise).to(problem.dtype) for shape in (problem.x, problem.weight))
-    unsigned = torch.randint(0, 256, problem.x, generator=noise, dtype=torch.uint8)
-    codes = torch.randint(-127, 128, problem.weight, generator=noise, dtype=torch.int8)
-    scale, weight_zero = torch.ones(len(codes)), torch.zeros(len(codes), dtype=torch.int32)
-    calls: tuple[Callable[[], Any], Callable[[], Any]]
-    if problem.op == "linear":
-        packed = torch.ops.onednn.qlinear_prepack(codes, list(problem.x))
-        calls = (lambda: torch.nn.functional.linear(x, w),
-                 lambda: ops.packed_linear(unsigned, 1.0, UINT8_ZERO, packed, scale, weight_zero, None, torch.float32))
-    else:
-        x, w, unsigned = (t.contiguous(memory_format=torch.channels_last) for t in (x, w, unsigned))
-        geometry = (list(problem.stride), list(problem.padding), [1, 1])
-        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, UINT8_ZERO, *geometry, 1, list(problem.x))
-        calls = (lambda: torch.nn.functional.conv2d(x, w, None, problem.stride, problem.padding),
-                 lambda: ops.packed_conv2d(unsigned, 1.0, UINT8_ZERO, packed, scale, weight_zero, None, *geometry, torch.float32))
-    step_ms(*calls, repeats=2)  # warm-up
-    wide_ms, narrow_ms = step_ms(*calls, repeats=TIMED)
-    return wide_ms, narrow_ms

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import sdtrt_backend
 from sdtrt_backend import measure
 from sdtrt_backend.demo import CALIBRATION_PROMPTS, LastCall, draw
-from sdtrt_backend.kernels import Chooser, Problem, installed
+from sdtrt_backend.kernels import MeasuredChooser, Problem, installed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 BACKENDS = ["sd_int8", "sd_fp8"]
@@ -182,7 +182,7 @@ def test_a_fresh_process_gives_the_same_to_the_bit(prepared, compiled, request, 
 @pytest.mark.skipif(not installed("cudnn"), reason="needs nvidia-cudnn-frontend")
 def test_timing_kernels_keeps_no_memory(monkeypatch, tmp_path):
     monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
-    timer = Chooser(torch.device("cuda", 0))
+    timer = MeasuredChooser(torch.device("cuda", 0))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     problems = [Problem("conv2d", (2, 96, 24, 24), (160, 96, 3, 3), (1, 1), (1, 1), torch.float16),

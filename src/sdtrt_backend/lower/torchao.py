@@ -13,18 +13,15 @@ from torch import fx
 
 from .. import ops
 from ..fx import inductor, propagate
-from ..kernels import Choice, Chooser, Problem
+from ..kernels import Choice, Problem
 from ..options import Options
 from .inductor_cuda import to_8_bit_operators
 from .lowered import Lowered
 from .producers import simplify
 
 
-class OneKernel(Chooser):
-    """Knows of TorchAO's linear and of nothing else, and measures nothing."""
-
-    def __init__(self) -> None:
-        pass
+class OneKernel:
+    """A ``Chooser`` that knows of TorchAO's linear and of nothing else, and measures nothing."""
 
     def best(self, problem: Problem, precision: str) -> Choice | None:
         return Choice("torchao", 0.0) if (problem.op, precision) == ("linear", "int8") else None

@@ -1,0 +1,159 @@
+"""The chooser of NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..values import DTYPES
+from . import providers, timing
+from .measurements import Measurements, fastest, why
+from .problem import NARROW, Choice, Problem
+from .timing import Refusal
+
+ATTENTION_BOUND = 2e-2  # ERROR_BOUND of attention written in 8 bits: a rounding tie is a step of 1/32 of a standard deviation
+ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
+ATTENTION_FP8_CAPABILITY = (9, 0)  # of cuDNN's kernel
+
+
+class MeasuredChooser:
+    """An NVIDIA GPU's: times every candidate once per problem and device."""
+
+    place, gain, joins = "GPU", 1.0, True
+    names_kernels = True
+    opaque: Collection[Any] = ()
+
+    def __init__(self, device: torch.device) -> None:
+        providers.register()
+        self.device = device
+        self.measurements = Measurements(device)
+
+    def _known(self, name: str, measure: Callable[[], Mapping[str, float | Refusal]]) -> dict[str, Any]:
+        with torch.cuda.device(-1 if self.device.index is None else self.device.index):
+            return self.measurements.get(name, measure)
+
+    def _times(self, problem: Problem, precision: str) -> dict[str, Any]:
+        return self._known(f"{precision} {problem}", lambda: self._time(problem, precision))
+
+    def best(self, problem: Problem, precision: str) -> Choice | None:
+        """The fastest kernel of ``precision`` inside the error bound; None when there is none."""
+        return None if problem.dilation != (1, 1) else fastest(self._times(problem, precision))
+
+    def reasons(self, problem: Problem, precision: str) -> tuple[str, ...]:
+        """See ``Timed``."""
+        if problem.dilation != (1, 1):
+            return ("no 8-bit kernel takes a dilated convolution",)
+        known = self._times(problem, precision)
+        return why(known) if known else (f"no package with {precision} kernels for {problem.op} is installed",)
+
+    def wide_ms(self, problem: Problem) -> float:
+        """Milliseconds of the 16-bit kernel that torch itself uses."""
+        return float(self._known(f"16-bit {problem}", lambda: {"torch": self._time_wide(problem)})["torch"])
+
+    def producer(self, op: str) -> str | None:
+        """The kernel that writes ``op``'s result in 8 bits, None where its package is missing."""
+        return "triton" if providers.installed("triton") else None
+
+    def attention_kernel(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> str | None:
+        """See ``Chooser``."""
+        times = self.attention_times(query, tokens, dtype, out)
+        fastest = min(times, key=times.__getitem__)
+        return None if fastest == "torch" else fastest
+
+    def attention_ms(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> float:
+        """See ``Timed``."""
+        return min(self.attention_times(query, tokens, dtype, out).values())
+
+    def attention_times(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> dict[str, float]:
+        """See ``Timed``."""
+        def measure() -> dict[str, float | Refusal]:
+            noise = torch.Generator(self.device).manual_seed(0)
+            shapes = (query, *[(*query[:-2], tokens, query[-1])] * 2)
+            # as projections write them: heads side by side
+            q, k, v = (torch.randn((s[0], s[2], s[1], s[3]), generator=noise, device=self.device, dtype=dtype).transpose(1, 2)
+                       for s in shapes)
+            own = timing.graph_ms([lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)])
+            times: dict[str, float | Refusal] = {"torch": own}
+            if out.itemsize == 1:
+                times["torch"] = own + self.quantize_ms(q.numel(), dtype)
+            scale = torch.full((1,), 32.0, device=self.device) if out.itemsize == 1 else None
+            arguments = (q, k, v, query[-1] ** -0.5, scale, out)
+            expected = ops.KERNELS["attention8", "reference"](*arguments)
+            taken = providers.installed("triton") and dtype in NARROW
+            for variant in providers.attention_variants(tokens, query[-1]) if taken else ():
+                run = partial(ops.KERNELS["attention8", "triton"], q)
+                times[f"triton:{variant}"] = timing.timed(run, [k], (*arguments[2:], variant), expected, ATTENTION_BOUND)
+            return times
+
+        name = f"attention {'x'.join(map(str, query))} over {tokens} {str(dtype)[6:]} to {str(out)[6:]}"
+        return {kernel: ms for kernel, ms in self._known(name, measure).items() if isinstance(ms, int | float)}
+
+    def attention_fp8_ms(self, query: tuple[int, ...], tokens: int) -> float | None:
+        """See ``Timed``."""
+        def measure() -> dict[str, float | Refusal]:
+            if not providers.installed("cudnn"):
+                return {"cudnn": Refusal("nvidia-cudnn-frontend is not installed", True)}
+            capability = torch.cuda.get_device_capability(self.device)
+            if capability < ATTENTION_FP8_CAPABILITY:
+                return {"cudnn": Refusal(f"it needs compute capability {ATTENTION_FP8_CAPABILITY}, this is {capability}", True)}
+            noise = torch.Generator(self.device).manual_seed(0)
+            b, h, queries, d = query
+            q, k, v = (timing.codes((b, t, h, d), torch.float8_e4m3fn, noise).transpose(1, 2).contiguous().transpose(1, 2)
+                       .view(b, t, h, d).transpose(1, 2) for t in (queries, tokens, tokens))
+            tail = (v, torch.ones(3, device=self.device), d**-0.5)
+            expected = ops.KERNELS["attention_fp8", "reference"](q, k, *tail)
+            return {"cudnn": timing.timed(partial(ops.KERNELS["attention_fp8", "cudnn"], q), [k], tail, expected,
+                                          ATTENTION_FP8_BOUND)}
+
+        best = fastest(self._known(f"attention fp8 {'x'.join(map(str, query))} over {tokens}", measure))
+        return None if best is None else best.ms
+
+    def quantize_ms(self, numel: int, dtype: torch.dtype) -> float:
+        """See ``Timed``."""
+        def measure() -> dict[str, float]:
+            wide, narrow = (torch.zeros(numel, dtype=d, device=self.device) for d in (dtype, torch.int8))
+            return {"torch": timing.graph_ms([lambda: narrow.copy_(wide)])}
+
+        return float(self._known(f"quantize {numel} {dtype}", measure)["torch"])
+
+    def _time(self, problem: Problem, precision: str) -> dict[str, float | Refusal]:
+        op = {"linear": "linear8", "conv2d": "conv8"}[problem.op]
+        noise = torch.Generator(self.device).manual_seed(0)
+        dtype, copies = DTYPES[precision], timing.copies(problem.weight, 1)
+        x, *weights = (timing.codes(shape, dtype, noise) for shape in (problem.x, *[problem.weight] * copies))
+        out = problem.weight[0]
+        times: dict[str, float | Refusal] = {}
+        for p in providers.rows(op, precision):
+            scale = torch.full((1 if p.one_scale else out,), 1 / math.sqrt(math.prod(problem.weight[1:])), device=self.device)
+            bias = torch.randn(out, generator=noise, device=self.device, dtype=problem.dtype if p.narrow_bias else torch.float32)
+            tail: tuple[Any, ...] = (scale, bias, problem.dtype)
+            if op == "conv8":
+                tail = (scale, bias, None, list(problem.stride), list(problem.padding), problem.dtype)
+            run = partial(ops.KERNELS[op, p.name], x)
+            expected = ops.KERNELS[op, "reference"](x, weights[0], *tail)
+
+            def tried(variant: str, run: Any = run, tail: Any = tail, expected: Any = expected) -> float | Refusal:
+                return timing.timed(run, weights, (*tail, variant), expected, timing.ERROR_BOUND)
+
+            found = timing.search(p.variants(precision), p.fallback, tried)
+            times |= {f"{p.name}:{variant}": ms for variant, ms in found.items()}
+        return times
+
+    def _time_wide(self, problem: Problem) -> float:
+        noise = torch.Generator(self.device).manual_seed(0)
+
+        def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+            t = torch.randn(shape, generator=noise, device=self.device, dtype=problem.dtype)
+            return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+        x, bias = tensor(problem.x), tensor(problem.weight[:1])
+        weights = [tensor(problem.weight) for _ in range(timing.copies(problem.weight, problem.dtype.itemsize))]
+        if problem.op == "linear":
+            return timing.graph_ms([partial(torch.nn.functional.linear, x, w, bias) for w in weights])
+        geometry = (problem.stride, problem.padding, problem.dilation)
+        return timing.graph_ms([partial(torch.nn.functional.conv2d, x, w, bias, *geometry) for w in weights])
