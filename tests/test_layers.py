@@ -12,7 +12,7 @@ ROOT = Path(sdtrt_backend.__file__).parent
 LAYERS = (
     {"errors", "values", "weights"},
     {"rules", "options", "recipe", "modelopt", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs"},
-    {"fx", "measure", "enginecache", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
+    {"fx", "work", "measure", "enginecache", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
      "kernels.triton_norm", "kernels.triton_attention", "kernels.triton_rope", "kernels.triton_candidates"},
     {"kernels"},
     {"latency", "capture", "calibrate", "resume", "budget", "smooth", "quantize", "assign", "partition", "engine"},
@@ -35,6 +35,8 @@ SIDEWAYS = {
     ("modelopt", "stats"): "how far two weights are apart",
     ("rules", "stats"): "clips of the range rules",
     ("options", "metrics"): "the largest PSNR there is",
+    ("values", "report"): "the text of a report, for who reads it",
+    ("work", "fx"): "the path of the module that made a call",
     ("report", "recipe"): "what min_psnr found is told from a recipe",
     ("calibrate", "resume"): "what a folder keeps, when one is named",
     ("resume", "calibrate"): "the statistics that it keeps",
