@@ -9,21 +9,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from . import metrics
 from .calibrate import denoiser_name
-from .heatmaps import noise_by_timestep, noise_chart, range_pages
 from .measure import step_ms
 from .pipeline import explain
 from .recipe import versions
 from .report import comparison_picture, summary_table, write_result
 from .run import states
 from .store import processor
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROMPTS = ("hot pepper, noto style", "rocket, fluent style", "red apple, noto style", "owl, fluent style",
            "guitar, noto style", "cactus, fluent style", "hamburger, noto style", "penguin, fluent style")
@@ -73,6 +74,8 @@ def run(pipe: Any, prompts: Sequence[str], calibration_prompts: Sequence[str], s
         console: Console, label: str) -> dict[str, Any]:
     """Draw in full precision, self-calibrate, draw in 8 bits, time one step of each, write the report; returns its JSON."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .heatmaps import noise_by_timestep, noise_chart, range_pages
 
     name = denoiser_name(pipe)
     plain = getattr(pipe, name)

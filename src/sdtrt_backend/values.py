@@ -98,7 +98,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One row of the report. sqnr_db: signal to quantisation noise of the layer's output, dB; flops: 2 * MAC of a step."""
+    """One row of the report: a layer, or another operation with a weight.
+
+    shape: of its weight; sqnr_db: signal to quantisation noise of its output, dB; flops: 2 * MAC of a call; amax: None where it
+    stays in the user's precision, for ``reason``. where: the graphs that the row is about, in a report of several of them.
+    """
 
     name: str
     op: str
@@ -109,3 +113,61 @@ class LayerReport:
     amax: float | None = None
     sqnr_db: float | None = None
     flops: int = 0
+    where: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the drift watch counted. groups: layers that read one tensor -> shares (0..1) of its values beyond everything that
+    calibration saw, on the build's input and on the last sampled calls."""
+
+    calls: int
+    samples: int
+    groups: Mapping[tuple[str, ...], tuple[float, float]]
+
+    def __str__(self) -> str:
+        counts = f"{self.calls} calls in 8 bits watched, {self.samples} sampled"
+        if not self.groups:
+            return counts
+        layers, (built, lately) = max(self.groups.items(), key=lambda group: group[1][1])
+        return (f"{counts}: at most {lately:.2%} of what a layer reads lay "
+                f"beyond its calibrated range ({layers[0]}, {built:.2%} when it was built)")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a module, or of one of its graphs.
+
+    timings: by name; what ends in ``_ms`` is of one call, what ends in ``_s`` was spent once, the rest are counts. error: of the
+    first 8-bit output, relative to the user's precision. quantized_flops_share: of ``work``, 0..1, what runs in 8 bits. flops:
+    2 * MAC of every operation with a weight in one call, 0 where it is not known. sizes: of the inputs it was built for.
+    pieces: (name, report) of each graph that ``report.merged`` made this one of.
+    """
+
+    state: str
+    layers: tuple[LayerReport, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
+    quantized_flops_share: float | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    watched: Watched | None = None
+    flops: int = 0
+    sizes: str = ""
+    pieces: tuple[tuple[str, Report], ...] = ()
+
+    @property
+    def work(self) -> int:
+        """2 * MAC of every operation with a weight in one call, or of the reported layers where no more is known."""
+        return self.flops or sum(layer.flops for layer in self.layers)
+
+    @property
+    def quantized_flops(self) -> int:
+        """The part of ``work`` that runs in 8 bits."""
+        return round((self.quantized_flops_share or 0.0) * self.work)
+
+    def __str__(self) -> str:
+        from .report import render_text  # what draws tables is loaded by who reads one
+
+        return render_text(self)
