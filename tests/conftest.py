@@ -4,12 +4,11 @@ import pytest
 import torch
 from toy import ToyDenoiser
 
-from sdtrt_backend import backend
+from sdtrt_backend import step, weights
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.capture import capture
 from sdtrt_backend.options import Options
-from sdtrt_backend.run import Step
-from sdtrt_backend.weights import Weights
+from sdtrt_backend.step import Unit
 
 
 @pytest.fixture
@@ -25,15 +24,8 @@ def denoiser(make_denoiser):
 
 @pytest.fixture
 def weights_leave_the_cpu_too(monkeypatch):
-    """What a GPU does with ``weights="release"``."""
-    def release(self, parameters):
-        with self.lock:
-            self._fetch()
-            self.released = [p for p in parameters if p.untyped_storage().nbytes() == p.numel() * p.element_size()]
-            if not self.borrowers:
-                self._send()
-
-    monkeypatch.setattr(Weights, "release", release)
+    """What a GPU does with ``weights="release"``: their values move to other memory, where everybody still reads them."""
+    monkeypatch.setattr(weights, "can_leave", lambda p: p.untyped_storage().nbytes() == p.numel() * p.element_size())
 
 
 @pytest.fixture
@@ -78,13 +70,13 @@ def recipe(denoiser, inputs):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Every Step that is made, in order."""
+    """Every Unit that is made, in order: one per graph of Dynamo's and module."""
     made = []
 
-    class Recorded(Step):
+    class Recorded(Unit):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(backend, "Step", Recorded)
+    monkeypatch.setattr(step, "Unit", Recorded)
     return made

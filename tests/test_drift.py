@@ -10,7 +10,7 @@ import torch
 import sdtrt_backend
 from sdtrt_backend import drift
 from sdtrt_backend.lower import LOWERINGS, reference
-from sdtrt_backend.run import states
+from sdtrt_backend.state import states
 
 STEPS = (999, 666, 333, 1)
 
@@ -225,7 +225,7 @@ class Slow(drift.Later):
 @pytest.fixture
 def slow(monkeypatch):
     monkeypatch.setattr(drift, "Later", Slow)
-    monkeypatch.setattr("sdtrt_backend.run.Later", Slow)
+    monkeypatch.setattr("sdtrt_backend.step.Later", Slow)
     monkeypatch.setattr(Slow, "arrived", False)
 
 
@@ -252,7 +252,7 @@ def test_the_report_looks_at_numbers_that_arrived_after_the_last_call(slow, brok
 
 
 def test_inputs_too_large_to_keep_are_judged_by_being_finite(slow, broken, ready, monkeypatch):
-    monkeypatch.setattr("sdtrt_backend.run.KEPT_BYTES", 0)
+    monkeypatch.setattr("sdtrt_backend.step.KEPT_BYTES", 0)
     compiled = ready()
     broken.spoil = lambda y: y * float("nan")
     call(compiled, sample=float("nan"))

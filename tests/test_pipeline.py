@@ -19,7 +19,7 @@ from sdtrt_backend import measure, metrics
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.demo import LastCall, draw
 from sdtrt_backend.recipe import JSON_NAME, TENSORS_NAME
-from sdtrt_backend.run import states
+from sdtrt_backend.state import states
 
 PROMPT = "red apple, noto style"
 

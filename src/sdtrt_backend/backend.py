@@ -9,14 +9,15 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from .calls import inputs_changed
 from .capture import Captured, capture
 from .errors import ModelError, OptionError, SdtrtError
-from .fx import written
 from .lower import choose
+from .names import root_of
 from .options import Options
 from .recipe import Recipe
 from .rules import BY_CALL
-from .state import State
+from .state import State, state_of
 from .step import Step, captured_of, state_with_recipe
 from .timesteps import number_for_timestep
 
@@ -47,9 +48,11 @@ def _backend(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options,
     except SdtrtError:  # the user's options or recipe
         raise
     except Exception as error:  # ours: the user's call goes on without us
-        log.warning("sd_%s: a graph runs in its own precision: reading it failed with %s: %s", parsed.precision,
-                    type(error).__name__, str(error).partition("\n")[0])
-        log.info("reading the graph failed", exc_info=error)
+        sentence = f"reading a graph of the module failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        log.info("%s", sentence, exc_info=error)
+        parameters = [a for a in example_inputs if isinstance(a, torch.nn.Parameter)]
+        state = state_of(root_of(parameters), parameters, parsed)
+        state.say(state.fallbacks, f"{sentence}; that graph runs in the module's own precision")
         step = None
     return step or _inductor(gm, example_inputs)
 
@@ -85,6 +88,10 @@ def _refusal(gm: fx.GraphModule, captured: Captured, example_inputs: Sequence[An
     if number_for_timestep([n.name for n in placeholders], example_inputs):
         return ("the timestep comes as a Python number, and every value of it would be a step of its own: pass a tensor, "
                 "torch.tensor(t)")
+    changed = inputs_changed(gm.graph)
+    if changed:
+        return (f"the module changes its input {changed[0].name} in place (a cache, a counter, a norm in training), and a build runs "
+                "it several times")
     return None
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import budget, drift, measure
+from . import budget, drift, measure, work
 from .calibrate import Observer
 from .capture import Captured, bind, tensor_inputs
 from .fx import inductor
 from .graphs import Graphed, Memory
-from .lower import LOWERINGS, Lowered, Lowering, choose
+from .lower import Lowered, Lowering, choose
+from .names import layer_name
 from .options import Options
 from .quantize import free_convs, insert, plan
 from .recipe import Recipe
@@ -62,7 +63,8 @@ class Timings:
 
 @dataclass(frozen=True)
 class _Made:
-    """layers: one row per layer; error: of the first output; timings: of this build; eight_bit_flops: of the kernels that ran."""
+    """layers: one row per layer; error: of the first output; timings: of this build; eight_bit_flops: of the kernels that ran;
+    sizes: of the inputs; baked: names of the inputs whose number became part of it."""
 
     precision: str
     layers: tuple[LayerReport, ...] = ()
@@ -72,14 +74,17 @@ class _Made:
     plan: Plan | None = None
     eight_bit_flops: int = 0
     measured: bool = False
+    sizes: str = ""
+    baked: frozenset[str] = frozenset()
 
     def timed(self, **seconds: float) -> Any:
         return replace(self, timings=replace(self.timings, **seconds))  # type: ignore[arg-type]
 
     def report(self, status: str) -> Report:
-        whole = sum(layer.flops for layer in self.layers)
-        share = self.eight_bit_flops / max(1, whole) if self.measured else None
-        return Report(status, self.layers, (), (), self.timings.named(self.precision), self.error, share, {}, None)
+        flops = sum(layer.flops for layer in self.layers)
+        share = (self.eight_bit_flops / max(1, flops) if self.measured else 0.0) if isinstance(self, Ready) else 0.0
+        return Report(status, self.layers, timings=self.timings.named(self.precision), error=self.error,
+                      quantized_flops_share=share, flops=flops, sizes=self.sizes)
 
 
 @dataclass(frozen=True)
@@ -104,30 +109,37 @@ class Refused(_Made):
     fallback: Callable[..., Any] | None = None
 
 
-def unquantized(captured: Captured, args: Sequence[Any], tensors: Sequence[torch.Tensor] | None = None) -> Callable[..., Any]:
-    """The captured graph in the user's precision through Inductor, for the shapes of ``args``. tensors: what it will be called
-    with, if not with the tensors of ``args``."""
+def unquantized(captured: Captured, args: Sequence[Any],
+                tensors: Sequence[torch.Tensor] | None = None) -> tuple[Callable[..., Any], frozenset[str]]:
+    """(the captured graph in the user's precision through Inductor, for the shapes of ``args``, names of the inputs whose number
+    became part of it). tensors: what it will be called with, if not with the tensors of ``args``."""
     graph, _ = bind(captured, args)
-    return inductor(graph, tensor_inputs(captured, args) if tensors is None else tensors)
+    return inductor(graph, tensor_inputs(captured, args) if tensors is None else tensors), graph.meta["baked"]
+
+
+def sizes_of(tensors: Sequence[torch.Tensor]) -> str:
+    """2x4x32x32, scalar, 2x77x768"""
+    return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors)
 
 
 def build(request: Request) -> Ready | Refused:
     """plan -> refine -> insert -> lower -> judge -> watch. Each stage may refuse."""
     options, args, captured = request.options, request.args, request.captured
-    made = _Made(options.precision)
     tensors = _dense(tensor_inputs(captured, args))
+    made = _Made(options.precision, sizes=sizes_of(tensors))
     start = time.perf_counter()
     lowering, refusal = choose(options, tensors[0].device if tensors else _device(captured))
     if lowering is None:
         return _refused(made, refusal or "")
     with _progress(options) as bar:
         graph, nodes = bind(captured, args)
+        made = replace(made, baked=graph.meta["baked"])
         planned = planned_of(request, lowering, nodes)
         if not planned.quantized:
             first = planned.decisions[0]
             return _refused(made, f"no layer can be quantised ({first.layer.name}: {first.reason})")
         bar("measuring kernels")
-        planned, made = lowering.refine(planned, graph, nodes, tensors, options), made
+        planned = lowering.refine(planned, graph, nodes, tensors, options)
         made = replace(made, plan=planned, timings=replace(made.timings, choice_s=time.perf_counter() - start,
                                                            **planned.measured))
         if not planned.quantized:
@@ -232,7 +244,7 @@ def _raced(request: Request, tensors: Sequence[torch.Tensor], step: Callable[...
     made = made.timed(eager_ms=eager_ms, step_ms=step_ms)
     if request.options.engine != "auto" or not lowering.may_be_slower(made.timings):
         return made, None, None
-    compiled = unquantized(captured, args, tensors)
+    compiled, _ = unquantized(captured, args, tensors)
     compiled(*tensors)
     if lowering.graphed and tensors[0].is_cuda:
         compiled = Graphed(compiled, tensors, request.memory, ())
@@ -263,23 +275,38 @@ def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[
                    where: Mapping[str, str]) -> tuple[LayerReport, ...]:
     """One row per layer, its noise measured on the input that the unquantised graph feeds it."""
     by_node = {d.layer.node: d for d in decisions}
+    names, constants = captured.layer_names(), {n for i, n in enumerate(captured.placeholders()) if i in captured.constants}
+    others = {w.node: w for w in work.weighted(captured.graph.graph, lambda n: n in constants or n.op == "get_attr")
+              if w.node.name not in names}
     rows: list[LayerReport] = []
 
     class Measure(Observer):
         def run_node(self, n: fx.Node) -> Any:
             self.current = n
-            return super().run_node(n)
+            y = super().run_node(n)
+            if n in others:
+                rows.append(_other_row(others[n], captured, work.flops(n, y, *self.fetch_args_kwargs_from_env(n)), y))
+            return y
 
     def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
         n = observer.current.name
         d = by_node[n]
         sqnr, flops = measure.layer_noise(d, arguments, observer.current.target)  # type: ignore[arg-type]
-        precision = d.precision if d.quantized else str(d.layer.weight.dtype).removeprefix("torch.")
+        precision = d.precision if d.quantized else _dtype(d.layer.weight)
         rows.append(LayerReport(name, op, tuple(d.layer.weight.shape), precision, where[n] if d.quantized else "inductor",
                                 d.reason, d.amax if d.quantized else None, sqnr, flops))
 
-    observer = Measure(captured.graph, captured.layer_names(), see)
+    observer = Measure(captured.graph, names, see)
     observer.run(*args)
     return tuple(rows)
 
 
+def _other_row(found: work.Work, captured: Captured, flops: int, result: Any) -> LayerReport:
+    """The row of an operation with a weight that is no layer of the plan."""
+    name = layer_name(found.name)
+    row = found.kept(flops, _dtype(result) if isinstance(result, torch.Tensor) else "")
+    return replace(row, name=name, reason=captured.unquantizable.get(name, row.reason))
+
+
+def _dtype(t: torch.Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fx import call_arguments, finish, module_path, written
+from .calls import call_arguments, written
+from .fx import alive, finish, module_path
 from .names import layer_name
 from .recipe import fingerprint
 from .rules import OPS
+from .scalars import without_item
 from .timesteps import find_timestep
 from .values import Layer
 
@@ -41,9 +43,9 @@ class Captured:
         """FX node name -> layer name."""
         return {layer.node: layer.name for layer in self.layers}
 
-    def names(self) -> list[str]:
-        """Of all inputs, as Dynamo named them."""
-        return [n.name for n in self.graph.graph.find_nodes(op="placeholder")]
+    def placeholders(self) -> list[fx.Node]:
+        """Of all inputs, in order."""
+        return list(self.graph.graph.find_nodes(op="placeholder"))
 
 
 def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping[int, str] | None = None) -> Captured:
@@ -90,8 +92,10 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
     """A fresh graph whose inputs are the tensors of ``args`` alone: parameters become constants, integers literals.
 
     Editing Dynamo's graph in place would change its calling convention. Returns the graph and node name -> new node, of those
-    whose result somebody reads.
+    whose result somebody reads. A Python float that changes between calls, which Dynamo hands over as a tensor, is one in the
+    graph too; where that cannot be its value becomes part of it, and ``meta["baked"]`` has the names of those inputs.
     """
+    numbers: dict[str, float] = {}
     root, graph, env = torch.nn.Module(), fx.Graph(), {}
     placeholders = iter(enumerate(args))
     for node in captured.graph.graph.nodes:
@@ -102,6 +106,8 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
                 env[node] = graph.get_attr(node.name)
             elif isinstance(value, torch.Tensor):
                 env[node] = graph.placeholder(node.name)
+                if any(user.target == "item" for user in node.users) and value.dtype is torch.float64 and not value.dim():
+                    numbers[node.name] = float(value)
             else:
                 env[node] = value  # a size that Dynamo made symbolic: one graph per shape is faster and simpler
         elif node.op == "get_attr":
@@ -109,9 +115,11 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
             env[node] = graph.get_attr(node.name)
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
-    gm = finish(fx.GraphModule(root, graph))
-    left = set(gm.graph.nodes)
-    return gm, {node.name: new for node, new in env.items() if isinstance(new, fx.Node) and new in left}
+    gm, baked = fx.GraphModule(root, graph), frozenset[str]()
+    if numbers:
+        gm, baked = without_item(gm, numbers)
+    gm.meta["baked"] = baked
+    return finish(gm), alive({node.name: new for node, new in env.items() if isinstance(new, fx.Node)}, gm)
 
 
 def follow(captured: Captured, live: Container[torch.Tensor]) -> Captured:

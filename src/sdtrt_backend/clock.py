@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from .timesteps import TIMESTEP_NAMES, Candidates, timestep_value
+from .timesteps import TIMESTEP_NAMES, Candidates, Trajectories, timestep_value
 
-# Calls without a timestep by name that are looked at before each call counts as a whole picture
-LOOKED_AT = 16
+# Calls without a timestep by name that are looked at before each call counts as a whole picture: where no small input changes
+# at all, and where some do, but not as timesteps
+LOOKED_AT, MOVING = 16, 1000
 
 
 class Clock:
@@ -21,16 +22,15 @@ class Clock:
 
     Three sources. Where the root itself is not compiled, a hook on it. Else the graph that receives the timestep. Else the first
     graph that is called, whose small inputs are observed: the one that moves as timesteps do is taken for it. Until that is
-    decided ``begin`` is told so, and afterwards ``again`` is told the timesteps of those calls.
+    decided ``begin`` is told so, and afterwards ``again`` is given the trajectories of those calls, with the one that begins.
     """
 
-    def __init__(self, begin: Callable[[float, bool], None], again: Callable[[Sequence[float]], None]) -> None:
+    def __init__(self, begin: Callable[[float, bool], None], again: Callable[[Trajectories], None]) -> None:
         self.begin, self.again = begin, again
         self.frame: int | None = None  # Dynamo's number of the piece of code whose graphs are the source
         self.by_name = False  # whether that source has a timestep by name
         self.hook: Any = None
         self.candidates = Candidates()
-        self.seen: list[Mapping[Any, float]] | None = []  # of the calls before a candidate was chosen
         self.whole_calls = False
 
     def listen(self, root: torch.nn.Module) -> None:
@@ -67,22 +67,21 @@ class Clock:
             self.begin(timestep_value(timestep), True)
             return
         small = {i: timestep_value(v) for i, v in inputs.items() if _may_be_a_timestep(v)}
-        if self.seen is not None:
-            self.candidates.observe(small)
-            chosen = self.candidates.chosen
-            if chosen is not None:
-                self.again([s.get(chosen, math.nan) for s in self.seen])
-                self.seen = None
-            elif not small or len(self.seen) >= LOOKED_AT:
-                self.whole_calls, self.seen = True, None
-            else:
-                self.seen.append(small)
+        candidates = self.candidates
+        if candidates.chosen is None and not self.whole_calls:
+            candidates.observe(small)
+            if candidates.chosen is not None:
+                self.again(candidates.tracks[candidates.chosen])
+                return
+            moved = any(track.low < track.high for track in candidates.tracks.values())
+            self.whole_calls = not small or candidates.calls > (MOVING if moved else LOOKED_AT)
+            if not self.whole_calls:
                 self.begin(math.nan, False)
                 return
-        self.begin(math.nan if self.whole_calls else small.get(self.candidates.chosen, math.nan), True)
+        self.begin(math.nan if self.whole_calls else small.get(candidates.chosen, math.nan), True)
 
 
 def _may_be_a_timestep(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.dim() <= 1 and 0 < value.numel() and not value.is_meta
+        return value.dim() <= 1 and value.numel() > 0 and not value.is_meta
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -20,7 +20,7 @@ from .measure import step_ms
 from .pipeline import explain
 from .recipe import versions
 from .report import comparison_picture, summary_table, write_result
-from .run import states
+from .state import states
 from .store import processor
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from . import measure, ops
 from .fx import drop_dead
 from .quantize import FP8_HEADROOM, QD
 from .recipe import Recipe
-from .report import Watched
-from .values import Decision
+from .values import Decision, Watched
 
 DEVICES = ("cpu", "cuda")  # where steps are watched
 # Calls after a build that are sampled whatever they cost: a model that has drifted is noticed in its first picture.
@@ -136,10 +135,12 @@ class Later:
         return self.host.tolist()
 
 
-def peaks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """max |t| of each floating-point tensor, NaN where it has one: fp32, 0 for an empty tensor."""
+def peaks(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """max |t| of each floating-point result, then max t of each tensor that was given, as minus infinity is what a mask holds; NaN
+    where there is one: fp32, 0 for an empty tensor."""
     # not vector_norm: on the CPU that one is 20 times slower
-    return torch.stack([(t.detach().abs().amax() if t.numel() else t.new_zeros(())).float() for t in tensors])
+    largest = [t.detach().abs().amax() if t.numel() else t.new_zeros(()) for t in results]
+    return torch.stack([v.float() for v in (*largest, *(t.detach().amax() if t.numel() else t.new_zeros(()) for t in given))])
 
 
 def trouble(values: Sequence[float]) -> str | None:

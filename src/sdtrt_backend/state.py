@@ -10,6 +10,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,11 +71,10 @@ class State:
 
     # --- calibration
 
-    def observed_calls(self, timesteps: Sequence[float]) -> None:
-        """The timesteps of the calls so far turned out to be these."""
-        self.calibration.trajectories = Trajectories()
-        for timestep in timesteps:
-            self.calibration.trajectories.observe(timestep)
+    def observed_calls(self, trajectories: Trajectories) -> None:
+        """The timesteps of the calls so far, and of the one that begins, turned out to be these."""
+        self.observe_call(trajectories.previous or 0.0, False)
+        self.calibration.trajectories = trajectories
 
     def observe_call(self, timestep: float, known: bool) -> None:
         """A call of the root begins. After the last calibrating picture the ranges become the recipe. known: whether ``timestep``
@@ -193,9 +193,10 @@ class State:
         wanted = None if of is None else {id(p) for p in of}
         units = [u for u in self.units if wanted is None or any(id(p) in wanted for p in u.captured.constants.values())]
         status = self.status if len(units) == len(self.units) else _status_of(units, self.status)
-        found = merged([r for u in units for r in u.reports()], status)
-        return found.about(tuple(self.fallbacks), tuple(self.notes), dict(self.recipe.provenance) if self.recipe else {},
-                           self.drift.watched())
+        pieces = [(r, u.name) for u in units for r in u.reports()]
+        found = merged([r for r, _ in pieces], [n for _, n in pieces]) if pieces else Report(status)
+        return replace(found, state=status, fallbacks=tuple(self.fallbacks), notes=tuple(self.notes),
+                       provenance=dict(self.recipe.provenance) if self.recipe else {}, watched=self.drift.watched())
 
 
 def _status_of(units: Sequence[Unit], default: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
 import threading
 import time
 import weakref
@@ -21,16 +22,17 @@ import torch
 from torch import fx
 
 from . import names, weights
-from .build import Ready, Refused, Request, build, unquantized
+from .build import Ready, Refused, Request, build, sizes_of, unquantized
 from .calibrate import Observer
 from .capture import Captured, capture, concrete, follow, follow_all, tensor_inputs
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, peaks, trouble
 from .errors import SdtrtError
+from .graphs import elements
 from .measure import outputs
 from .options import Options
 from .recipe import Recipe, fingerprint, one_weight
 from .rules import MODULES
-from .state import BUILDING, CALIBRATING, READY, REFUSED, State, register, state_of
+from .state import BUILDING, CALIBRATING, READY, REFUSED, State, state_of
 from .timesteps import timestep_value
 from .values import Report
 
@@ -73,6 +75,7 @@ class Unit:
         self.every = max(1, min(CHECKED[1], len(self.constants) // CHECKED[0]))
         self.calls = self.failures = self.retry_at = 0
         self.numbers: dict[Any, set[Any]] = {}
+        self.baked: list[int] = []  # inputs whose number is part of each step
 
     def _follow(self, captured: Captured) -> None:
         """Constants that are known to change are inputs from now on."""
@@ -116,6 +119,14 @@ class Unit:
             return REFUSED
         return CALIBRATING
 
+    @property
+    def name(self) -> str:
+        """What its layers have in common, for a report of several graphs; "" where it is the only one."""
+        if len({u.frame for u in self.state.units}) == 1 and len({u.constants for u in self.state.units}) == 1:
+            return ""
+        paths = [layer.name for layer in self.captured.layers]
+        return os.path.commonpath([p.replace(".", "/") for p in paths]).replace("/", ".") if paths else ""
+
     def reports(self) -> list[Report]:
         return [made.report(self.status) for made in self.results.values()]
 
@@ -127,16 +138,28 @@ class Unit:
 
     def __call__(self, args: Sequence[Any]) -> Any:
         inputs = self.inputs(args)
-        key = signature(inputs)
+        key = self._key(inputs, args)
         variant = self.variants.get(key)
         if variant is None or self.version != self._version():
             return self._slow(key, args, inputs)
         try:
             return self._run(variant, args)
         except Exception as error:
-            if variant.made is None:
-                raise
-            return self._failed(error, "running the 8-bit step", key, args)
+            return self._failed(error, "running the step", key, args)
+
+    def _key(self, inputs: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+        """See ``signature``; with the numbers that became part of steps."""
+        key = signature(inputs)
+        return (*key, *((i, float(args[i])) for i in self.baked)) if self.baked else key
+
+    def _bake(self, names: frozenset[str], key: Any, args: Sequence[Any]) -> Any:
+        """The key of a step whose graph holds the numbers of these inputs."""
+        new = [i for i, n in enumerate(self.captured.placeholders()) if n.name in names and i not in self.baked]
+        if not new:
+            return key
+        self.baked += new
+        self.variants.clear()
+        return self._key(self.inputs(args), args)
 
     def _run(self, variant: Variant, args: Sequence[Any]) -> Any:
         state = self.state
@@ -172,7 +195,7 @@ class Unit:
             if state.closed or not BUILDING_ALONE.acquire(blocking=False):
                 return self.own(args)
             try:
-                self._build(key, args)
+                key = self._build(key, args)
                 if key in self.variants:  # the first run, in which Inductor tunes what it compiled
                     return self._run(self.variants[key], args)
             finally:
@@ -213,7 +236,8 @@ class Unit:
 
     # --- building
 
-    def _build(self, key: Any, args: Sequence[Any]) -> None:
+    def _build(self, key: Any, args: Sequence[Any]) -> Any:
+        """Build a step for ``args``, or refuse; returns its key."""
         state = self.state
         assert state.recipe is not None
         changed = state.memory.changed(self.frozen)
@@ -233,7 +257,8 @@ class Unit:
             for note in made.notes:
                 state.say(state.notes, note)
         if state.closed:
-            return
+            return key
+        key = self._bake(made.baked, key, args)
         self.results[key] = made
         self.failures = 0
         if isinstance(made, Refused):
@@ -246,13 +271,14 @@ class Unit:
         state.memory.stamp(self.frozen)
         self.version = self._version()
         state.place_weights()
+        return key
 
     def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
         state = self.state
         if any(v.made is not None for v in self.variants.values()):
-            sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
+            sizes = sizes_of(tensor_inputs(self.captured, args))
             state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
-            self.variants[key] = self._compiled(args) if made.fallback is None else Variant(made.fallback, self.captured)
+            self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.captured)
             return
         self.refuse(made.reason)
         if made.fallback is not None:
@@ -274,7 +300,8 @@ class Unit:
             if not BUILDING_ALONE.acquire(blocking=False):
                 return self.own(args)
             try:
-                variant = self._compiled(args)
+                variant, baked = self._compiled(args)
+                key = self._bake(baked, key, args)
                 result = variant.step(*tensor_inputs(variant.captured, args))
                 self.variants[key] = variant
                 return result
@@ -286,9 +313,10 @@ class Unit:
                 BUILDING_ALONE.release()
         return self._run(self.variants[key], args)
 
-    def _compiled(self, args: Sequence[Any]) -> Variant:
+    def _compiled(self, args: Sequence[Any]) -> tuple[Variant, frozenset[str]]:
         whole = follow_all(self.captured)  # it reads the constants at every call, whatever becomes of them
-        return Variant(unquantized(whole, args), whole)
+        step, baked = unquantized(whole, args)
+        return Variant(step, whole), baked
 
     def _as_it_is(self, args: Sequence[Any]) -> Variant:
         """The captured graph itself, in place of a compiled one."""
@@ -303,7 +331,7 @@ class Unit:
 
     def _another_number(self, key: Any, inputs: Sequence[Any]) -> bool:
         """Whether a Python number takes too many values for a step of each; the unit is refused then."""
-        numbers = tuple(v for v in inputs if not isinstance(v, torch.Tensor))
+        numbers = (*(v for v in inputs if not isinstance(v, torch.Tensor)), *key[len(key) - len(self.baked):])
         sizes = {s for v in inputs if isinstance(v, torch.Tensor) for s in v.shape}
         free = tuple(n for n in numbers if n not in sizes)
         if not free:
@@ -326,11 +354,11 @@ class Unit:
         if transient(error):
             self.failures += 1
             self.retry_at = self.calls + RETRY * 2 ** (self.failures - 1)
-            sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
+            sizes = sizes_of(tensor_inputs(self.captured, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision, and it is tried "
                                                  "again later")
         elif any(v.made is not None for v in self.variants.values()) and what.startswith("building"):
-            sizes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensor_inputs(self.captured, args))
+            sizes = sizes_of(tensor_inputs(self.captured, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._as_it_is(args)
         else:
@@ -380,7 +408,7 @@ class Unit:
             drift.sample(watch, tensors)
         device = self.constants[0].device
         looked = self.frozen if due else ()
-        numbers = [state.memory.elements(looked)] if looked else []
+        numbers = [elements(looked)] if looked else []
         given = [t for t in outputs(tensors) if t.device == device] if watch is not None else []
         mine = [t for t in made if t.device == device] if watch is not None else []
         if mine:

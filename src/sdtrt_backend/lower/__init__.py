@@ -99,10 +99,10 @@ def _measured(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence
     propagate(graph, tensors)
     measured, always = chooser(tensors[0].device), options.engine == "inductor"
     decisions = assign(plan.decisions, nodes, measured, options.precision, always)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if tensors[0].is_cpu else {"kernels_ms": kernels_ms(graph, measured)}
     if options.precision == "fp8" and options.level >= 4:
         found["fp8_attentions"] = len(attentions_in_fp8(graph, tensors, measured))
-    return plan.then("measured kernels", decisions, kernels_ms=kernels_ms(graph, measured), **found)
+    return plan.then("measured kernels", decisions, **found)
 
 
 def _for_engines(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor], options: Options) -> Plan:
@@ -129,7 +129,8 @@ def _with_engines(counted: int, layers: Sequence[LayerReport], decisions: Sequen
 LOWERINGS = {row.name: row for row in (
     Lowering("reference", lambda options, device: None, _for_the_reference, reference.lower, graphed=False, timed=False,
              counts=False),
-    Lowering("inductor", _on_the_cpu, lambda plan, *_: plan, inductor_cpu.lower, graphed=False, flops=_once),
+    Lowering("inductor", _on_the_cpu, _measured, inductor_cpu.lower, graphed=False, flops=_once,
+             none_left=lambda d: f"no 8-bit kernel is faster than the one in the user's precision on these shapes ({d.reason})"),
     Lowering("inductor-cuda", _on_a_gpu, _measured, inductor_cuda.lower,
              none_left=lambda d: f"no 8-bit kernel is faster than the 16-bit one on these shapes ({d.reason})",
              # a step that is faster than the 16-bit products, convolutions and attention alone, which torch.compile calls as they
