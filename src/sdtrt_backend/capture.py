@@ -94,6 +94,9 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
     nodes = {node.name: new for node, new in env.items() if isinstance(new, fx.Node)}
+    for node in captured.graph.graph.find_nodes(op="placeholder"):  # what is computed of an input may depend on its dtype
+        if node.name in nodes and "example_value" in node.meta:
+            nodes[node.name].meta["example_value"] = node.meta["example_value"]
     return finish(fx.GraphModule(root, graph)), nodes
 
 
