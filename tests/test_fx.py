@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import fx
 
-from sdtrt_backend.fx import add_constant, call_arguments, finish, inserting_after, module_path, pair
+from sdtrt_backend.fx import (
+    ATTENTION,
+    add_constant,
+    alive,
+    call_arguments,
+    finish,
+    inserting_after,
+    module_path,
+    pair,
+    plain_attention,
+    read_through_copies,
+)
 
 
 @pytest.fixture
@@ -80,3 +91,66 @@ def test_finishing_drops_what_nobody_reads_and_nothing_else(gm):
     assert not gm.graph.find_nodes(op="call_function", target=torch.neg)
     assert len(gm.graph.find_nodes(op="placeholder")) == 2  # an unread input is still an input
     assert torch.equal(gm(x, None), before)
+
+
+def test_who_holds_nodes_learns_which_were_erased_as_dead(gm):
+    with gm.graph.inserting_before(node(gm, torch.conv2d)):
+        dead = gm.graph.call_function(torch.conv2d, node(gm, torch.conv2d).args)
+        kept = gm.graph.call_method("relu_", (node(gm, "x"),))  # nobody reads it, but it changes x
+    held = {"conv": gm.graph.output_node().args[0], "dead": dead, "kept": kept}
+    assert alive(held, gm) == held
+    finish(gm)
+    assert alive(held, gm) == {"conv": held["conv"], "kept": kept}
+
+
+def test_statistics_that_a_norm_writes_keep_it_alive(gm):
+    with gm.graph.inserting_before(node(gm, torch.conv2d)):
+        norms = [gm.graph.call_function(torch.nn.functional.batch_norm, (node(gm, "x"), None, None, None, None, False)),
+                 gm.graph.call_function(torch.nn.functional.batch_norm, (node(gm, "x"), *[node(gm, "timestep")] * 2),
+                                        {"training": True})]
+    finish(gm)
+    assert list(alive(dict(zip(("eval", "training"), norms, strict=True)), gm)) == ["training"]
+
+
+def attention(*args, **kwargs):
+    graph = fx.Graph()
+    nodes = {name: graph.placeholder(name) for name in "qkvm"}
+    for n in nodes.values():
+        n.meta["val"] = torch.empty(2, 4, 5, 16)
+    return graph.call_function(ATTENTION, tuple(nodes.get(a, a) for a in args), {k: nodes.get(v, v) for k, v in kwargs.items()})
+
+
+@pytest.mark.parametrize(("args", "kwargs", "scale"), [
+    (("q", "k", "v"), {}, 0.25), ((), {"query": "q", "key": "k", "value": "v"}, 0.25),
+    (("q", "k"), {"value": "v", "scale": 2.0}, 2.0),
+    (("q", "k", "v", None, 0.0, False), {"scale": None, "enable_gqa": False}, 0.25)])
+def test_a_plain_attention_is_found_however_it_is_written(args, kwargs, scale):
+    found = plain_attention(attention(*args, **kwargs))
+    assert found is not None
+    assert ([n.name for n in found[:3]], found[3]) == (["q", "k", "v"], scale)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [
+    (("q", "k", "v", "m"), {}), (("q", "k", "v"), {"attn_mask": "m"}), (("q", "k", "v", None, 0.1), {}),
+    (("q", "k", "v", None, 0.0, True), {}), (("q", "k", "v"), {"enable_gqa": True}), (("q", "k", "v"), {"scale": "m"})])
+def test_an_attention_with_more_to_it_is_not_plain(args, kwargs):
+    assert plain_attention(attention(*args, **kwargs)) is None
+
+
+def test_what_is_changed_through_any_view_is_read_through_a_copy():
+    """A reader in front of the change reads what was there then, wherever it is moved to."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.mul, (x, 2))
+    reader = graph.call_function(torch.nn.functional.silu, (y,))
+    graph.call_method("zero_", (graph.call_method("unfold", (y, 0, 2, 2)),))
+    graph.output((reader, y))
+    for n in (x, y):
+        n.meta["val"] = torch.empty(4)
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    read_through_copies(gm)
+    assert reader.args[0].target == "clone"
+    gm.recompile()
+    silu, changed = gm(torch.ones(4))
+    assert torch.equal(silu, torch.nn.functional.silu(2 * torch.ones(4)))
+    assert torch.equal(changed, torch.zeros(4))

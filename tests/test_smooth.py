@@ -54,6 +54,17 @@ def test_a_norm_that_only_the_readers_read_carries_the_factor_itself(x, layer_no
     torch.testing.assert_close(carried, expected)
 
 
+@pytest.mark.parametrize("how", ["by name", "no bias"])
+def test_the_arguments_of_a_norm_may_be_given_in_any_way(x, how):
+    gm, norm, reader = make()
+    weight, bias = norm.args[2:4] if how == "by name" else (norm.args[2], None)
+    norm.args, norm.kwargs = norm.args[:2], {"weight": weight, "bias": bias, "eps": 1e-3}
+    expected = F.layer_norm(x, (CHANNELS,), gm.w, gm.b if bias is not None else None, 1e-3) / FACTOR
+    _, carried = smoothed(gm, norm, reader, x)
+    assert muls(gm) == 0
+    torch.testing.assert_close(carried, expected)
+
+
 @pytest.mark.parametrize("pattern", [{"outsider": True}, {"affine": False}])
 def test_otherwise_one_multiplication_carries_it_and_outsiders_see_the_tensor_as_it_was(x, pattern):
     gm, norm, reader = make(**pattern)

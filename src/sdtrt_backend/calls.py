@@ -104,11 +104,11 @@ def signatures(op: str, target: Any) -> tuple[Signature, ...]:
         schemas = torch._C._jit_get_schemas_for_operator(f"aten::{ATEN_NAMES.get(name, name)}")
     else:
         schemas = []
-    found = (tuple(_parameter(a) for a in schema.arguments) for schema in schemas)
+    found = (tuple(_parameter(a) for a in schema.arguments) for schema in schemas
+             if any("Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns)))
     # TorchScript has functions of lists under the same names, as sort, which writes a list of tensors
     of_lists = not (_name(target) if op == "call_function" else str(target)).endswith("_")
-    return tuple(s for s in found if any("Tensor" in p.type for p in s)
-                 and not (of_lists and any(p.written and "List" in p.type for p in s)))
+    return tuple(s for s in found if not (of_lists and any(p.written and "List" in p.type for p in s)))
 
 
 def _is_torch(target: Any) -> bool:
@@ -239,7 +239,7 @@ def writes(node: fx.Node) -> tuple[fx.Node, ...]:
         found += node.args[:1] or list(node.kwargs.values())[:1]
     if effects.written or effects.inplace or name in SILENT_WRITES:
         given = arguments(node)
-        found += [given.get(name) for name in effects.written]
+        found += [value for name, value in given.items() if name in effects.written]
         if effects.inplace and given.get("inplace"):
             found.append(given.get("input"))
         silent, when = SILENT_WRITES.get(name, ((), ""))
@@ -266,7 +266,7 @@ def shares(node: fx.Node) -> tuple[fx.Node, ...]:
         return changed
     if effects.known:
         given = arguments(node)
-        found = _nodes(given.get(name) for name in effects.shared)
+        found = _nodes(value for name, value in given.items() if name in effects.shared)
         if not found and not effects.shared & given.keys():  # the arguments fit no overload
             found = node.all_input_nodes
     else:

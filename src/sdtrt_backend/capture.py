@@ -115,11 +115,15 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
             env[node] = graph.get_attr(node.name)
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
+    nodes = {node.name: new for node, new in env.items() if isinstance(new, fx.Node)}
+    for node in captured.placeholders():  # what is computed of an input may depend on its dtype
+        if node.name in nodes and "example_value" in node.meta:
+            nodes[node.name].meta["example_value"] = node.meta["example_value"]
     gm, baked = fx.GraphModule(root, graph), frozenset[str]()
     if numbers:
         gm, baked = without_item(gm, numbers)
     gm.meta["baked"] = baked
-    return finish(gm), alive({node.name: new for node, new in env.items() if isinstance(new, fx.Node)}, gm)
+    return finish(gm), alive(nodes, gm)
 
 
 def follow(captured: Captured, live: Container[torch.Tensor]) -> Captured:
