@@ -1,7 +1,7 @@
 """Tiny denoisers of the families, randomly initialised from config: [16, 64] channels, two blocks of each kind.
 
-``FAMILIES[name]()`` gives (module, draw): the module in eval mode, fp32, and draw(generator, share) -> keyword arguments of one call at
-``share`` (1 = pure noise, 0 = picture) of the trajectory. Importing this file imports no diffusers.
+``FAMILIES[name]()`` gives (module, draw): the module in eval mode, fp32, and draw(generator, share) -> keyword arguments of one
+call at ``share`` (1 = pure noise, 0 = picture) of the trajectory. Importing this file imports no diffusers.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def sd3() -> tuple[nn.Module, Draw]:
 def pixart() -> tuple[nn.Module, Draw]:
     from diffusers import PixArtTransformer2DModel
 
-    module = PixArtTransformer2DModel(num_attention_heads=HEADS, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
-                                      cross_attention_dim=WIDTH, sample_size=8, patch_size=2, caption_channels=WIDTH,
+    module = PixArtTransformer2DModel(num_attention_heads=HEADS, attention_head_dim=16, in_channels=4, out_channels=8,
+                                      num_layers=2, cross_attention_dim=WIDTH, sample_size=8, patch_size=2, caption_channels=WIDTH,
                                       use_additional_conditions=False)
 
     def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def wan() -> tuple[nn.Module, Draw]:
     """Two frames; the first projection is a Conv3d."""
     from diffusers import WanTransformer3DModel
 
-    module = WanTransformer3DModel(num_attention_heads=HEADS, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=WIDTH,
-                                   freq_dim=32, ffn_dim=128, num_layers=2, rope_max_seq_len=32)
+    module = WanTransformer3DModel(num_attention_heads=HEADS, attention_head_dim=16, in_channels=16, out_channels=16,
+                                   text_dim=WIDTH, freq_dim=32, ffn_dim=128, num_layers=2, rope_max_seq_len=32)
 
     def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
         return {"hidden_states": normal(noise, 1, 16, 2, 8, 8), "encoder_hidden_states": normal(noise, 1, TEXT, WIDTH),

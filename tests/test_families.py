@@ -1,4 +1,4 @@
-"""The one line on a tiny model of every family: a few pictures, then 8 bits, near its own output, with every layer accounted for."""
+"""The one line on a tiny model of every family: a few pictures, then 8 bits, near its own output, with every layer named."""
 
 import itertools
 
@@ -76,7 +76,7 @@ def test_a_model_of_the_family_is_ready_after_a_few_pictures(family):
 @torch.no_grad()
 def test_a_controlnet_and_its_unet_are_both_ready_after_a_few_pictures():
     torch._dynamo.reset()
-    (control, draw_control), (unet, draw) = controlnet(), sdxl_unet()
+    (control, draw_control), (unet, _) = controlnet(), sdxl_unet()
     modules = control, unet
     both = [torch.compile(m, backend="sd_int8", options=OPTIONS) for m in modules]
 
