@@ -74,8 +74,8 @@ def pixart() -> tuple[nn.Module, Draw]:
     from diffusers import PixArtTransformer2DModel
 
     module = PixArtTransformer2DModel(num_attention_heads=HEADS, attention_head_dim=16, in_channels=4, out_channels=8,
-                                      num_layers=2, cross_attention_dim=WIDTH, sample_size=8, patch_size=2, caption_channels=WIDTH,
-                                      use_additional_conditions=False)
+                                      num_layers=2, cross_attention_dim=WIDTH, sample_size=8, patch_size=2,
+                                      caption_channels=WIDTH, use_additional_conditions=False)
 
     def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
         return {"hidden_states": normal(noise, 2, 4, 8, 8), "encoder_hidden_states": normal(noise, 2, TEXT, WIDTH),

@@ -1,5 +1,7 @@
 """Every tolerance of the tests, with its reason."""
 
+import torch
+
 TOLERANCES = {
     # int8 weights and activations: 30 dB or better per layer, a few layers deep
     "int8_step": 0.05,
@@ -29,4 +31,17 @@ TOLERANCES = {
     # dB of each of its layers on the call after that picture. Such ranges clip: 11 dB were seen in layers that read the timestep
     # alone, 13 behind an attention over 16 tokens, 17 or more elsewhere. A wrong scale or layout leaves 6 dB at best
     "family_layer_db": 10.0,
+    # of a single value beside its relative bound: below the smallest normal number of fp16 all roundings are this large
+    "smallest": 2.0**-24,
 }
+
+# Bounds of a single operation that is fed exact inputs (test_teacher_forcing.py): |y - exact| <= n * UNIT * sizes + one rounding of
+# the result's dtype, where ``sizes`` is the sum of the absolute values of all terms that were added or rounded on the way.
+# n: a sum of K terms in any order has an error of ROUNDINGS["sum"] * sqrt(K) roundings (Higham & Mary 2019, theorem 2.4, where a
+# factor of 4 holds for all elements of these tensors at once with probability 0.999); every other call is a few roundings
+ROUNDINGS = {
+    "sum": 4.0,
+    # a factor, its reciprocal, a cast, exp, tanh, erf or rsqrt of a library, which are good to about two units each
+    "call": 4.0,
+}
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
