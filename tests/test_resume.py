@@ -226,7 +226,7 @@ def newer(folder):
     (lambda f: (f / JSON_NAME).write_text((f / JSON_NAME).read_text().replace('"done": 3', '"done": 2')), "edited or damaged"),
     (lambda f: next(f.glob("*.safetensors")).write_bytes(b""), "calibration-3.safetensors is truncated"),
     (lambda f: next(f.glob("*.safetensors")).unlink(), "calibration-3.safetensors is missing"),
-    (newer, "schema 2, this version reads 1"),
+    (newer, "schema 3, this version reads 2"),
 ])
 def test_damage_is_refused_with_its_sentence_and_nothing_is_overwritten(pipe, finished, tmp_path, damage, says):
     for name, data in contents(finished).items():

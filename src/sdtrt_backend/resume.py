@@ -16,7 +16,7 @@ from .calibrate import Calibration, InputStats, denoiser_name
 from .errors import CalibrationError
 from .recipe import digest, fingerprint, model_hash, versions, write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 JSON_NAME, TENSORS_NAME = "calibration.json", "calibration-{done}.safetensors"
 COUNTED = "steps counted by the rule"
 HASH = "sha256:"  # settings that start so are told apart, not shown
@@ -104,7 +104,7 @@ def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tens
         }
     facts = {"layers": {name: [op, c.fingerprints[name], c.group_of[name]] for name, op in c.ops.items()},
              "timesteps": {group: list(at) for group, at in c.inputs.items()}, "nonfinite": c.nonfinite,
-             "buckets": c.buckets.values, "trajectories": vars(c.trajectories)}
+             "buckets": [[key, *span] for key, span in c.buckets.spans.items()], "trajectories": vars(c.trajectories)}
     return facts, tensors
 
 
@@ -121,7 +121,7 @@ def unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], total_
         rows = zip(timesteps, tensors[f"channels/{group}"], numbers, tensors[f"histogram/{group}"], strict=True)
         c.inputs[group] = {t: InputStats(channels[0], channels[1], channels[2], amax, amin, total, histogram, int(count))
                            for t, channels, (amax, amin, total, count), histogram in rows}
-    c.buckets.values = list(facts["buckets"])
+    c.buckets.spans = {key: (low, high) for key, low, high in facts["buckets"]}
     vars(c.trajectories).update(facts["trajectories"])
     return c
 
