@@ -32,7 +32,7 @@ def sample_step(shape: Sequence[int]) -> int:
     would look at one channel of [tokens, channels], or at one column of a picture.
     """
     elements = math.prod(shape)
-    step = max(1, elements // max(HISTOGRAM_SAMPLE, *shape[-1:]))
+    step = max(1, elements // max((HISTOGRAM_SAMPLE, *shape[-1:])))
     while math.gcd(step, elements) > 1:
         step -= 1
     return step
