@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from percentile_reference import METHODS, PercentileReference
 
-from sdtrt_backend.calibrate import Calibration, Observer, calibrate, observed
+from sdtrt_backend.calibrate import Calibration, InputStats, Observer, calibrate, observed
 from sdtrt_backend.errors import CalibrationError
 from sdtrt_backend.options import Options
+from sdtrt_backend.timesteps import MAX_BUCKETS, Buckets
 
 
 def observe(calibration, tensors, timesteps, name="layer"):
@@ -64,6 +67,83 @@ def test_memory_does_not_grow_with_samples(tensors):
     assert not any(isinstance(v, torch.Tensor) and v.dim() > 1 for v in vars(calibration.inputs["layer"][9.0]).values())
 
 
+def pooled(calls):
+    """All calls at once: channels [calls, C] and histograms [calls, bins] -> the statistics."""
+    channels, histograms = (torch.stack(part) for part in zip(*calls, strict=True))
+    tensor = channels.amax(1)
+    return InputStats(channels.amax(0), channels.amin(0), channels.sum(0), float(tensor.max()), float(tensor.min()),
+                      float(tensor.sum()), histograms.sum(0), len(calls))
+
+
+def assert_same(one, other):
+    """Integers in floats: sums are exact."""
+    for name, value in vars(one).items():
+        same = torch.equal if isinstance(value, torch.Tensor) else float.__eq__ if isinstance(value, float) else int.__eq__
+        assert same(value, getattr(other, name)), name
+
+
+calls_of_three_channels = st.lists(st.tuples(
+    st.lists(st.integers(0, 999), min_size=3, max_size=3).map(lambda c: torch.tensor(c, dtype=torch.float32)),
+    st.lists(st.integers(0, 9), min_size=4, max_size=4).map(torch.tensor)), min_size=1, max_size=6)
+
+
+@given(st.lists(calls_of_three_channels, min_size=2, max_size=4), st.randoms(use_true_random=False))
+def test_merged_statistics_are_those_of_all_calls_in_any_order(parts, random):
+    merged = []
+    for part in parts:
+        stats = InputStats.of_call(*part[0])
+        for call in part[1:]:
+            stats.merge(InputStats.of_call(*call))
+        merged.append(stats)
+    random.shuffle(merged)
+    while len(merged) > 1:
+        other = merged.pop(random.randrange(len(merged)))
+        merged[random.randrange(len(merged))].merge(other)
+    assert_same(merged[0], pooled([call for part in parts for call in part]))
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.sampled_from(["a", "b"]), st.integers(-50, 50)), min_size=1, max_size=40),
+       st.integers(2, 6))
+def test_timesteps_beyond_the_limit_are_pooled_with_their_neighbours(calls, limit):
+    """Group b runs at other timesteps than a: every group is told of a merge, whether it ran there or not."""
+    calibration, seen = Calibration(buckets=Buckets(limit)), {"a": [], "b": []}
+    for timestep, name, value in calls:
+        x = torch.full((2, 16), float(value))
+        observe(calibration, [x], [float(timestep)], name)
+        alone = observe(Calibration(), [x], [float(timestep)], name)
+        seen[name].append((float(timestep), alone.inputs[name][float(timestep)]))
+    spans = calibration.buckets.spans
+    assert calibration.timesteps() == sorted(spans, reverse=True) or calibration.trajectories.direction > 0
+    for name, alone in seen.items():
+        at = calibration.inputs.get(name, {})
+        assert set(at) <= set(spans)
+        assert sum(stats.count for stats in at.values()) == len(alone)
+        for key, stats in at.items():
+            low, high = spans[key]
+            assert_same(stats, pooled([(s.channel_max, s.histogram) for t, s in alone if low <= t <= high]))
+
+
+def test_a_hundred_steps_make_rows_of_neighbours_noisiest_first():
+    calibration = Calibration()
+    for _ in range(2):
+        for t in range(990, -1, -10):
+            observe(calibration, [torch.full((1, 16), 1.0 + t)], [float(t)])
+    tensor, _ = calibration.amax("layer")
+    assert calibration.timesteps() == sorted(calibration.timesteps(), reverse=True)
+    assert len(tensor.count) == MAX_BUCKETS
+    assert int(tensor.count.sum()) == 200
+    assert tensor.count.max() <= 8  # no bucket swallows what comes after the first ones
+    assert tensor.maximum[0] > tensor.maximum[-1]
+    assert calibration.recipe(Options(alpha=None), {}).timesteps == tuple(calibration.timesteps())
+
+
+def test_rules_by_call_keep_every_step_of_theirs():
+    calibration = Calibration(total_step=100)
+    for t in range(200):
+        observe(calibration, [torch.ones(1, 16)], [float(t)])
+    assert calibration.timesteps() == [float(t) for t in range(100)]
+
+
 def test_layers_handed_one_tensor_are_one_group_recorded_once(denoiser, inputs):
     calibration = Calibration()
     with torch.no_grad(), observed(denoiser, calibration):
@@ -110,6 +190,34 @@ def test_nothing_finite_is_an_error_that_names_the_layer():
         calibration.recipe(Options(), {})
     with pytest.raises(CalibrationError, match="no quantisable layer ran"):
         Calibration().recipe(Options(), {})
+
+
+def test_a_call_without_elements_is_not_recorded(tensors):
+    calibration = observe(Calibration(), [torch.empty(0, 16, 4, 4), *tensors], [9.0, 9.0, 9.0, 9.0, 9.0])
+    assert calibration.nonfinite == {}
+    assert calibration.amax("layer")[0].count.tolist() == [4]
+    with pytest.raises(CalibrationError, match="no quantisable layer ran"):
+        observe(Calibration(), [torch.empty(2, 16, 0, 4)], [1.0]).recipe(Options(), {})
+
+
+@pytest.mark.parametrize("also", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4, 64])
+def test_grouped_convolutions_have_a_range_and_no_smoothing(groups, also):
+    """also: a convolution of one group reads the same tensor."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, groups=groups), torch.nn.Conv2d(64, 64, 1))
+    calibration, x = Calibration(), torch.randn(1, 64, 8, 8)
+    calibration.start_call(1.0)
+    calibration.observe("0", "conv2d", x, module[0].weight, 1)
+    if also:
+        calibration.observe("same", "conv2d", x, module[1].weight, 1)
+    calibration.observe("1", "conv2d", module[0](x), module[1].weight, 1)
+    recipe = calibration.recipe(Options(), {})
+    assert ("0" in recipe.smoothing) == (groups == 1)
+    assert recipe.layers["0"].alpha == (0.5 if groups == 1 else None)
+    assert recipe.layers["0"].plain_amax == pytest.approx(float(x.abs().max()))
+    assert recipe.layers["1"].alpha == 0.5
+    assert set(recipe.layers) == {"0", "1", *["same"] * also}
 
 
 def test_both_front_doors_see_the_same(denoiser, graph, inputs):

@@ -1,9 +1,12 @@
 """Laws of the arithmetic."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdtrt_backend import stats
 from sdtrt_backend.values import INT8_MAX, Decision, Layer
@@ -85,14 +88,61 @@ def test_sqnr_is_the_relative_error_in_decibels(noise):
     assert stats.sqnr_db(1.01 * noise, noise) == pytest.approx(40.0, abs=1e-2)
 
 
-@pytest.mark.parametrize("elements", [
-    1, 4096, 4096 * 16,
-    2 * 4096 - 1,
-])
-def test_a_histogram_looks_at_its_sample_at_most(elements):
-    counts = stats.log_histogram(torch.ones(elements))
+REAL = [(2, 4096, 320), (2, 4096, 640), (2, 4096, 2560), (2, 1024, 1280), (2, 1024, 5120), (1, 4608, 3072), (1, 4608, 15360),
+        (2, 320, 128, 128), (2, 640, 64, 64), (2, 1280, 32, 32), (2, 128, 32, 32)]
+
+
+def sampled(shape):
+    """Coordinates of the elements that a histogram of that shape looks at: a row per axis."""
+    return torch.unravel_index(torch.arange(math.prod(shape))[:: stats.sample_step(shape)], shape)
+
+
+@pytest.mark.parametrize("shape", REAL)
+def test_every_channel_row_and_column_is_sampled_about_alike(shape):
+    """The last axis of [tokens, channels] are channels; pictures have channels, rows and columns."""
+    batch, *axes = sampled(shape)
+    assert len(batch.unique()) == shape[0]
+    for at, size in list(zip(axes, shape[1:], strict=True))[-1 if len(shape) == 3 else 0 :]:
+        counts = torch.bincount(at, minlength=size)
+        assert counts.min() >= 1
+        assert counts.max() <= 2 * len(at) / size + 2
+    assert len(axes[0].unique()) >= min(shape[1], stats.HISTOGRAM_SAMPLE) // 2  # a half of the tokens at least, spread over all
+    assert axes[0].max() - axes[0].min() >= 0.99 * shape[1] - 1
+
+
+@pytest.mark.parametrize("shape", [(2, 4096, 640), (2, 64, 128, 128)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_values_of_one_channel_or_column_have_their_share_in_the_histogram(shape, axis):
+    x, where = torch.ones(shape), [slice(None)] * len(shape)
+    where[axis] = slice(0, shape[axis] // 4)
+    x[tuple(where)] = 64.0
+    assert float(stats.log_histogram(x)[(6 - stats.OCTAVES[0]) * stats.BINS_PER_OCTAVE]) / int(
+        stats.log_histogram(x).sum()) == pytest.approx(0.25, abs=0.02)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=4))
+def test_a_histogram_samples_enough_and_not_much_more(shape):
+    elements, wanted = math.prod(shape), max(stats.HISTOGRAM_SAMPLE, shape[-1])
+    step = stats.sample_step(shape)
+    assert math.gcd(step, elements) == 1
+    assert min(elements, wanted) <= len(range(0, elements, step)) <= 20 * wanted
+    assert len({i * step % shape[-1] for i in range(shape[-1])}) == shape[-1]  # every channel of as many samples
+
+
+@pytest.mark.parametrize("shape", [(4096 * 16,), (1,), (3, 5), (0,), (2, 0, 64), ()])
+def test_a_histogram_is_the_same_each_time_and_counts_its_sample(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    counts = stats.log_histogram(x)
     assert counts.shape == (stats.BINS,)
-    assert int(counts.sum()) == min(elements, stats.HISTOGRAM_SAMPLE)
+    assert torch.equal(counts, stats.log_histogram(x.clone()))
+    assert int(counts.sum()) == len(range(0, x.numel(), stats.sample_step(shape)))
+
+
+@pytest.mark.parametrize(("shape", "axis", "channels"), [((2, 0, 64), -1, 64), ((0, 3, 8, 8), 1, 3), ((0,), -1, 0)])
+def test_the_range_of_no_elements_is_empty(shape, axis, channels):
+    low, high = stats.channel_range(torch.empty(shape, dtype=torch.float16), axis)
+    assert (low.tolist(), high.tolist()) == ([math.inf] * channels, [-math.inf] * channels)
+    assert low.dtype is high.dtype is torch.float32
 
 
 def test_a_value_quantile_is_the_end_of_the_bin_that_holds_it():

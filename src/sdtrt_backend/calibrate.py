@@ -44,15 +44,21 @@ class InputStats:
     histogram: torch.Tensor
     count: int = 1
 
-    def add(self, channels: torch.Tensor, histogram: torch.Tensor) -> None:
+    @classmethod
+    def of_call(cls, channels: torch.Tensor, histogram: torch.Tensor) -> InputStats:
+        """One call. channels: amax [channels]; histogram: counts [stats.BINS]."""
         amax = float(channels.max())
-        self.channel_max = torch.maximum(self.channel_max, channels)
-        self.channel_min = torch.minimum(self.channel_min, channels)
-        self.channel_sum = self.channel_sum + channels
-        self.tensor_max, self.tensor_min = max(self.tensor_max, amax), min(self.tensor_min, amax)
-        self.tensor_sum += amax
-        self.histogram = self.histogram + histogram
-        self.count += 1
+        return cls(channels, channels, channels, amax, amax, amax, histogram)
+
+    def merge(self, other: InputStats) -> None:
+        """Take in the calls of ``other``: associative and commutative, but for the rounding of sums."""
+        self.channel_max = torch.maximum(self.channel_max, other.channel_max)
+        self.channel_min = torch.minimum(self.channel_min, other.channel_min)
+        self.channel_sum = self.channel_sum + other.channel_sum
+        self.tensor_max, self.tensor_min = max(self.tensor_max, other.tensor_max), min(self.tensor_min, other.tensor_min)
+        self.tensor_sum += other.tensor_sum
+        self.histogram = self.histogram + other.histogram
+        self.count += other.count
 
 
 @dataclass
@@ -77,14 +83,34 @@ class Calibration:
     _bucket: float = 0.0
     _seen: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.buckets.limit = max(self.buckets.limit, self.total_step)  # rules by call are number for number
+
     def start_call(self, timestep: float) -> None:
         """Before each forward of the denoiser."""
         self.trajectories.observe(timestep)
-        self._bucket = self.buckets.key((self.trajectories.calls - 1) % self.total_step if self.total_step else timestep)
+        at = (self.trajectories.calls - 1) % self.total_step if self.total_step else timestep
+        self._bucket = self.buckets.key(at, self._merge)
         self._seen.clear()
 
+    def _merge(self, gone: float, into: float) -> None:
+        """Of every group: two timesteps are one from now on."""
+        for at in self.inputs.values():
+            if gone in at:
+                self._add(at, into, at.pop(gone))
+
+    @staticmethod
+    def _add(at: dict[float, InputStats], timestep: float, more: InputStats) -> None:
+        if timestep in at:
+            at[timestep].merge(more)
+        else:
+            at[timestep] = more
+
     def observe(self, name: str, op: str, x: torch.Tensor, weight: torch.Tensor, channel_axis: int) -> None:
-        """Record input ``x`` of layer ``name``; layers handed the same tensor object share one record."""
+        """Record input ``x`` of layer ``name``; layers handed the same tensor object share one record. An ``x`` without elements
+        tells nothing and is passed over."""
+        if not x.numel():
+            return
         if name not in self.ops:
             self.ops[name] = op
             self.fingerprints[name] = fingerprint(weight)
@@ -108,12 +134,7 @@ class Calibration:
         group = self.group_of[name]
         known = self.ranges.get(group, (low, high))
         self.ranges[group] = torch.minimum(known[0], low), torch.maximum(known[1], high)
-        at = self.inputs.setdefault(group, {})
-        if self._bucket in at:
-            at[self._bucket].add(channels, histogram)
-        else:
-            amax = float(channels.max())
-            at[self._bucket] = InputStats(channels, channels, channels, amax, amax, amax, histogram)
+        self._add(self.inputs.setdefault(group, {}), self._bucket, InputStats.of_call(channels, histogram))
 
     def timesteps(self) -> list[float]:
         """Every timestep seen, in the direction the model was stepped through: noisiest first."""
@@ -130,7 +151,8 @@ class Calibration:
         return tensor, channel
 
     def recipe(self, options: Options, provenance: Mapping[str, Any]) -> Recipe:
-        """Apply the range rule and SmoothQuant (one factor per group) to what was observed."""
+        """Apply the range rule and SmoothQuant to what was observed: one factor per group, none where operations are mixed or one
+        is a grouped convolution."""
         if not self.ops:
             raise CalibrationError("no quantisable layer ran during calibration: is this the pipeline's denoiser?")
         blind = sorted(name for name, group in self.group_of.items() if group not in self.inputs)
@@ -148,8 +170,10 @@ class Calibration:
             ops = {self.ops[m] for m in members}
             rule = range_rule(options.rule, options.percentile, min(ops))  # of a convolution, if one is among them
             amax = plain = float(rule(tensor))
-            alpha = getattr(options, ALPHA_OPTIONS[ops.pop()]) if len(ops) == 1 else None
             s = torch.ones_like(channel.maximum[0])
+            # a grouped convolution, which has no 8-bit kernel, has fewer input channels in its weight than in its input
+            alike = len(ops) == 1 and all(len(self.weight_amax[m]) == len(s) for m in members)
+            alpha = getattr(options, ALPHA_OPTIONS[ops.pop()]) if alike else None
             if alpha is not None:
                 channel_amax = rule(channel)
                 weight_amax = torch.stack([self.weight_amax[m] for m in members]).amax(0)

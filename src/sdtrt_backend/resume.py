@@ -17,7 +17,7 @@ from .errors import CalibrationError
 from .files import Format, make_private
 from .recipe import fingerprint, model_hash, versions
 
-SCHEMA = 2  # 1: the tensors were calibration-<finished prompts>.safetensors
+SCHEMA = 2  # 1: the tensors were calibration-<finished prompts>.safetensors, and pictures were counted otherwise
 FORMAT = Format("calibration", SCHEMA, CalibrationError.kept_unreadable,
                 lambda folder, found: CalibrationError.kept_unreadable(
                     folder, f"it has schema {found}, this version reads up to {SCHEMA}"),
@@ -80,7 +80,7 @@ def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tens
         }
     facts = {"layers": {name: [op, c.fingerprints[name], c.group_of[name]] for name, op in c.ops.items()},
              "timesteps": {group: list(at) for group, at in c.inputs.items()}, "nonfinite": c.nonfinite,
-             "buckets": c.buckets.values, "trajectories": vars(c.trajectories)}
+             "buckets": [[key, *span] for key, span in c.buckets.spans.items()], "trajectories": vars(c.trajectories)}
     return facts, tensors
 
 
@@ -97,7 +97,7 @@ def unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], total_
         rows = zip(timesteps, tensors[f"channels/{group}"], numbers, tensors[f"histogram/{group}"], strict=True)
         c.inputs[group] = {t: InputStats(channels[0], channels[1], channels[2], amax, amin, total, histogram, int(count))
                            for t, channels, (amax, amin, total, count), histogram in rows}
-    c.buckets.values = list(facts["buckets"])
+    c.buckets.spans = {key: (low, high) for key, low, high in facts["buckets"]}
     vars(c.trajectories).update(facts["trajectories"])
     return c
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -12,17 +13,29 @@ from .values import FP8_MAX, INT8_MAX, Decision
 OCTAVES = (-16, 12)
 BINS_PER_OCTAVE = 8
 BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
-HISTOGRAM_SAMPLE = 4096  # elements looked at per call, evenly spaced: a full log2 would triple the cost of calibration
+HISTOGRAM_SAMPLE = 4096  # elements looked at per call: a full log2 would triple the cost of calibration
 TINY_AMAX = 2.0**-24  # below this a tensor is all zeros for int8
 
 
 def log_histogram(x: torch.Tensor) -> torch.Tensor:
-    """Counts [BINS] int64 of |x| in log-spaced bins, from at most HISTOGRAM_SAMPLE evenly spaced elements of ``x``."""
-    flat = x.detach().reshape(-1)
-    sample = flat[:: max(1, -(-flat.numel() // HISTOGRAM_SAMPLE))].float().abs()
+    """Counts [BINS] int64 of |x| in log-spaced bins, from every ``sample_step``-th element of ``x`` in row-major order."""
+    sample = x.detach().reshape(-1)[:: sample_step(x.shape)].float().abs()
     octave = sample.clamp(2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1]).log2()
     index = ((octave - OCTAVES[0]) * BINS_PER_OCTAVE).long().clamp(0, BINS - 1)
     return torch.bincount(index.cpu(), minlength=BINS)
+
+
+def sample_step(shape: Sequence[int]) -> int:
+    """Elements from one sampled element to the next: about HISTOGRAM_SAMPLE are sampled, or one of each channel of the last axis.
+
+    The step shares no divisor with the number of elements, hence none with the length of a row. A multiple of that length
+    would look at one channel of [tokens, channels], or at one column of a picture.
+    """
+    elements = math.prod(shape)
+    step = max(1, elements // max((HISTOGRAM_SAMPLE, *shape[-1:])))
+    while math.gcd(step, elements) > 1:
+        step -= 1
+    return step
 
 
 def value_quantile(histogram: torch.Tensor, share: float) -> float:
@@ -47,9 +60,12 @@ def _upper_ends() -> torch.Tensor:
 
 
 def channel_range(x: torch.Tensor, channel_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(min x, max x) of every channel, fp32 [channels] on the CPU."""
+    """(min x, max x) of every channel, fp32 [channels] on the CPU; of no elements (inf, -inf), which change no other range."""
     dims = [d for d in range(x.dim()) if d != channel_axis % x.dim()]
     x = x.detach()
+    if not x.numel():
+        low = torch.full((x.shape[channel_axis],), math.inf)
+        return low, -low
     low, high = (x.amin(dims), x.amax(dims)) if dims else (x, x)  # aminmax takes one dimension: a copy, 14x slower
     return low.float().cpu(), high.float().cpu()
 
