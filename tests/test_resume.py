@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from tqdm.auto import tqdm
 
 import sdtrt_backend
 from sdtrt_backend.errors import CalibrationError
-from sdtrt_backend.recipe import JSON_NAME as RECIPE_JSON
-from sdtrt_backend.recipe import TENSORS_NAME as RECIPE_TENSORS
-from sdtrt_backend.recipe import digest, versions
-from sdtrt_backend.resume import JSON_NAME, ResumeFolder, described, pack
+from sdtrt_backend.files import digest
+from sdtrt_backend.recipe import versions
+from sdtrt_backend.resume import FORMAT, SCHEMA, ResumeFolder, described, pack
 
+JSON_NAME = FORMAT.json_name
 PROMPTS = ["red apple, noto style", "rocket, fluent style", "owl, fluent style"]
 STEPS = 3
 CRASH = """
@@ -41,7 +42,7 @@ def calibrate(pipe, prompts=PROMPTS, **settings):
 
 def recipe_bytes(recipe, folder):
     recipe.save(folder)
-    return [(folder / name).read_bytes() for name in (RECIPE_JSON, RECIPE_TENSORS)]
+    return contents(folder)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,11 @@ def finished(pipe, tmp_path_factory):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors(folder):
+    (path,) = folder.glob("calibration-*.safetensors")
+    return path
 
 
 class Calls:
@@ -90,7 +96,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(pipe, uninterrupte
     folder = tmp_path / "kept"
     assert f"{folder} holds 1 of 3 prompts" in interrupt(pipe, folder, STEPS + 2)
     assert f"{folder} holds 2 of 3 prompts" in interrupt(pipe, folder, 2 * STEPS - 1)
-    assert sorted(contents(folder)) == ["calibration-2.safetensors", JSON_NAME]
+    assert sorted(contents(folder)) == [tensors(folder).name, JSON_NAME]
     with Calls(pipe) as calls:
         recipe = calibrate(pipe, resume=folder)
     assert calls.count == STEPS
@@ -128,7 +134,7 @@ def test_when_all_is_done_nothing_runs_and_other_rules_can_be_tried(pipe, uninte
 
 def test_the_folder_is_for_its_owner_only_and_holds_no_prompt(finished):
     assert stat.S_IMODE(finished.stat().st_mode) == 0o700
-    assert sorted(contents(finished)) == ["calibration-3.safetensors", JSON_NAME]
+    assert sorted(contents(finished)) == [tensors(finished).name, JSON_NAME]
     assert not any(prompt.encode() in data for prompt in PROMPTS for data in contents(finished).values())
 
 
@@ -213,20 +219,38 @@ def test_another_version_is_refused(pipe, finished, monkeypatch):
         calibrate(pipe, resume=finished)
 
 
-def newer(folder):
+def resealed(folder, edit):
     body = json.loads((folder / JSON_NAME).read_text())
     del body["sha256"]
-    body["schema"] += 1
+    edit(body)
     (folder / JSON_NAME).write_text(json.dumps({**body, "sha256": digest(body)}))
+
+
+def newer(folder):
+    resealed(folder, lambda body: body.update(schema=SCHEMA + 1))
+
+
+def test_a_calibration_kept_in_schema_1_goes_on(pipe, uninterrupted, tmp_path):
+    folder = tmp_path / "kept"
+    interrupt(pipe, folder, STEPS + 2)
+    tensors(folder).rename(folder / "calibration-1.safetensors")
+    resealed(folder, lambda body: body.update(schema=1))
+    with Calls(pipe) as calls:
+        recipe = calibrate(pipe, resume=folder)
+    assert calls.count == 2 * STEPS
+    assert recipe_bytes(recipe, tmp_path / "resumed") == uninterrupted
+    assert sorted(contents(folder)) == [tensors(folder).name, JSON_NAME]
 
 
 @pytest.mark.parametrize(("damage", "says"), [
     (lambda f: (f / JSON_NAME).write_bytes((f / JSON_NAME).read_bytes()[:100]), "calibration.json is truncated or not JSON"),
     (lambda f: (f / JSON_NAME).write_bytes(b"\xff\xfe\x00"), "calibration.json is truncated or not JSON"),
     (lambda f: (f / JSON_NAME).write_text((f / JSON_NAME).read_text().replace('"done": 3', '"done": 2')), "edited or damaged"),
-    (lambda f: next(f.glob("*.safetensors")).write_bytes(b""), "calibration-3.safetensors is truncated"),
-    (lambda f: next(f.glob("*.safetensors")).unlink(), "calibration-3.safetensors is missing"),
-    (newer, "schema 2, this version reads 1"),
+    (lambda f: tensors(f).write_bytes(b""), r"calibration-[0-9a-f]{64}\.safetensors is truncated"),
+    (lambda f: tensors(f).unlink(), r"calibration-[0-9a-f]{64}\.safetensors is missing"),
+    (newer, f"schema {SCHEMA + 1}, this version reads up to {SCHEMA}"),
+    (lambda f: resealed(f, lambda body: body.pop("calibration")), "has not the form of its schema"),
+    (lambda f: resealed(f, lambda body: body.pop("settings")), "has not the form of its schema"),
 ])
 def test_damage_is_refused_with_its_sentence_and_nothing_is_overwritten(pipe, finished, tmp_path, damage, says):
     for name, data in contents(finished).items():
@@ -250,21 +274,23 @@ def test_a_save_that_stops_half_way_leaves_the_one_before(finished, tmp_path, mo
     folder = ResumeFolder(tmp_path, settings)
     calibration, _ = ResumeFolder(finished, settings).load()
     folder.save(calibration, 1)
-    before = contents(tmp_path)
+    before, replacing = contents(tmp_path), os.replace
+    next(iter(calibration.weight_amax.values())).add_(1)  # other tensors
 
-    def stop(path, data):
-        if path.name == JSON_NAME:
+    def stop(source, target):
+        if target.name == JSON_NAME:
             raise KeyboardInterrupt
-        path.write_bytes(data)
+        replacing(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr("sdtrt_backend.resume.write_atomically", stop)
+        patched.setattr(os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             folder.save(calibration, 2)
     assert folder.load()[1] == 1
-    assert before.items() <= contents(tmp_path).items()
+    assert before.items() < contents(tmp_path).items()
     folder.save(calibration, 3)
-    assert sorted(contents(tmp_path)) == ["calibration-3.safetensors", JSON_NAME]
+    assert folder.load()[1] == 3
+    assert sorted(contents(tmp_path)) == [tensors(tmp_path).name, JSON_NAME]
 
 
 def test_arguments_are_told_apart_by_their_values():
