@@ -14,7 +14,7 @@ import sdtrt_backend
 from sdtrt_backend import AutoquantPlan, OptionError, PlanError
 from sdtrt_backend import autoquant as function
 from sdtrt_backend.demo import LastCall, draw
-from sdtrt_backend.recipe import digest
+from sdtrt_backend.files import digest, packed
 from sdtrt_backend.stats import sqnr_db
 
 pytest.importorskip("torchao", reason="autoquant applies TorchAO's schemes: pip install torchao")
@@ -153,7 +153,9 @@ def test_a_damaged_plan_is_refused(plan, tmp_path):
         AutoquantPlan.load(written(json.dumps({**body, "schema": 99})))
     with pytest.raises(PlanError, match="no schema number"):
         AutoquantPlan.load(written("[]"))
-    with pytest.raises(PlanError, match="cannot be read"):
+    with pytest.raises(PlanError, match=r"plan.json has not the form of its schema.*run autoquant again"):
+        AutoquantPlan.load(written(packed(1, {"layers": {"0": {"candidate": "int8_dynamic"}}}).decode()))
+    with pytest.raises(PlanError, match=r"absent.json is missing; run autoquant again"):
         AutoquantPlan.load(tmp_path / "absent.json")
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import save
 from sdtrt_backend.errors import RecipeError
 from sdtrt_backend.recipe import JSON_NAME, SCHEMA, LayerRecipe, Recipe, digest, fingerprint, model_hash, one_weight
 
-
 # Saves the new recipe over copies of the kept one, in processes that are killed in front of one file operation after the other
 KILLED = """
 import os, shutil, signal, sys

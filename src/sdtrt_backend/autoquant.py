@@ -134,7 +134,8 @@ class AutoquantPlan:
             layers = {name: LinearChoice(**{**c, "weight": tuple(c["weight"])}) for name, c in body.pop("layers").items()}
             return cls(layers=layers, **body)
         except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError.unreadable(path, f"it has not the form of its schema ({type(error).__name__}: {error})") from None
+            why = f"{Path(path).name} has not the form of its schema ({type(error).__name__}: {error})"
+            raise PlanError.unreadable(path, why) from None
 
     def check(self, module: nn.Module) -> None:
         """Raise PlanError unless the plan was made on this hardware with these versions, for linears that ``module`` has."""

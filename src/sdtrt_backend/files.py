@@ -76,21 +76,19 @@ def locked(lock: Path, wait: bool = True) -> Iterator[bool]:
     """Whoever else asks for ``lock`` waits until the context closes. The file is removed then.
 
     Gives False where no lock can be had: the disk is full or read-only, or, with ``wait`` False, somebody holds it."""
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     held = FileLock(lock)
-    try:
+    with contextlib.suppress(OSError):  # its Timeout is one
         held.acquire(timeout=-1 if wait else 0)
-    except (OSError, Timeout):
-        yield False
-        return
     try:
-        yield True
+        yield held.is_locked
     finally:
-        # before the release: filelock asks again when the file that it has locked has no name any more
-        with contextlib.suppress(OSError):
-            lock.unlink()
-        held.release()
+        if held.is_locked:
+            # before the release: filelock asks again when the file that it has locked has no name any more
+            with contextlib.suppress(OSError):
+                lock.unlink()
+            held.release()
 
 
 def lock_of(path: Path) -> Path:
@@ -102,13 +100,11 @@ def lock_of(path: Path) -> Path:
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[bool]:
     """``locked`` by the path's own lock, False where the cache directory cannot be written either."""
-    with contextlib.ExitStack() as stack:
-        try:
-            lock = lock_of(path)
-        except OSError:
-            yield False
-        else:
-            yield stack.enter_context(locked(lock))
+    lock = None
+    with contextlib.suppress(OSError):
+        lock = lock_of(path)
+    with contextlib.nullcontext(False) if lock is None else locked(lock) as mine:
+        yield mine
 
 
 def packed(schema: int, body: Mapping[str, Any], sort_keys: bool = True) -> bytes:

@@ -1,5 +1,10 @@
 """Which part runs where and why, with engines and Inductor stood in for by plain torch; no TensorRT is needed."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,6 +245,82 @@ def test_another_weight_scale_or_shape_is_another_engine(stand):
     assert differ(keys(), keys(weight)) == {"weights"}
     assert differ(keys(), keys(scale)) == {"scales"}
     assert differ(keys(), keys(repeat=2)) == {"shapes"}
+
+
+def built(body, tensors, **children):
+    """Key of the one part that a small module is."""
+    captured, args, decisions, inputs = planned(Fragment(body, **children), *tensors)
+    gm = insert(*bind(captured, args), decisions)
+    propagate(gm, inputs)
+    (part,) = partition(gm, lambda node: None)
+    return tensorrt.key(part, inputs, "tensorrt_rtx")
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (lambda m, x: m.b(F.gelu(m.a(x), approximate="tanh")), lambda m, x: m.b(F.gelu(m.a(x), approximate="none"))),
+    (lambda m, x: m.b(F.gelu(m.a(x))), lambda m, x: m.b(F.silu(m.a(x)))),
+    (lambda m, x: m.b(F.layer_norm(m.a(x), (64,), eps=1e-5)), lambda m, x: m.b(F.layer_norm(m.a(x), (64,), eps=1e-6))),
+    (lambda m, x: m.b(F.leaky_relu(m.a(x), 0.1)), lambda m, x: m.b(F.leaky_relu(m.a(x), 0.2))),
+    (lambda m, x: m.b(m.a(x).roll((1, 0), (1, 2))), lambda m, x: m.b(m.a(x).roll((0, 1), (1, 2)))),
+], ids=["text", "function", "keyword", "number", "tuple"])
+def test_graphs_that_differ_in_one_argument_are_two_engines_of_two_parts(stand, one, other):
+    first, again, second = (built(body, [TOKENS], a=linear, b=linear) for body in (one, one, other))
+    assert first == again
+    assert "part" in {name for name in first if first[name] != second[name]}
+
+
+def test_constants_that_change_places_are_another_engine(stand):
+    gm, tensors = quantised()
+    propagate(gm, tensors)
+    part = partition(gm)[0]
+    before = tensorrt.key(part, tensors, "tensorrt_rtx")
+    one, other = [n for n in part.graph.graph.find_nodes(op="get_attr") if str(n.target).endswith("weight_int8")][:2]
+    one.target, other.target = other.target, one.target
+    after = tensorrt.key(part, tensors, "tensorrt_rtx")
+    assert {name for name in before if before[name] != after[name]} == {"weights"}
+
+
+ANOTHER_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+from fragments import PIXELS, Fragment, conv, planned
+from sdtrt_backend import engine
+from sdtrt_backend.capture import bind
+from sdtrt_backend.enginecache import EngineCache
+from sdtrt_backend.fx import propagate
+from sdtrt_backend.lower import tensorrt
+from sdtrt_backend.partition import partition
+from sdtrt_backend.quantize import insert
+
+here = {"torch": torch.__version__, "cuda": "13", "driver": "580", "gpu": "made here", "capability": "9.0"}
+engine.version = lambda flavour: "1.4.0"
+tensorrt.device_key = lambda device: here
+
+def body(m, x):
+    return F.gelu(m.b(F.group_norm(F.silu(m.a(x)), 8, eps=1e-6)), approximate="tanh")
+
+captured, args, decisions, tensors = planned(Fragment(body, a=lambda: conv(stride=(2, 1)), b=conv), PIXELS)
+gm = insert(*bind(captured, args), decisions)
+propagate(gm, tensors)
+(part,) = partition(gm)
+key = tensorrt.key(part, tensors, "tensorrt_rtx")
+blob, said = EngineCache(Path(sys.argv[1])).get(key, lambda: b"built by " + sys.argv[2].encode())
+print(blob.decode(), "|", said)
+"""
+
+
+def test_another_process_finds_the_engine(tmp_path):
+    tests = Path(__file__).parents[1]
+    said = []
+    for who, seed in (("the first", "1"), ("the second", "2")):
+        path = os.pathsep.join([str(tests), str(tests / "lower"), *sys.path])
+        done = subprocess.run([sys.executable, "-c", ANOTHER_PROCESS, str(tmp_path / "engines"), who], text=True, check=True,
+                              capture_output=True, env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed})
+        said.append(done.stdout)
+    assert said[0].startswith("built by the first | the engine was built in")
+    assert said[1].startswith("built by the first | the engine came from the cache in")
 
 
 def test_the_same_calls_with_another_output_are_another_engine(stand):

@@ -160,7 +160,7 @@ def key(part: Part, inputs: Sequence[torch.Tensor], flavour: str) -> dict[str, s
     here = device_key(inputs[0].device)
     nodes = list(part.graph.graph.nodes)
     held = list(dict.fromkeys(str(n.target) for n in nodes if n.op == "get_attr"))
-    place = {n: f"c{held.index(n.target)}" if n.op == "get_attr" else f"v{i}" for i, n in enumerate(nodes)}
+    place = {n: f"c{held.index(str(n.target))}" if n.op == "get_attr" else f"v{i}" for i, n in enumerate(nodes)}
     scales: list[str] = []
 
     def without_scales(node: fx.Node) -> tuple[Any, Any]:
@@ -174,11 +174,11 @@ def key(part: Part, inputs: Sequence[torch.Tensor], flavour: str) -> dict[str, s
         return fx.node.map_aggregate((node.args, node.kwargs), taken) if node.target in CODING else (node.args, node.kwargs)
 
     calls = printed(part.graph.graph, place.__getitem__, without_scales)
-    tensors = (operator.attrgetter(name)(part.graph) for name in held)
-    weights = [tensor_text(t) for t in tensors if isinstance(t, torch.Tensor)]  # a graph is printed where it is called
+    constants = (operator.attrgetter(name)(part.graph) for name in held)
+    weights = [tensor_text(t) for t in constants if isinstance(t, torch.Tensor)]  # a graph is printed where it is read
     return {"part": _sha256([*part.layers, *calls]), "scales": _sha256(scales), "weights": _sha256(weights),
-            "builder": _builder(), "flavour": flavour, "version": engine.version(flavour), "torch": here["torch"], "cuda": here["cuda"],
-            "driver": here["driver"], "gpu": here["gpu"], "sm": here["capability"],
+            "builder": _builder(), "flavour": flavour, "version": engine.version(flavour), "torch": here["torch"],
+            "cuda": here["cuda"], "driver": here["driver"], "gpu": here["gpu"], "sm": here["capability"],
             "shapes": " ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in inputs)}
 
 
