@@ -99,7 +99,8 @@ def test_our_operators_count_where_their_kernel_has_8_bits(monkeypatch, kernel):
 def test_layers_that_hold_a_packed_weight_count():
     scale, zero = torch.ones(32), torch.zeros(32, dtype=torch.int32)
     linear = torch.ops.onednn.qlinear_prepack(torch.ones(32, 64, dtype=torch.int8), None)
-    conv = torch.ops.onednn.qconv_prepack(torch.ones(32, 16, 3, 3, dtype=torch.int8), scale, 1.0, 0, [1, 1], [1, 1], [1, 1], 1, None)
+    kernels = torch.ones(32, 16, 3, 3, dtype=torch.int8)
+    conv = torch.ops.onednn.qconv_prepack(kernels, scale, 1.0, 0, [1, 1], [1, 1], [1, 1], 1, None)
     with measure.CountInt8() as counted:
         ops.packed_linear(torch.zeros(2, 5, 64, dtype=torch.uint8), 1.0, 0, linear, scale, zero, None, torch.float32)
         ops.packed_conv2d(torch.zeros(2, 16, 7, 7, dtype=torch.uint8), 1.0, 0, conv, scale, zero, None, [1, 1], [1, 1], [1, 1],

@@ -56,7 +56,8 @@ def test_a_report_is_the_same_class_under_both_names():
 
 
 def test_a_report_knows_its_work_from_its_layers_unless_it_is_told_more():
-    rows = (LayerReport("a", "linear", (), "int8", "", "", 1.0, 9.0, 300), LayerReport("b", "linear", (), "16-bit", "", "", flops=100))
+    rows = (LayerReport("a", "linear", (), "int8", "", "", 1.0, 9.0, 300),
+            LayerReport("b", "linear", (), "16-bit", "", "", flops=100))
     assert (Report("ready", rows).work, Report("ready", rows, flops=500).work) == (400, 500)
     assert Report("ready", rows, quantized_flops_share=0.75).quantized_flops == 300
     assert Report("ready", rows).quantized_flops == 0

@@ -59,7 +59,7 @@ def layer_flops(layer: Layer, output: torch.Tensor) -> int:
 
 def _by_weight(result: torch.Tensor, given: Mapping[str, Any]) -> int:
     """weight: [out, in / groups, ...]; oneDNN keeps this order of a packed one, and gives one of one dimension a second."""
-    weight = given["qw"] if "qw" in given else given["packed" if "packed" in given else "weight"]
+    weight: torch.Tensor = given["qw"] if "qw" in given else given["packed" if "packed" in given else "weight"]
     return 2 * result.numel() * math.prod(weight.shape[1:])
 
 
