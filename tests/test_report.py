@@ -224,7 +224,8 @@ WATCHED = st.builds(Watched, st.integers(0, 9), st.integers(0, 9),
                     st.dictionaries(st.tuples(st.sampled_from("ab")), st.tuples(st.floats(0, 1), st.floats(0, 1))))
 SENTENCES = st.lists(st.sampled_from(["one", "two", "3 ms", "4 ms", "5 ms"]), unique=True).map(tuple)
 REPORTS = st.builds(Report, st.sampled_from(["ready", "refused", "calibrating", "building"]),
-                    st.lists(ROWS, max_size=4).map(tuple), SENTENCES, SENTENCES, TIMES, st.none() | st.floats(0, 1), st.none() | st.floats(0, 1),
+                    st.lists(ROWS, max_size=4).map(tuple), SENTENCES, SENTENCES, TIMES,
+                    st.none() | st.floats(0, 1), st.none() | st.floats(0, 1),
                     st.dictionaries(st.sampled_from("xy"), st.integers(0, 1)), st.none() | WATCHED,
                     sizes=st.sampled_from(["", "64x64", "96x96"]))
 NAMED = st.lists(st.tuples(REPORTS, st.sampled_from(["", "u", "v", "w"])), min_size=1, max_size=6)
