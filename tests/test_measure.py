@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from sdtrt_backend import measure
+from sdtrt_backend import measure, ops
 
 
 def test_an_error_is_relative_and_the_largest_of_all_outputs():
@@ -41,3 +42,77 @@ def test_int8_flops_are_two_per_multiplication():
         torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, packed, scale, torch.zeros(32, dtype=torch.int32), None, 1.0, 0,
                                            torch.float32, "none", [], "")
     assert counted.flops == 2 * 4 * 64 * 32
+
+
+GEOMETRY = [(1, 1), (1, 2), (2, 1), (2, 4), (2, 16), (3, 1), (3, 2)]
+
+
+@pytest.mark.parametrize(("dims", "groups"), GEOMETRY)
+@pytest.mark.parametrize("own_name", [False, True])
+def test_an_int8_convolution_has_the_flops_of_the_one_it_stands_for(dims, groups, own_name):
+    onednn, scale = torch.ops.onednn, torch.ones(32)
+    weight, x = torch.ones(32, 16 // groups, *[3] * dims, dtype=torch.int8), torch.zeros(2, 16, *[7] * dims, dtype=torch.uint8)
+    packed = onednn.qconv_prepack(weight, scale, 1.0, 0, [2] * dims, [1] * dims, [1] * dims, groups, list(x.shape))
+    kernel = getattr(onednn, f"qconv{dims}d_pointwise" if own_name else "qconv_pointwise")
+    with measure.CountInt8() as counted:
+        kernel(x, 1.0, 0, packed, scale, torch.zeros(32, dtype=torch.int32), None, [2] * dims, [1] * dims, [1] * dims, groups,
+               1.0, 0, torch.float32, "none", [], "")
+    convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
+    with FlopCounterMode(display=False) as expected:
+        convolution(x.float(), weight.float(), None, 2, 1, 1, groups)
+    assert counted.flops == expected.get_total_flops() > 0
+
+
+def test_packing_a_weight_is_no_work():
+    weight = torch.ones(32, 16, 3, 3, dtype=torch.int8)
+    with measure.CountInt8() as counted:
+        torch.ops.onednn.qconv_prepack(weight, torch.ones(32), 1.0, 0, [1, 1], [1, 1], [1, 1], 1, [2, 16, 7, 7])
+        torch.ops.onednn.qlinear_prepack(torch.ones(32, 64, dtype=torch.int8), None)
+    assert counted.flops == 0
+
+
+def test_torchs_own_8_bit_products_count():
+    codes, other = torch.ones(32, 64, dtype=torch.int8), torch.ones(64, 48, dtype=torch.int8)
+    with measure.CountInt8() as counted:
+        torch._int_mm(codes, other)
+        torch.ops.aten._int_mm.out(codes, other, out=torch.empty(32, 48, dtype=torch.int32))
+    assert counted.flops == 2 * 2 * 32 * 64 * 48
+    half, one = torch.float8_e4m3fn, torch.ones(())
+    with measure.CountInt8() as counted:
+        torch._scaled_mm(codes.to(half), codes[:16].to(half).t(), one, one, out_dtype=torch.bfloat16)
+        torch._scaled_mm(codes.to(half), codes[:16].to(half).t(), scale_a=one, scale_b=one, bias=None, out_dtype=torch.bfloat16)
+    assert counted.flops == 2 * 2 * 32 * 64 * 16
+
+
+@pytest.mark.parametrize("kernel", ["reference", "counted"])
+def test_our_operators_count_where_their_kernel_has_8_bits(monkeypatch, kernel):
+    for op in ("linear8", "conv8"):  # a kernel of another name, which computes what the reference does
+        monkeypatch.setitem(ops.KERNELS, (op, "counted"), ops.KERNELS[op, "reference"])
+    x, weight = torch.ones(2, 5, 64, dtype=torch.int8), torch.ones(32, 64, dtype=torch.int8)
+    image, kernels = torch.ones(2, 16, 7, 7, dtype=torch.int8), torch.ones(32, 16, 3, 3, dtype=torch.int8)
+    with measure.CountInt8() as counted:
+        ops.linear8(x, weight, torch.ones(32), None, torch.float32, kernel)
+        ops.conv8(image, kernels, torch.ones(32), None, None, [2, 2], [1, 1], torch.float32, kernel)
+    assert counted.flops == (0 if kernel == "reference" else 2 * 10 * 64 * 32 + 2 * 2 * 32 * 16 * 16 * 9)
+
+
+def test_layers_that_hold_a_packed_weight_count():
+    scale, zero = torch.ones(32), torch.zeros(32, dtype=torch.int32)
+    linear = torch.ops.onednn.qlinear_prepack(torch.ones(32, 64, dtype=torch.int8), None)
+    kernels = torch.ones(32, 16, 3, 3, dtype=torch.int8)
+    conv = torch.ops.onednn.qconv_prepack(kernels, scale, 1.0, 0, [1, 1], [1, 1], [1, 1], 1, None)
+    with measure.CountInt8() as counted:
+        ops.packed_linear(torch.zeros(2, 5, 64, dtype=torch.uint8), 1.0, 0, linear, scale, zero, None, torch.float32)
+        ops.packed_conv2d(torch.zeros(2, 16, 7, 7, dtype=torch.uint8), 1.0, 0, conv, scale, zero, None, [1, 1], [1, 1], [1, 1],
+                          torch.float32)
+    assert counted.flops == 2 * 10 * 64 * 32 + 2 * 2 * 32 * 49 * 16 * 9
+
+
+def test_every_counted_operator_exists_with_the_arguments_it_is_counted_by():
+    for name in measure.KERNELS_8:
+        namespace, _, short = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), short)
+        for overload in packet.overloads():
+            names = {a.name for a in getattr(packet, overload)._schema.arguments}
+            assert names & {"qw", "packed", "weight", "mat2"}, (name, overload)
+            assert names & {"qx", "x", "self"}, (name, overload)

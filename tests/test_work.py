@@ -31,6 +31,8 @@ class Lambda(nn.Module):
 
 
 class LoRA(nn.Module):
+    """A linear with an adapter of rank 4, as PEFT makes it."""
+
     def __init__(self):
         super().__init__()
         self.base, self.down, self.up = nn.Linear(32, 64), nn.Linear(32, 4, bias=False), nn.Linear(4, 64, bias=False)
@@ -244,7 +246,8 @@ def test_what_has_no_kernel_has_a_row_with_its_reason():
     _, _, works = found(Net(), torch.randn(1, 8, 2, 3, 6))
     patch, out = works
     row = patch.kept(patch.flops(), "float32")
-    assert (row.name, row.op, row.shape, row.reason, row.amax) == ("patch", "conv3d", (16, 8, 1, 1, 1), "conv3d: no 8-bit kernel", None)
+    assert (row.name, row.op, row.shape, row.amax) == ("patch", "conv3d", (16, 8, 1, 1, 1), None)
+    assert row.reason == "conv3d: no 8-bit kernel"
     assert row.flops == 2 * 16 * 8 * 36
     assert (out.candidate, out.reason) == (True, "")
     assert work.share(out.flops(), patch.flops()) == pytest.approx(out.flops() / (out.flops() + patch.flops()))
@@ -252,9 +255,9 @@ def test_what_has_no_kernel_has_a_row_with_its_reason():
 
 def test_operands_are_where_the_operators_have_them():
     """Each row against the schemas of aten's operators: a position that is wrong reads another tensor, or none."""
-    seen = 0
+    seen, lists = 0, ("einsum", "lstm", "gru", "rnn_tanh", "rnn_relu")
     for target, row in work.ROWS.items():
-        if not isinstance(target, torch._ops.OpOverloadPacket) or target.__name__ in ("einsum", "lstm", "gru", "rnn_tanh", "rnn_relu"):
+        if not isinstance(target, torch._ops.OpOverloadPacket) or target.__name__ in lists:
             continue
         for overload in target.overloads():
             schema = getattr(target, overload)._schema.arguments

@@ -57,6 +57,40 @@ def layer_flops(layer: Layer, output: torch.Tensor) -> int:
     return 2 * output.numel() * math.prod(layer.weight.shape[1:])
 
 
+def _by_weight(result: torch.Tensor, given: Mapping[str, Any]) -> int:
+    """weight: [out, in / groups, ...]; oneDNN keeps this order of a packed one, and gives one of one dimension a second."""
+    weight: torch.Tensor = given["qw"] if "qw" in given else given["packed" if "packed" in given else "weight"]
+    return 2 * result.numel() * math.prod(weight.shape[1:])
+
+
+def _by_input(result: torch.Tensor, given: Mapping[str, Any]) -> int:
+    """x: [..., in]."""
+    x = next(given[name] for name in ("qx", "x", "self") if name in given)
+    return 2 * result.numel() * int(x.shape[-1])
+
+
+def _our_own(result: torch.Tensor, given: Mapping[str, Any]) -> int:
+    return 0 if given["kernel"] == "reference" else _by_weight(result, given)  # which computes in fp32
+
+
+def _scaled(result: torch.Tensor, given: Mapping[str, Any]) -> int:
+    return _by_input(result, given) if given["self"].dtype in EIGHT_BITS and given["mat2"].dtype in EIGHT_BITS else 0
+
+
+EIGHT_BITS = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
+# operator -> 2 * MAC of a call from (result, its arguments by name). Of kernels whose operands both have 8 bits
+KERNELS_8: dict[str, Callable[[Any, Mapping[str, Any]], int]] = {
+    **{f"onednn::qconv{n}_pointwise": _by_weight for n in ("", "1d", "2d", "3d")},
+    "onednn::qlinear_pointwise": _by_input,
+    "aten::_int_mm": _by_input,
+    **{f"aten::{name}": _scaled for name in ("_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm", "_scaled_grouped_mm_v2")},
+    "sdtrt_backend::linear8": _our_own,
+    "sdtrt_backend::conv8": _our_own,
+    "sdtrt_backend::packed_conv2d": _by_weight,  # what they call is not seen from outside
+    "sdtrt_backend::packed_linear": _by_input,
+}
+
+
 class CountInt8(TorchDispatchMode):
     """FLOPs of the 8-bit kernels that really run while the context is open, from their arguments."""
 
@@ -66,15 +100,10 @@ class CountInt8(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        namespace, _, name = func.name().partition("::")
-        if namespace == "onednn" and name.startswith(("qconv", "qlinear")):
-            x, weight = args[0], args[3]
-            kernel = math.prod(weight.shape[2:]) if name.startswith("qconv") else 1
-            self.flops += 2 * result.numel() * x.shape[1 if name.startswith("qconv") else -1] * kernel
-        elif namespace == "aten" and name.startswith("_int_mm"):
-            self.flops += 2 * result.numel() * args[0].shape[1]
-        elif namespace == "sdtrt_backend" and name in ("linear8", "conv8"):
-            self.flops += 2 * result.numel() * math.prod(args[1].shape[1:])
+        count = KERNELS_8.get(func.name().partition(".")[0])
+        if count is not None:
+            names = (argument.name for argument in func._schema.arguments)
+            self.flops += count(result, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
         return result
 
 

@@ -47,8 +47,8 @@ def merged(reports: Sequence[Report], names: Sequence[str]) -> Report:
     name are the same one, built for other sizes.
 
     Merging merged reports gives what merging all their pieces gives; their order is that of rows and sentences, and nothing more.
-    A layer has a row for each way in which it runs. A row tells the largest range, the worst noise and the FLOPs of all its graphs.
-    The share is of the FLOPs of all graphs together.
+    A layer has a row for each way in which it runs: the largest range, the worst noise and the FLOPs of all its graphs. The share
+    of 8 bits is of the FLOPs of all graphs together.
     Times: seconds add up. Milliseconds of a call add up over the graphs that are ready, as if each ran once a step, where all of
     them were timed and none was built for two sizes; else there is no sum, and ``pieces`` tells each. Raises ValueError for none.
     """

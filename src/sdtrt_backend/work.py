@@ -229,7 +229,8 @@ def _einsum(output: torch.Tensor, equation: Any, *operands: Any) -> int:
 
 def _equation(given: Sequence[Any]) -> str:
     """(a, [0, 1], b, [1, 2], [0, 2]) -> "ab,bc->ac": the other way to call einsum."""
-    terms = ["".join("..." if axis is ... else chr(ord("A") + axis) for axis in part) for part in given if isinstance(part, list | tuple)]
+    terms = ["".join("..." if axis is ... else chr(ord("A") + axis) for axis in axes) for axes in given
+             if isinstance(axes, list | tuple)]
     operands = len(list(_tensors(given)))
     return ",".join(terms[:operands]) + "".join(f"->{term}" for term in terms[operands:])
 
@@ -253,6 +254,7 @@ def _matrices(output: Any, x: torch.Tensor, *weights: Any) -> int:
 
 _X, _WEIGHT = (0, ("input", "self")), (1, ("weight",))
 _A, _B = (0, ("input", "self", "a", "x", "mat_a")), (1, ("other", "mat2", "vec", "tensor", "b", "y", "mat_b"))
+_QKV = ((0, ("query",)), (1, ("key",)), (2, ("value",)))
 _ADDED = ((1, ("mat1", "batch1", "mat")), (2, ("mat2", "batch2", "vec")))
 PRODUCTS = ("matmul", "einsum", "tensordot")  # of which either side may be the weight, and whose result may be one
 _EINSUM = Row("einsum", ((0, ("equation",)), (1, ("tensors",)), *((at, ()) for at in range(2, 10))), _einsum)
@@ -265,21 +267,22 @@ _NAMED: dict[str, Row] = {
     **dict.fromkeys(("convolution", "_convolution"), Row("convolution", (_X, _WEIGHT, (6, ("transposed",))), _either)),
     "linear": Row("linear", (_X, _WEIGHT), _product),
     "bilinear": Row("bilinear", ((0, ("input1",)), (1, ("input2",)), (2, ("weight",))), _bilinear),
-    **dict.fromkeys(("matmul", "__matmul__", "__imatmul__", "mm", "bmm", "mv", "dot", "vdot", "inner", "grouped_mm", "_grouped_mm",
-                     "_int_mm", "_scaled_mm", "_scaled_mm_v2", "_weight_int8pack_mm"), Row("matmul", (_A, _B), _product)),
+    **dict.fromkeys(("matmul", "__matmul__", "__imatmul__", "mm", "bmm", "mv", "dot", "vdot", "inner", "grouped_mm",
+                     "_grouped_mm", "_int_mm", "_scaled_mm", "_scaled_mm_v2", "_weight_int8pack_mm"),
+                    Row("matmul", (_A, _B), _product)),
     "__rmatmul__": Row("matmul", (_A, _B), _product_from_the_right),
     **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_", "addmv", "addmv_"), Row("matmul", _ADDED, _product)),
     **dict.fromkeys(("addbmm", "addbmm_"), Row("matmul", _ADDED, _summed)),
     "einsum": _EINSUM,
     "tensordot": Row("tensordot", (_A, _B), _contraction),
     "multi_head_attention_forward": Row(
-        "multi-head attention", ((0, ("query",)), (1, ("key",)), (2, ("value",)), (5, ("in_proj_weight",)), (11, ("out_proj_weight",)),
+        "multi-head attention", (*_QKV, (5, ("in_proj_weight",)), (11, ("out_proj_weight",)),
                                  (17, ("q_proj_weight",)), (18, ("k_proj_weight",)), (19, ("v_proj_weight",))), _attention),
-    "_native_multi_head_attention": Row("multi-head attention", ((0, ("query",)), (1, ("key",)), (2, ("value",)),
-                                        (5, ("qkv_weight",)), (7, ("proj_weight",))), _attention),
+    "_native_multi_head_attention": Row("multi-head attention", (*_QKV, (5, ("qkv_weight",)), (7, ("proj_weight",))), _attention),
     "_transformer_encoder_layer_fwd": Row("transformer encoder layer", (
         (0, ("src",)), (3, ("qkv_weight",)), (5, ("proj_weight",)), (14, ("ffn_weight_1",)), (16, ("ffn_weight_2",))), _matrices),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _RECURRENT),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _RECURRENT),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _RECURRENT),
 }
 _HOLDERS = (torch, torch.nn.functional, torch._C._nn, torch.linalg, torch.Tensor, torch.ops.aten)
 
