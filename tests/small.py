@@ -82,7 +82,7 @@ def other_weights(unet: nn.Module, seed: int) -> dict[str, torch.Tensor]:
 
 
 class Offload:
-    """Parameters that lie elsewhere between calls, as offloading keeps them: each call rebinds ``param.data`` to a fresh copy, and
+    """Parameters that lie elsewhere between calls, as offloading keeps them: a call rebinds ``param.data`` to a fresh copy, and
     afterwards to what it was. whole: the module at once, else each of its blocks by itself."""
 
     def __init__(self, unet: nn.Module, whole: bool) -> None:

@@ -251,9 +251,9 @@ class Lifecycle(RuleBasedStateMachine):
 
 def layers(module):
     """Names of the convolutions and linears, as the user knows them: without what an adapter wraps around or puts beside them."""
-    found = {name.removesuffix(".base_layer") for name, m in module.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
-             and ".lora_A." not in name and ".lora_B." not in name}
-    return {name for name in found if not name.endswith(("lora_A", "lora_B"))}
+    kinds = torch.nn.Linear | torch.nn.Conv2d
+    return {name.removesuffix(".base_layer") for name, m in module.named_modules()
+            if isinstance(m, kinds) and not {"lora_A", "lora_B"} & set(name.split("."))}
 
 
 def same(mine, theirs, what):
