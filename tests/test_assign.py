@@ -12,12 +12,15 @@ from sdtrt_backend import ops
 from sdtrt_backend.assign import assign, attentions_in_fp8, kernels_ms, quantization_ms
 from sdtrt_backend.capture import bind, tensor_inputs
 from sdtrt_backend.fx import propagate
-from sdtrt_backend.kernels import Choice
+from sdtrt_backend.kernels import Choice, Unsteady
 from sdtrt_backend.quantize import plan
+from sdtrt_backend.rules import TWO_CODES_REASON
 
 
 class Measured:
-    """Every kernel takes the time given here."""
+    """A GPU on which every kernel takes the time given here."""
+
+    place, gain, joins, names_kernels, opaque = "GPU", 1.0, True, True, ()
 
     def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5, attention_fp8=None):
         self.attention_fp8 = attention_fp8
@@ -27,6 +30,9 @@ class Measured:
     def best(self, problem, precision):
         ms = self.times[precision]
         return None if ms is None else Choice("reference", ms)
+
+    def reasons(self, problem, precision):
+        return ("made here: it is refused", "another one too") if self.times[precision] is None else ()
 
     def wide_ms(self, problem):
         return self.wide
@@ -44,12 +50,28 @@ class Measured:
         return {"torch": 3.0, "triton": 1.0}
 
 
+class Cpu(Measured):
+    """Likewise a CPU; ``times`` has no fp8."""
+
+    place, gain, joins, names_kernels, opaque = "CPU", 0.9, False, False, (F.group_norm,)
+
+
 @pytest.fixture
 def bound(graph, recipe):
     captured, args = graph
     gm, nodes = bind(captured, args)
     propagate(gm, tensor_inputs(captured, args))
     return gm, nodes, plan(captured.layers, recipe, ())
+
+
+def untimed():
+    """A CPU that fails where it is asked for a time."""
+    def fail(*arguments):
+        raise AssertionError(f"{arguments} was timed")
+
+    chooser = Cpu()
+    chooser.best = chooser.wide_ms = chooser.quantize_ms = chooser.reasons = chooser.attention_ms = fail
+    return chooser
 
 
 def run(bound, chooser, precision="int8", always=False):
@@ -86,7 +108,58 @@ def test_where_every_layer_is_wanted_in_8_bits_time_does_not_matter(bound):
 
 def test_without_a_kernel_the_reason_names_the_shape(bound):
     layers = run(bound, Measured(int8=None))
-    assert "no int8 kernel takes conv2d 2x64x8x8 by 64x64x3x3" in layers["conv1"].reason
+    assert layers["conv1"].reason.startswith("no int8 kernel takes conv2d 2x64x8x8 by 64x64x3x3")
+    assert layers["conv1"].reason.endswith("(made here: it is refused)")
+    assert run(bound, Measured(int8=None), always=True)["conv1"].reason == layers["conv1"].reason
+
+
+def test_on_the_cpu_linears_that_read_one_tensor_stay_separate_products(bound):
+    # three products of 0.8 ms against three of 1.0, where one of 2.4 would have won as well; behind their norm no pass is needed
+    assert run(bound, Cpu(int8=0.8, wide=1.0))["to_q"].quantized
+    assert not run(bound, Cpu(int8=2.4, wide=1.0))["to_q"].quantized
+
+
+def test_the_cpu_asks_for_a_clear_gain_and_says_so(bound):
+    layers = run(bound, Cpu(int8=0.91, wide=1.0, quantize=0.0))
+    assert not any(d.quantized for d in layers.values())
+    assert layers["to_q"].reason == ("measured on this CPU: 2.7300 ms in int8 with quantising the input, 3.0000 ms in float32; "
+                                     "8 bits must save 10%")
+    assert sum(d.quantized for d in run(bound, Cpu(int8=0.89, wide=1.0, quantize=0.0)).values()) == 9
+
+
+def test_on_the_cpu_a_group_norm_is_a_call_behind_which_quantising_is_a_pass(bound):
+    (norm,) = bound[0].graph.find_nodes(op="call_function", target=F.group_norm)
+    for chooser, ms in ((Cpu(quantize=0.5), 0.5), (Measured(quantize=0.5), 0.0)):
+        assert quantization_ms(norm, chooser, torch.int8) == ms
+
+
+def test_with_always_the_cpu_times_nothing(bound):
+    assert sum(d.quantized for d in run(bound, untimed(), always=True).values()) == 9
+
+
+def test_times_of_a_busy_machine_move_no_layer(bound):
+    slow = Cpu(int8=9.0, wide=Unsteady(1.0))
+    assert sum(d.quantized for d in run(bound, slow).values()) == 9
+    slow = Cpu(int8=Unsteady(9.0), wide=1.0)
+    assert sum(d.quantized for d in run(bound, slow).values()) == 9
+
+
+def test_two_codes_count_their_kernel_and_their_pass_twice_and_keep_their_reason(graph, recipe):
+    captured, args = graph
+    gm, nodes = bind(captured, args)
+    propagate(gm, tensor_inputs(captured, args))
+    bound = gm, nodes, plan(captured.layers, recipe, (), free_convs=True, two_codes=("context_k", "conv1"))
+    layers = run(bound, Cpu(int8=0.4, wide=1.0, quantize=0.0))
+    assert layers["context_k"].quantized
+    assert layers["context_k"].two_codes
+    assert layers["context_k"].reason == TWO_CODES_REASON
+    layers = run(bound, Cpu(int8=0.4, wide=1.0, quantize=0.1))  # 2 * (0.4 + 0.1) of the text, whose other reader has one code
+    assert "1.0000 ms in int8" in layers["context_k"].reason
+    assert not layers["context_k"].two_codes
+    assert layers["context_v"].quantized
+    layers = run(bound, Cpu(int8=0.5, wide=1.0, quantize=0.0))
+    assert "1.0000 ms in int8" in layers["conv1"].reason
+    assert layers["to_q"].quantized
 
 
 def test_the_bound_is_every_16_bit_kernel_of_the_graph(bound, attending):

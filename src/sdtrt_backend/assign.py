@@ -13,7 +13,7 @@ from torch import fx
 from . import ops
 from .calls import call_arguments, name_of, rearranges
 from .fx import ATTENTION, pair, plain_attention
-from .kernels import Problem, Timed
+from .kernels import Problem, Timed, Unsteady
 from .rules import OPS
 from .stats import relative_error
 from .values import DTYPES, FP8_MAX, Decision
@@ -84,14 +84,17 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
         return "16-bit", f"no {' or '.join(precisions)} kernel takes {refusals[precisions[0]]}"
     if always:
         return taken[0], ""
+    wide = [chooser.wide_ms(problem([c])) for c in calls]
+    narrow = {precision: [best.ms for p in problems if (best := chooser.best(p, precision)) is not None] for precision in taken}
+    if any(isinstance(ms, Unsteady) for ms in (*wide, *narrow[taken[0]])):
+        return taken[0], ""  # the machine was too busy to tell: what was planned stays
     products = 2 if members[0].two_codes else 1
-    times = {p: products * (quantization_ms(source, chooser, DTYPES[p]) + _kernels_ms(problems, chooser, p)) for p in taken}
-    wide = sum(chooser.wide_ms(problem([c])) for c in calls)
+    times = {p: products * (quantization_ms(source, chooser, DTYPES[p]) + sum(each)) for p, each in narrow.items()}
     fastest = min(times, key=times.__getitem__)
-    if times[fastest] >= chooser.gain * wide:
+    if times[fastest] >= chooser.gain * sum(wide):
         least = "" if chooser.gain == 1 else f"; 8 bits must save {1 - chooser.gain:.0%}"
         return "16-bit", (f"measured on this {chooser.place}: {times[fastest]:.4f} ms in {fastest} with quantising the input, "
-                          f"{wide:.4f} ms in {str(problems[0].dtype)[6:]}{least}")
+                          f"{sum(wide):.4f} ms in {str(problems[0].dtype)[6:]}{least}")
     return fastest, ""
 
 
@@ -101,10 +104,6 @@ def _refusal(problems: Sequence[Problem], chooser: Timed, precision: str) -> str
         if reasons := chooser.reasons(p, precision):
             return f"{p} ({reasons[0]})"
     return None
-
-
-def _kernels_ms(problems: Sequence[Problem], chooser: Timed, precision: str) -> float:
-    return sum(best.ms for p in problems if (best := chooser.best(p, precision)) is not None)
 
 
 def problem(calls: Sequence[fx.Node]) -> Problem:

@@ -5,7 +5,7 @@ from .gpu import MeasuredChooser
 from .onednn import CpuChooser
 from .problem import NARROW, Choice, Problem, of_layer
 from .providers import CAPABILITY, PROVIDERS, Provider, installed, missing, provider, register
-from .timing import graph_ms
+from .timing import Unsteady, graph_ms
 
 __all__ = ["CAPABILITY", "NARROW", "PROVIDERS", "Choice", "Chooser", "CpuChooser", "MeasuredChooser", "Problem", "Provider",
-           "Timed", "chooser", "graph_ms", "installed", "missing", "of_layer", "provider", "register", "times_ms"]
+           "Timed", "Unsteady", "chooser", "graph_ms", "installed", "missing", "of_layer", "provider", "register", "times_ms"]

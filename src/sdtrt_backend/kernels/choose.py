@@ -45,7 +45,7 @@ class Timed(Chooser, Protocol):
         """Why no kernel of ``precision`` takes the problem, a sentence for each; empty where one does."""
 
     def wide_ms(self, problem: Problem) -> float:
-        """Milliseconds of the kernel in the user's precision."""
+        """Milliseconds of the kernel in the user's precision; it and ``best`` may be ``Unsteady``."""
 
     def attention_times(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> dict[str, float]:
         """kernel -> milliseconds: query [batch, heads, queries, width] over ``tokens`` keys; "torch" quantises in a pass of its

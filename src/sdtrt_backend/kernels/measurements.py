@@ -24,14 +24,14 @@ class Measurements:
         self.passing: dict[str, dict[str, float | str]] = {}
 
     def get(self, name: str, measure: Callable[[], Mapping[str, float | Refusal]]) -> dict[str, Any]:
-        """variant -> milliseconds, or the reason of its refusal, or null in a file of before reasons were kept. A refusal that
-        need not last would stand for ever on disk: what was measured beside it is not kept there either."""
+        """variant -> milliseconds, or the reason of its refusal, or null in a file of before reasons were kept. What need
+        not last would stand for ever on disk: what was measured beside it is not kept there either."""
         if name in self.passing:
             return self.passing[name]
         if name not in self.store.values:
             found = timing.retried(measure)
             values = timing.kept(found)
-            if any(isinstance(t, Refusal) and not t.lasting for t in found.values()):
+            if not timing.lasting(found):
                 self.passing[name] = values
                 return values
             return dict(self.store.get(name, lambda: values))

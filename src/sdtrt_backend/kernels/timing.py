@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,6 @@ import torch
 
 from .. import stats
 from ..graphs import record, side_stream
-from ..measure import step_ms
 
 log = logging.getLogger("sdtrt_backend")
 T = TypeVar("T")
@@ -22,8 +22,9 @@ T = TypeVar("T")
 ERROR_BOUND = 5e-3
 COLD_BYTES = 120e6  # weights are rotated through this much memory: a step reads each of them once, from beyond the L2 cache
 CALLS, REPLAYS = 12, 3
-# On the CPU: rounds of a race at least and at most, and milliseconds after which it has gone on for long enough
-ROUNDS, LONG_MS = (5, 15), 50.0
+# On the CPU a race has this many quiet rounds, or fewer once it has taken ENOUGH_S: cheap rounds find the least time surely. It
+# ends after LONGEST_S whatever came. Of a quiet call this thread had the core for QUIET_SHARE of the time
+QUIET_ROUNDS, LEAST_ROUNDS, ENOUGH_S, LONGEST_S, QUIET_SHARE = 100, 5, 0.03, 0.1, 0.9
 # Errors of our own code: no kernel is slower for them, and a choice that hid one would hide it for ever
 MISTAKES = (TypeError, AttributeError, NameError, AssertionError, LookupError)
 # What the texts of errors say, in lower case: memory ran out, which says nothing about the kernel; or the library does not take
@@ -41,6 +42,15 @@ class Refusal:
 
     reason: str
     lasting: bool
+
+
+class Unsteady(float):
+    """Milliseconds on a machine that was too busy to tell: good for this process, not for the next ones."""
+
+
+def lasting(found: Mapping[str, float | Refusal]) -> bool:
+    """Whether all of it holds in every process."""
+    return all(t.lasting if isinstance(t, Refusal) else not isinstance(t, Unsteady) for t in found.values())
 
 
 def attempt(work: Callable[[], float | Refusal]) -> float | Refusal:
@@ -115,8 +125,8 @@ def search(families: Sequence[tuple[str, ...]], fallback: Sequence[str],
     return times if found else times | {v: tried(v) for v in fallback}
 
 
-def _ms(time: float | Refusal) -> float:
-    return math.inf if isinstance(time, Refusal) else time
+def _ms(found: float | Refusal) -> float:
+    return math.inf if isinstance(found, Refusal) else found
 
 
 def kept(times: Mapping[str, float | Refusal]) -> dict[str, float | str]:
@@ -160,9 +170,27 @@ def graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
 
 
 def race_ms(*calls: Callable[[], Any]) -> list[float]:
-    """Median milliseconds of each call on the CPU. They take turns, so that a busy machine slows all of them alike."""
+    """Least milliseconds of each call on the CPU, which take turns; ``Unsteady`` where the machine was too busy to tell.
+
+    Where another process has a core, a thread that waits for it does so for a time slice, which is a hundred times as long as a
+    small layer. This thread works or spins in a quiet round, so that its own clock runs as the wall's does; other rounds do
+    not count.
+    """
+    quiet: list[list[float]] = [[] for _ in calls]
+    disturbed: list[list[float]] = [[] for _ in calls]
     with torch.no_grad():
-        step_ms(*calls, repeats=1)  # makes what is made once
-        least, most = ROUNDS
-        rounds = max(least, min(most, int(LONG_MS / max(1e-3, sum(step_ms(*calls, repeats=1))))))
-        return step_ms(*calls, repeats=rounds)
+        for call in calls:
+            call()  # makes what is made once
+        start = time.perf_counter()
+        while True:
+            rounds, tried, taken = min(map(len, quiet)), len(quiet[0]) + len(disturbed[0]), time.perf_counter() - start
+            long = taken > (ENOUGH_S if rounds >= LEAST_ROUNDS else LONGEST_S)
+            if rounds >= QUIET_ROUNDS or (long and tried >= LEAST_ROUNDS):
+                break
+            for call, still, other in zip(calls, quiet, disturbed, strict=True):
+                wall, own = time.perf_counter(), time.thread_time()
+                call()
+                own, wall = time.thread_time() - own, time.perf_counter() - wall
+                (still if own > QUIET_SHARE * wall else other).append(1e3 * wall)
+    return [min(still) if len(still) >= LEAST_ROUNDS else Unsteady(min(still + other))
+            for still, other in zip(quiet, disturbed, strict=True)]
