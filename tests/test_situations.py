@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from sdtrt_backend.run import states
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -18,7 +19,6 @@ import sdtrt_backend
 from sdtrt_backend import backend, measure
 from sdtrt_backend.lower import LOWERINGS
 from sdtrt_backend.measure import compare  # also where a test puts another one into its place
-from sdtrt_backend.run import states
 
 STEPS = (900, 500, 100)
 REFERENCE = {"engine": "reference", "calibration_runs": 1}

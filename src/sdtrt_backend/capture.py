@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import identity
 from .calls import call_arguments, written
+from .errors import GraphError
 from .fx import alive, finish, module_path
 from .names import layer_name
 from .recipe import fingerprint
@@ -143,39 +145,34 @@ def follow_all(captured: Captured) -> Captured:
 _NUMBERS = itertools.count()
 
 
-class _Value(str):
-    """A tensor's name in ``concrete``."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
-
-
-def concrete(captured: Captured, args: Sequence[Any]) -> tuple[tuple[Any, str], ...]:
-    """What the graph does with inputs of these sizes: (function or method, its arguments) of every call. Where two graphs of one
-    module do the same, one step serves both: Dynamo makes a graph for the first sizes, and another with symbolic sizes, for every
-    size, once it meets other ones."""
-    env: dict[fx.Node, Any] = {}
-    calls: list[tuple[Any, str]] = []
+def concrete(captured: Captured, args: Sequence[Any]) -> tuple[str, ...]:
+    """What the graph does with inputs of these sizes: a line for every input and call. Where two graphs of one module do the same,
+    one step serves both: Dynamo makes a graph for the first sizes, and another with symbolic sizes, for every size, once it meets
+    other ones."""
+    env: dict[fx.Node, Any] = {}  # a tensor's name, or a size, which is known here
+    calls: list[str] = []
     values = iter(enumerate(args))
     for node in captured.graph.graph.nodes:
         if node.op == "placeholder":
             i, value = next(values)
             if i in captured.constants:
-                value = _Value(f"parameter{id(captured.constants[i])}")
+                value = f"parameter{id(captured.constants[i])}"
             elif isinstance(value, torch.Tensor):
-                value = _Value(f"v{len(calls)}")
-                calls.append(("input", ""))
+                value = f"v{len(calls)}"
+                calls.append("input")
             env[node] = value
         elif node.op == "get_attr":
-            env[node] = _Value(f"constant{next(_NUMBERS)}")  # a graph's own: no other one has it
+            env[node] = f"constant{next(_NUMBERS)}"  # a graph's own: no other one has it
+        elif isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat) and not any(
+                isinstance(env[n], str) for n in node.all_input_nodes):
+            arguments, keywords = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*arguments, **keywords)
         else:
-            arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-            size = isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat)
-            if size and not any(isinstance(env[n], _Value) for n in node.all_input_nodes):
-                env[node] = node.target(*arguments, **keywords)  # arithmetic of numbers: sizes are known here
-                continue
-            env[node] = _Value(f"v{len(calls)}")
-            calls.append((node.target, f"{arguments} {keywords}"))
+            env[node] = f"v{len(calls)}"
+            try:
+                calls.append(identity.call(node, env.__getitem__))
+            except GraphError:  # something that no text tells from others
+                calls.append(f"unlike any other {next(_NUMBERS)}")
     return tuple(calls)
 
 
