@@ -71,15 +71,15 @@ def _step(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) ->
     for name, why in captured.unquantizable.items():
         state.say(state.notes, f"{name} stays in its own precision: {why}")
     refusal = _refusal(gm, captured, example_inputs)
-    if refusal is None and state.recipe is None and state.refusal is None:
+    if refusal is not None:
+        state.refuse(refusal)
+    if refusal is not None or _needs_gradients(state, example_inputs):
+        return None
+    if state.recipe is None and state.refusal is None:  # at once: nothing is calibrated for nothing
         _, refusal = choose(parsed, next(iter(captured.constants.values())).device)
         if refusal is not None:
             state.refuse(refusal)
-        return step
-    if refusal is not None:
-        state.refuse(refusal)
-        return None
-    return None if _needs_gradients(state, example_inputs) else step
+    return step
 
 
 def _refusal(gm: fx.GraphModule, captured: Captured, example_inputs: Sequence[Any]) -> str | None:

@@ -65,6 +65,7 @@ class Unit:
     def __init__(self, step: Step, captured: Captured, state: State) -> None:
         self.state, self.frame = state, step.frame
         self.constants = tuple(captured.constants.values())
+        self.ids = tuple(map(id, self.constants))
         self.pick = _getter(tuple(captured.constants))
         self.dtypes = [p.dtype for p in self.constants]
         self._follow(captured)
@@ -73,7 +74,8 @@ class Unit:
         self.refusal: str | None = None
         self.building = False
         self.every = max(1, min(CHECKED[1], len(self.constants) // CHECKED[0]))
-        self.calls = self.failures = self.retry_at = 0
+        self.calls = 0
+        self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
         self.numbers: dict[Any, set[Any]] = {}
         self.baked: list[int] = []  # inputs whose number is part of each step
 
@@ -122,7 +124,7 @@ class Unit:
     @property
     def name(self) -> str:
         """What its layers have in common, for a report of several graphs; "" where it is the only one."""
-        if len({u.frame for u in self.state.units}) == 1 and len({u.constants for u in self.state.units}) == 1:
+        if len({u.frame for u in self.state.units}) == 1 and len({u.ids for u in self.state.units}) == 1:
             return ""
         paths = [layer.name for layer in self.captured.layers]
         return os.path.commonpath([p.replace(".", "/") for p in paths]).replace("/", ".") if paths else ""
@@ -187,7 +189,7 @@ class Unit:
         try:
             if state.recipe is None:
                 return self._calibrate(args)
-            if self.failures and self.calls < self.retry_at:
+            if key in self.failures and self.calls < self.failures[key][1]:
                 self.calls += 1
                 return self.own(args)
             if self._another_number(key, inputs):
@@ -260,7 +262,7 @@ class Unit:
             return key
         key = self._bake(made.baked, key, args)
         self.results[key] = made
-        self.failures = 0
+        self.failures.pop(key, None)
         if isinstance(made, Refused):
             self._refused(key, args, made)
         else:
@@ -275,7 +277,7 @@ class Unit:
 
     def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
         state = self.state
-        if any(v.made is not None for v in self.variants.values()):
+        if self._in_use():
             sizes = sizes_of(tensor_inputs(self.captured, args))
             state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.captured)
@@ -284,12 +286,16 @@ class Unit:
         if made.fallback is not None:
             self.variants[key] = Variant(made.fallback, self.captured)
 
+    def _in_use(self) -> bool:
+        """Whether 8-bit steps of the same parameters serve other sizes."""
+        return any(v.made is not None for unit in self.state.units if unit.ids == self.ids for v in unit.variants.values())
+
     def refuse(self, reason: str) -> None:
         """From now on this graph runs in the user's precision."""
         self.refusal = reason
         for key in [k for k, v in self.variants.items() if v.made is not None]:
             del self.variants[key]
-        whole = len(self.state.units) == 1
+        whole = all(unit.ids == self.ids for unit in self.state.units)
         part = "the module" if whole else f"the part with {self.captured.layers[0].name}"
         self.state.say(self.state.fallbacks, f"{reason}; {part} runs in its own precision")
         self.state.place_weights()
@@ -352,12 +358,12 @@ class Unit:
         self.variants.pop(key, None)
         sentence = self._say_failure(error, what, say=False)
         if transient(error):
-            self.failures += 1
-            self.retry_at = self.calls + RETRY * 2 ** (self.failures - 1)
+            times = self.failures.get(key, (0, 0))[0]
+            self.failures[key] = times + 1, self.calls + RETRY * 2**times
             sizes = sizes_of(tensor_inputs(self.captured, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision, and it is tried "
                                                  "again later")
-        elif any(v.made is not None for v in self.variants.values()) and what.startswith("building"):
+        elif self._in_use() and what.startswith("building"):
             sizes = sizes_of(tensor_inputs(self.captured, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._as_it_is(args)
