@@ -1,5 +1,6 @@
 """Every operation with a weight is found, and its FLOPs are those that torch's own counter counts."""
 
+import inspect
 import math
 
 import pytest
@@ -267,6 +268,12 @@ def test_operands_are_where_the_operators_have_them():
                         assert schema[at].name in names, (target, overload, at, schema[at].name)
                         seen += 1
     assert seen > 60
+
+
+def test_operands_of_attention_are_where_its_function_has_them():
+    parameters = list(inspect.signature(F.multi_head_attention_forward).parameters)
+    for at, (name,) in work.ROWS[F.multi_head_attention_forward].operands:
+        assert parameters[at] == name
 
 
 LETTERS = "abcdef"

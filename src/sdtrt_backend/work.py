@@ -277,7 +277,7 @@ _NAMED: dict[str, Row] = {
     "tensordot": Row("tensordot", (_A, _B), _contraction),
     "multi_head_attention_forward": Row(
         "multi-head attention", (*_QKV, (5, ("in_proj_weight",)), (11, ("out_proj_weight",)),
-                                 (17, ("q_proj_weight",)), (18, ("k_proj_weight",)), (19, ("v_proj_weight",))), _attention),
+                                 (18, ("q_proj_weight",)), (19, ("k_proj_weight",)), (20, ("v_proj_weight",))), _attention),
     "_native_multi_head_attention": Row("multi-head attention", (*_QKV, (5, ("qkv_weight",)), (7, ("proj_weight",))), _attention),
     "_transformer_encoder_layer_fwd": Row("transformer encoder layer", (
         (0, ("src",)), (3, ("qkv_weight",)), (5, ("proj_weight",)), (14, ("ffn_weight_1",)), (16, ("ffn_weight_2",))), _matrices),
