@@ -1,52 +1,112 @@
-"""16-bit weights that are away: no memory, the same to the bit when they come back. (On a GPU: tests/gpu.)"""
+"""Weights whose values are in host memory: everybody reads and writes them as before. (On a GPU: tests/gpu.)"""
 
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
 import torch
 
-from sdtrt_backend.weights import Weights, key
+from sdtrt_backend import weights
+
+pytestmark = pytest.mark.usefixtures("weights_leave_the_cpu_too")
 
 
-def away(*parameters):
-    weights = Weights()
-    weights.released = list(parameters)
-    weights._send()
-    return weights
+@pytest.fixture
+def parameter():
+    return torch.nn.Parameter(torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last))
 
 
-def test_a_weight_comes_back_to_the_bit_and_nobody_saw_it_change():
-    parameter = torch.nn.Parameter(torch.randn(4, 5))
-    before, version, identity = parameter.detach().clone(), parameter._version, key(parameter)
-    weights = away(parameter)
-    assert parameter.untyped_storage().nbytes() == 0
-    assert parameter.shape == (4, 5)
-    assert key(parameter) == identity
-    weights.restore()
-    assert torch.equal(parameter, before)
-    assert parameter._version == version
-
-
-def test_a_weight_is_there_while_anybody_borrows_it():
-    parameter = torch.nn.Parameter(torch.randn(3))
-    before = parameter.detach().clone()
-    weights = away(parameter)
-    with weights.borrowed():
-        with weights.borrowed():
-            assert torch.equal(parameter, before)
-        assert torch.equal(parameter, before)
-    assert parameter.untyped_storage().nbytes() == 0
-
-
-def test_restored_while_borrowed_it_stays():
-    parameter = torch.nn.Parameter(torch.randn(3))
-    before = parameter.detach().clone()
-    weights = away(parameter)
-    with weights.borrowed():
-        weights.restore()
-    assert torch.equal(parameter, before)
-
-
-def test_weights_on_the_cpu_and_shared_memory_are_never_sent_away():
-    parameter = torch.nn.Parameter(torch.randn(3))
-    weights = Weights()
+def test_its_memory_is_another_and_its_values_are_the_same_to_the_bit(parameter):
+    before, version, memory = parameter.detach().clone(), parameter._version, weights.key(parameter)
     weights.release([parameter])
-    assert weights.released == []
-    assert parameter.untyped_storage().nbytes() == 12
+    assert weights.away(parameter)
+    assert weights.key(parameter) != memory
+    assert torch.equal(parameter, before)
+    assert (parameter.stride(), parameter._version) == (before.stride(), version)
+    weights.restore([parameter])
+    assert not weights.away(parameter)
+    assert torch.equal(parameter, before)
+    assert (parameter.stride(), parameter._version) == (before.stride(), version)
+
+
+def test_the_memory_it_had_is_free(parameter):
+    memory = weakref.ref(parameter.untyped_storage())
+    weights.release([parameter])
+    gc.collect()
+    assert memory() is None
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), lambda p: p.detach().clone()])
+def test_it_can_be_copied(parameter, twin_of):
+    weights.release([parameter])
+    twin = twin_of(parameter)
+    assert torch.equal(twin, parameter)
+    assert not weights.away(twin)
+
+
+def test_what_is_written_while_it_is_away_stays(parameter):
+    weights.release([parameter])
+    with torch.no_grad():
+        parameter.mul_(2)
+    parameter.data += 1
+    expected = parameter.detach().clone()
+    weights.restore([parameter])
+    assert torch.equal(parameter, expected)
+
+
+def test_what_is_written_while_it_is_borrowed_stays(parameter):
+    weights.release([parameter])
+    with weights.borrowed([parameter]):
+        assert not weights.away(parameter)
+        parameter.data += 1
+        expected = parameter.detach().clone()
+    assert weights.away(parameter)
+    assert torch.equal(parameter, expected)
+
+
+def test_it_is_on_its_device_while_anybody_borrows_it(parameter):
+    weights.release([parameter])
+    with weights.borrowed([parameter]):
+        with weights.borrowed([parameter]):
+            assert not weights.away(parameter)
+        assert not weights.away(parameter)
+        weights.release([parameter])
+        assert not weights.away(parameter)
+    assert weights.away(parameter)
+
+
+def test_moved_while_it_was_borrowed_it_is_left_where_it_is(parameter):
+    weights.release([parameter])
+    with weights.borrowed([parameter]):
+        parameter.data = parameter.data.to(torch.float64)
+    assert parameter.dtype is torch.float64
+    assert not weights.away(parameter)
+
+
+def test_moved_by_somebody_else_it_is_no_longer_away(parameter):
+    weights.release([parameter])
+    before = parameter.detach().clone()
+    parameter.data = parameter.data.clone()
+    assert not weights.away(parameter)
+    weights.restore([parameter])
+    assert torch.equal(parameter, before)
+
+
+def test_memory_that_two_share_stays(parameter):
+    whole = torch.randn(8)
+    half = torch.nn.Parameter(whole[:4])
+    weights.release([half])
+    assert not weights.away(half)
+
+
+def test_a_weight_that_dies_is_forgotten():
+    parameter = torch.nn.Parameter(torch.randn(3))
+    weights.release([parameter])
+    known = len(weights._SENT)
+    del parameter
+    gc.collect()
+    assert len(weights._SENT) == known - 1

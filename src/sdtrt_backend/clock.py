@@ -23,14 +23,18 @@ class Clock:
     Three sources. Where the root itself is not compiled, a hook on it. Else the graph that receives the timestep. Else the first
     graph that is called, whose small inputs are observed: the one that moves as timesteps do is taken for it. Until that is
     decided ``begin`` is told so, and afterwards ``again`` is given the trajectories of those calls, with the one that begins.
+    failed: told of an error of any of this.
     """
 
-    def __init__(self, begin: Callable[[float, bool], None], again: Callable[[Trajectories], None]) -> None:
-        self.begin, self.again = begin, again
+    def __init__(self, begin: Callable[[float, bool], None], again: Callable[[Trajectories], None],
+                 failed: Callable[[Exception], None]) -> None:
+        self.begin, self.again, self.failed = begin, again, failed
         self.frame: int | None = None  # Dynamo's number of the piece of code whose graphs are the source
         self.by_name = False  # whether that source has a timestep by name
         self.hook: Any = None
         self.candidates = Candidates()
+        self.first: dict[Any, float] = {}  # candidate -> its value in the first call
+        self.moved = False  # a candidate had another value since
         self.whole_calls = False
 
     def listen(self, root: torch.nn.Module) -> None:
@@ -62,7 +66,13 @@ class Clock:
             self.tell(timestep, inputs)
 
     def tell(self, timestep: Any, inputs: Mapping[Any, Any]) -> None:
-        """A call of the root begins."""
+        """A call of the root begins. Never raises: it is the user's call."""
+        try:
+            self._tell(timestep, inputs)
+        except Exception as error:
+            self.failed(error)
+
+    def _tell(self, timestep: Any, inputs: Mapping[Any, Any]) -> None:
         if timestep is not None:
             self.begin(timestep_value(timestep), True)
             return
@@ -73,8 +83,8 @@ class Clock:
             if candidates.chosen is not None:
                 self.again(candidates.tracks[candidates.chosen])
                 return
-            moved = any(track.low < track.high for track in candidates.tracks.values())
-            self.whole_calls = not small or candidates.calls > (MOVING if moved else LOOKED_AT)
+            self.moved |= any(self.first.setdefault(i, v) != v for i, v in small.items())
+            self.whole_calls = not small or candidates.calls > (MOVING if self.moved else LOOKED_AT)
             if not self.whole_calls:
                 self.begin(math.nan, False)
                 return

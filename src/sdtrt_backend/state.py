@@ -45,7 +45,7 @@ class State:
         self.closed = False
         self.refusal: str | None = None  # why no graph of the module runs in 8 bits
         self.calibration = Calibration()
-        self.clock = Clock(self.observe_call, self.observed_calls)
+        self.clock = Clock(self.observe_call, self.observed_calls, self.failed)
         self.recipe: Recipe | None = None
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
@@ -68,6 +68,12 @@ class State:
         self.clock.stop()
         self.say(self.fallbacks, f"{reason}; the module runs in its own precision")
         self.place_weights()
+
+    def failed(self, error: Exception) -> None:
+        """An error of ours while calibrating; the traceback goes to the log."""
+        sentence = f"calibrating failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        log.info("%s", sentence, exc_info=error)
+        self.refuse(sentence)
 
     # --- calibration
 
