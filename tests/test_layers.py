@@ -1,6 +1,7 @@
 """The architecture: one order of all modules, in which every import goes back; and importing the package stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -92,6 +93,16 @@ def test_the_table_names_every_module_once():
 
 def test_every_import_goes_to_a_module_before_it_so_there_is_no_circle():
     assert wrong_imports(ROOT, ORDER) == []
+
+
+def test_contributing_md_has_the_same_table():
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text.partition("## Layout")[2], re.MULTILINE)[2:]
+    told = {layer: re.findall(r"`([^`]+)`", files) for layer, files in reversed(rows)}
+    assert list(told) == list(LAYERS)
+    for layer, modules in LAYERS.items():
+        folders = [f"{m.split('.')[0]}/" if (ROOT / m.split(".")[0]).is_dir() else m for m in modules]
+        assert told[layer] == list(dict.fromkeys(folders))
 
 
 @pytest.mark.parametrize("line", [
