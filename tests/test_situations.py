@@ -11,12 +11,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from sdtrt_backend.run import states
+from sdtrt_backend.state import states
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import sdtrt_backend
-from sdtrt_backend import backend, measure
+from sdtrt_backend import build, measure, weights
 from sdtrt_backend.lower import LOWERINGS
 from sdtrt_backend.measure import compare  # also where a test puts another one into its place
 
@@ -127,7 +127,7 @@ def assert_readable(module):
 
 def waiting_elsewhere(module):
     """How many weights of the module are away from the device."""
-    return sum(len(state.memory.weights.released) for state in states(module))
+    return sum(weights.away(p) for p in module.parameters())
 
 
 def live_graphs():
@@ -509,7 +509,7 @@ def test_what_was_compiled_to_compare_with_is_what_a_slower_module_runs(block, m
 
     def unquantized(captured, args, tensors=None):
         compilations.append(args)
-        graph, _ = backend.bind(captured, args)
+        graph, _ = build.bind(captured, args)
         return graph.forward
 
     monkeypatch.setattr(backend, "unquantized", unquantized)
