@@ -49,8 +49,8 @@ def test_fake_implementations_agree_with_the_real_ones():
 def test_the_compiled_graph_equals_the_reference_lowering_and_runs_int8_kernels(graph, recipe, rest):
     captured, args = graph
     tensors = tensor_inputs(captured, args)
-    reference, compiled = (LOWERINGS[target](insert(*bind(captured, args), plan(captured.layers, recipe, ())), tensors,
-                                             Options(rest=rest))
+    reference, compiled = (LOWERINGS[target].lower(insert(*bind(captured, args), plan(captured.layers, recipe, ())), tensors,
+                                                   Options(rest=rest)).step
                            for target in ("reference", "inductor"))
     with torch.no_grad(), measure.CountInt8() as counted:
         mine = compiled(*tensors)

@@ -11,7 +11,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from sdtrt_backend.state import states
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
