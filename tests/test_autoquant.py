@@ -179,6 +179,7 @@ def test_the_plan_of_another_module_is_refused(plan):
     assert quantized(module) == set()
 
 
+@pytest.mark.slow
 def test_a_new_process_applies_the_plan_without_timing_anything(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     module = make_module()
@@ -202,6 +203,7 @@ with torch.no_grad():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_really_compiled_and_timed():
     """No figures by decree: whatever wins, the module keeps its bound and its plan agrees with it."""
     module, x = nn.Sequential(nn.Linear(256, 512)).eval(), torch.randn(512, 256)

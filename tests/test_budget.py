@@ -90,6 +90,7 @@ def test_pictures_that_are_not_finite_judge_nothing(denoiser, recipe):
         budget.fit(denoiser, recipe, Options(min_psnr=30.0), lambda *_: np.full((2, 8, 8, 3), np.nan), 2, 4, None)
 
 
+@pytest.mark.slow
 def test_a_pipeline_without_pictures_is_refused(pipe, monkeypatch):
     kind = type(pipe)
     plain = kind.__call__
@@ -116,6 +117,7 @@ def solved(pipe, target):
                                    options={"min_psnr": target})
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_kept_anyway_keeps_every_layer_in_8_bits(pipe, quick):
     before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     recipe = solved(pipe, 10.0)
@@ -126,6 +128,7 @@ def test_a_budget_that_is_kept_anyway_keeps_every_layer_in_8_bits(pipe, quick):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
 
 
+@pytest.mark.slow
 def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, quick, tmp_path):
     loose = solved(pipe, 10.0).provenance["min_psnr"]["mean_db"]
     target = loose + 4
@@ -169,6 +172,7 @@ def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, q
     assert sum(each) / len(each) >= target
 
 
+@pytest.mark.slow
 def test_a_second_code_is_taken_where_it_costs_less_and_elsewhere_the_layer_is_out_of_8_bits(pipe, quick, monkeypatch):
     monkeypatch.setattr(budget, "times_ms", lambda problem, device: (3.0, 1.0))
     loose = solved(pipe, 10.0)
@@ -187,6 +191,7 @@ def test_a_second_code_is_taken_where_it_costs_less_and_elsewhere_the_layer_is_o
     assert not any(d.quantized for d in plain if d.layer.name in twice)
 
 
+@pytest.mark.slow
 def test_a_budget_beyond_reach_is_said(pipe, quick):
     with pytest.raises(CalibrationError, match=r"min_psnr=99 is out of reach: pictures have \d+\.\d dB, surely .* of \d+ parts"):
         solved(pipe, 99.0)
@@ -210,6 +215,7 @@ def test_the_option_takes_decibels():
     assert Options.parse({"min_psnr": 32}).min_psnr == 32
 
 
+@pytest.mark.slow
 def test_a_step_beyond_max_error_keeps_what_brings_most_of_it(denoiser, inputs, recipe, tmp_path):
     folder = str(recipe.save(tmp_path))
 

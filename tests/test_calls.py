@@ -307,6 +307,7 @@ def test_what_reads_a_changed_tensor_is_written_and_a_second_parent_is_not():
     assert found.isdisjoint({y, copy})
 
 
+@pytest.mark.slow
 def test_a_graph_of_five_thousand_nodes_takes_less_than_a_third_of_a_second():
     class Deep(nn.Module):
         def forward(self, x, w):

@@ -118,6 +118,7 @@ def test_a_build_that_fails_is_the_callers_error_and_leaves_the_cache_usable(kep
     assert kept.get(KEY | {"part": "unet 1"}, lambda: b"ok")[0] == b"ok"
 
 
+@pytest.mark.slow
 def test_two_builders_at_once_build_one_engine(tmp_path):
     code = f"""
 import sys, time

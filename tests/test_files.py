@@ -132,6 +132,7 @@ def test_a_path_has_its_own_lock_in_the_cache(tmp_path, monkeypatch):
         assert not mine
 
 
+@pytest.mark.slow
 def test_processes_that_wait_for_a_lock_whose_file_is_removed_still_enter_one_at_a_time(tmp_path):
     code = """
 import sys
@@ -215,6 +216,7 @@ def test_bytes_with_the_right_hash_that_are_no_tensors_are_unusable(tmp_path, mo
         FORMAT.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_reader_in_another_process_never_fails_while_a_writer_replaces(tmp_path):
     code = """
 import sys, torch

@@ -218,6 +218,7 @@ print(value(functools.partial(F.gelu, approximate="tanh"), str))
 """
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_in_two_processes():
     first, second = (subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True, check=True,
                                     env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2"))

@@ -128,6 +128,7 @@ def test_the_content_hash_is_of_all_that_is_saved_and_survives_the_disk(recipe, 
     assert [Recipe.load(r.save(tmp_path)).content_hash() for r in (recipe, *others)] == hashes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of a process")
 @pytest.mark.parametrize("schema", [1, SCHEMA])
 def test_killed_at_any_point_the_recipe_before_or_the_new_one_is_there(recipe, tmp_path, schema):

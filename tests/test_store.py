@@ -96,6 +96,7 @@ def test_threads_lose_nothing():
     assert Store(KEY).values == {f"x{i}": i for i in range(40)}
 
 
+@pytest.mark.slow
 def test_two_processes_that_measure_at_once_keep_both(folder):
     code = """
 import sys, time
@@ -128,6 +129,7 @@ def test_the_key_of_the_cpu_tells_processor_and_threads(monkeypatch):
     assert device_key(cpu) == key | {"threads": "97"}
 
 
+@pytest.mark.slow
 def test_the_times_of_one_process_are_found_by_the_next():
     code = """
 import sys, torch

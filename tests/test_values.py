@@ -66,6 +66,7 @@ def test_a_report_knows_its_work_from_its_layers_unless_it_is_told_more():
 UNNEEDED = ("PIL", "rich", "diffusers", "transformers", "typer")
 
 
+@pytest.mark.slow
 def test_the_backend_loads_nothing_that_only_a_pipeline_or_a_table_needs():
     """A module in another process that torch.compile sends here has torch alone."""
     code = f"""
@@ -79,6 +80,7 @@ print(loaded, text, [m for m in {UNNEEDED} if m in sys.modules])
     assert done.stdout.strip() == "[] state: calibrating []"
 
 
+@pytest.mark.slow
 def test_the_backend_can_be_imported_where_they_are_not_installed():
     code = f"""
 import sys

@@ -154,6 +154,7 @@ def check_conv(operand, shape, out, kernel, stride, padding, dtype, config, per_
 
 
 if not INTERPRETED:
+    @pytest.mark.slow
     def test_this_file_passes_under_the_interpreter():
         run = subprocess.run([sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"], capture_output=True, text=True,
                              env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})

@@ -34,6 +34,7 @@ def check(images, heads, queries, tokens, width, dtype=HALF, out=None, per_chann
 
 
 if not INTERPRETED:
+    @pytest.mark.slow
     def test_this_file_passes_under_the_interpreter():
         run_interpreted(__file__)
 

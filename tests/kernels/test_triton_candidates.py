@@ -12,6 +12,7 @@ HALF = torch.float16
 TIES = 2e-2
 
 if not INTERPRETED:
+    @pytest.mark.slow
     def test_this_file_passes_under_the_interpreter():
         run_interpreted(__file__)
 

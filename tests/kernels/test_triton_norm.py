@@ -35,6 +35,7 @@ def check_group_norm(c, c2, hw, groups, dtype, out, images=2, silu=True, affine=
 
 
 if not INTERPRETED:
+    @pytest.mark.slow
     def test_this_file_passes_under_the_interpreter():
         run_interpreted(__file__)
 

@@ -34,6 +34,7 @@ def check(tokens, before, heads, width, dtype, out, images=2):
 
 
 if not INTERPRETED:
+    @pytest.mark.slow
     def test_this_file_passes_under_the_interpreter():
         run_interpreted(__file__)
 

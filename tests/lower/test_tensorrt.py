@@ -224,6 +224,7 @@ def test_halves_end_where_the_step_has_tried_enough(stand, monkeypatch):
     assert set(lowered.engines.values()) == {"inductor"}
 
 
+@pytest.mark.slow
 def test_another_weight_scale_or_shape_is_another_engine(stand):
     def keys(change=lambda gm: None, repeat=1):
         gm, tensors = quantised()
@@ -312,6 +313,7 @@ print(blob.decode(), "|", said)
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_engine(tmp_path):
     tests = Path(__file__).parents[1]
     said = []
@@ -334,6 +336,7 @@ def test_the_same_calls_with_another_output_are_another_engine(stand):
     assert {name for name in before if before[name] != after[name]} == {"part"}
 
 
+@pytest.mark.slow
 def test_a_part_builds_into_a_real_engine_ahead_of_time(tmp_path):
     """The part's ONNX file, as ``_build`` writes it, is one that TensorRT takes; for a named card, as none is here."""
     pytest.importorskip("tensorrt_rtx", reason="builds engines without a GPU: pip install tensorrt_rtx")

@@ -47,6 +47,7 @@ def test_torchaos_product_equals_the_graph_it_replaces(name):
     assert counted.flops == 2 * 48 * 64 * sum(m.out_features for m in MODULES[name].modules() if isinstance(m, nn.Linear))
 
 
+@pytest.mark.slow
 def test_a_module_runs_through_torchao_and_the_report_says_what_and_why_not(denoiser, recipe, inputs, tmp_path):
     pytest.importorskip("torchao", reason="the product is TorchAO's: pip install torchao")
     folder = str(recipe.save(tmp_path))
