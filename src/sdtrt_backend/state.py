@@ -54,6 +54,9 @@ class State:
         self.units: list[Unit] = []
         self.live: Any = WeakIdKeyDictionary()  # constants that were seen to change: steps take them as inputs
         self.needs_weights = False
+        self.end = None if root is None else weakref.finalize(root, self.close)
+        if self.end is not None:
+            self.end.atexit = False
 
     # --- sentences
 
@@ -159,16 +162,19 @@ class State:
     # --- the end
 
     def close(self) -> None:
-        """Let go of everything that was built, and never build again. Waits for a build in another thread."""
+        """Let go of everything that was built, and never build again. Waits for a build in another thread. Also called when the root
+        has died."""
         with self.lock:
             self.closed = True
             self.clock.stop()
-            self.place_weights()
+            if self.end is not None and self.end.detach() is not None:
+                self.place_weights()
             for unit in self.units:
                 unit.clear()
             self.units.clear()
             self.drift.waiting.clear()
             self.memory.codes.clear()
+            self.memory.made.clear()
 
     def purge(self) -> None:
         """Drop units of parameters that the root has no more, or has in another dtype: an adapter was removed, a checkpoint was
@@ -181,6 +187,14 @@ class State:
         for unit in gone:
             unit.clear()
             self.units.remove(unit)
+        if gone:
+            self.memory.codes.clear()  # they are known by the ids of weights, which may be given again
+            self.drop_unused()
+
+    def drop_unused(self) -> None:
+        """Steps that no unit uses are kept for nobody."""
+        used = {id(made) for unit in self.units for made in unit.results.values()}
+        self.memory.made = {work: made for work, made in self.memory.made.items() if id(made) in used}
 
     # --- the report
 
