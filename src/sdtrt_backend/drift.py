@@ -136,8 +136,8 @@ class Later:
 
 
 def peaks(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """max |t| of each floating-point result, then max t of each tensor that was given, as minus infinity is what a mask holds; NaN
-    where there is one: fp32, 0 for an empty tensor."""
+    """max |t| of each floating-point result, then max t of each tensor that was given, as minus infinity is what a mask holds;
+    NaN where there is one: fp32, 0 for an empty tensor."""
     # not vector_norm: on the CPU that one is 20 times slower
     largest = [t.detach().abs().amax() if t.numel() else t.new_zeros(()) for t in results]
     return torch.stack([v.float() for v in (*largest, *(t.detach().amax() if t.numel() else t.new_zeros(()) for t in given))])

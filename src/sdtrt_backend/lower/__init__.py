@@ -17,7 +17,7 @@ from ..options import Options
 from ..quantize import for_engine, for_torchao
 from ..values import Decision, LayerReport, Plan
 from . import inductor_cpu, inductor_cuda, reference, tensorrt, torchao
-from .lowered import Lowered
+from .lowered import Lowered as Lowered
 
 Nodes = Mapping[str, fx.Node]
 # torch.compile on the CPU was never seen to be twice as fast as eager on a denoiser (1.1x to 1.4x). An 8-bit step at
@@ -91,7 +91,8 @@ def _by_torchao(options: Options, device: torch.device) -> str | None:
     return None
 
 
-def _for_the_reference(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor], options: Options) -> Plan:
+def _for_the_reference(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor],
+                       options: Options) -> Plan:
     return plan if options.precision == "int8" else plan.then(
         "precision", [replace(d, precision=options.precision) if d.quantized else d for d in plan.decisions])
 
