@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from . import budget, names, stats, weights
 from .errors import CalibrationError, ModelError
 from .options import Options
 from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
-from .rules import BY_CALL, MODULES, OPS, AmaxByTimestep, range_rule
+from .rules import BY_CALL, MODULES, OPS, SIDE_BRANCH, AmaxByTimestep, range_rule
 from .timesteps import TIMESTEP_NAMES, Buckets, Trajectories, timestep_value
 
 log = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[
     handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
         for name, child in module.named_modules():
-            if type(child) in MODULES:
+            if type(child) in MODULES and not fnmatchcase(name, SIDE_BRANCH):
                 hook = layer_hook(names.layer_name(name), child)
                 handles.append(child.register_forward_pre_hook(hook, with_kwargs=True))
         yield
