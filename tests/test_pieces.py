@@ -90,7 +90,8 @@ def test_a_module_of_many_graphs_is_told_the_time_by_its_own_call():
     for seed in range(3):
         draw(compiled, seed)
     report = sdtrt_backend.explain(module)
-    assert report.state == "ready" and report.provenance["calls"] == len(STEPS)
+    assert report.state == "ready"
+    assert report.provenance["calls"] == len(STEPS)
     assert in_8_bits(report) == layers(module)
     assert not any("no timestep is known" in note for note in report.notes)
 
@@ -109,7 +110,8 @@ def test_the_timestep_is_read_from_the_call_where_no_graph_has_a_name_for_it():
     assert sdtrt_backend.explain(module).state == "calibrating"
     draw(compiled, 1)
     report = sdtrt_backend.explain(module)
-    assert report.state == "ready" and report.provenance["calls"] == len(STEPS)
+    assert report.state == "ready"
+    assert report.provenance["calls"] == len(STEPS)
 
 
 def test_layers_that_dynamo_gave_up_on_are_in_the_report():
@@ -130,7 +132,8 @@ def test_layers_that_dynamo_gave_up_on_are_in_the_report():
     report = sdtrt_backend.explain(module)
     assert {row.name for row in report.layers} == layers(module)
     left = layers(module) - in_8_bits(report)
-    assert left and left < layers(module)
+    assert left
+    assert left < layers(module)
     assert any("recompile_limit" in note and f"{len(left)} layers" in note for note in report.notes)
 
 
@@ -151,7 +154,8 @@ def test_sequential_offload_is_named_by_the_report_of_the_one_line():
         draw(compiled, seed)
     assert compare(call(compiled), expected) < 1e-5
     report = sdtrt_backend.explain(module)
-    assert report.state == "refused" and "sequential CPU offload" in report.fallbacks[0]
+    assert report.state == "refused"
+    assert "sequential CPU offload" in report.fallbacks[0]
 
 
 def test_layerwise_casting_is_named_by_the_report():
@@ -163,7 +167,8 @@ def test_layerwise_casting_is_named_by_the_report():
         draw(compiled, seed)
     assert compare(call(compiled), expected) < 1e-5
     report = sdtrt_backend.explain(module)
-    assert report.state == "refused" and "layerwise casting" in report.fallbacks[0]
+    assert report.state == "refused"
+    assert "layerwise casting" in report.fallbacks[0]
 
 
 class Attention(nn.Module):

@@ -97,11 +97,12 @@ def unfit(root: torch.nn.Module | None) -> str | None:
     if root is None:
         return None
     if offloads(root):
-        return ("the module is under sequential CPU offload, which loads its weights piece by piece for each call, so no 8-bit copy "
-                "of them can stay in use: use enable_model_cpu_offload, which moves the module as a whole")
+        return ("the module is under sequential CPU offload, which loads its weights piece by piece for each call, so no 8-bit "
+                "copy of them can stay in use: use enable_model_cpu_offload, which moves the module as a whole")
     if any("layerwise_casting" in getattr(getattr(m, "_diffusers_hook", None), "hooks", ()) for m in root.modules()):
-        return ("the module is under layerwise casting, which stores its weights in another dtype and casts them for each call, so "
-                "no 8-bit copy of them can stay in use: load it without enable_layerwise_casting, since 8-bit weights are as small")
+        return ("the module is under layerwise casting, which stores its weights in another dtype and casts them for each call, "
+                "so no 8-bit copy of them can stay in use: load it without enable_layerwise_casting, since 8-bit weights are as "
+                "small")
     return None
 
 
