@@ -20,10 +20,12 @@ from .graphs import Graphed, Memory
 from .lower import Lowered, Lowering, choose
 from .names import layer_name
 from .options import Options
-from .quantize import free_convs, insert, plan
+from .quantize import covering, free_convs, insert, plan
 from .recipe import Recipe
 from .values import Decision, LayerReport, Plan, Report
 from .weights import key
+
+RACES = 2  # that an 8-bit step must lose to be refused: what else runs on the machine decides a close one
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def sizes_of(tensors: Sequence[torch.Tensor]) -> str:
 
 def build(request: Request) -> Ready | Refused:
     """plan -> refine -> insert -> lower -> judge -> watch. Each stage may refuse."""
+    request = replace(request, recipe=covering(request.recipe, request.captured.layers))
     options, args, captured = request.options, request.args, request.captured
     tensors = _dense(tensor_inputs(captured, args))
     made = _Made(options.precision, sizes=sizes_of(tensors))
@@ -255,10 +258,11 @@ def _raced(request: Request, tensors: Sequence[torch.Tensor], step: Callable[...
     compiled(*tensors)
     if lowering.graphed and tensors[0].is_cuda:
         compiled = Graphed(compiled, tensors, request.memory, ())
-    compile_ms, step_ms = measure.step_ms(lambda: compiled(*tensors), lambda: step(*tensors))
-    made = made.timed(compile_ms=compile_ms, step_ms=step_ms)
-    if compile_ms >= step_ms:
-        return made, None, None
+    for _ in range(RACES):
+        compile_ms, step_ms = measure.step_ms(lambda: compiled(*tensors), lambda: step(*tensors))
+        made = made.timed(compile_ms=compile_ms, step_ms=step_ms)
+        if compile_ms >= step_ms:
+            return made, None, None
     return made, (f"the 8-bit step takes {step_ms:.2f} ms and the unquantised compiled step {compile_ms:.2f} ms on these shapes"
                   ), compiled
 

@@ -12,10 +12,11 @@ from torch import fx
 
 from . import ops
 from .fx import add_constant, call_arguments, finish, inserting_after
-from .recipe import Recipe
+from .recipe import LayerRecipe, Recipe
 from .rules import (
     ENGINE_KEEP,
     FREE_CONVS,
+    FUSED,
     LEVELS,
     TORCHAO_KEEP,
     TORCHAO_MIN_ROWS,
@@ -39,7 +40,26 @@ def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], leve
     free_convs: convolutions may be smoothed and have a zero point, see ``free_convs``; two_codes: patterns of layers whose
     input then has two codes, see ``rules.TWO_CODES``.
     """
+    recipe = covering(recipe, layers)
     return tuple(_decide(layer, recipe, exclude, level, free_convs, two_codes) for layer in layers)
+
+
+def covering(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
+    """``recipe`` with a line for projections that were fused, or parted, since it was made: see ``rules.FUSED``."""
+    found = {layer.name: line for layer in layers if layer.name not in recipe.layers
+             for line in (_fused(layer.name, recipe),) if line is not None}
+    return replace(recipe, layers={**recipe.layers, **found}) if found else recipe
+
+
+def _fused(name: str, recipe: Recipe) -> LayerRecipe | None:
+    """What the recipe knows under another name of the tensor that this layer reads."""
+    last = name.rpartition(".")[2]
+    path = name.removesuffix(last)
+    parts = tuple(p for p in (recipe.layers.get(path + n) for n in FUSED.get(last, ())) if p is not None)
+    if parts:
+        whole = len(parts) == len(FUSED[last]) and len({p.group for p in parts}) == 1
+        return next((p for p in parts if p.keep or p.second), parts[0]) if whole else None
+    return next((recipe.layers[path + n] for n, of in FUSED.items() if last in of and path + n in recipe.layers), None)
 
 
 def free_convs(device: torch.device, precision: str) -> bool:

@@ -18,6 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from .graphs import Graphed, elements
 from .measure import outputs
 from .options import Options
 from .recipe import Recipe, fingerprint, one_weight
-from .rules import MODULES
+from .rules import MODULES, SIDE_BRANCH
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State, state_of
 from .timesteps import timestep_value
 from .values import Report
@@ -222,7 +223,9 @@ class Unit:
     # --- while calibrating
 
     def _tell_the_time(self, args: Sequence[Any]) -> None:
-        captured = self.captured
+        captured, root = self.captured, None if self.state.root is None else self.state.root()
+        if root is not None and self.state.clock.inside(root):
+            return
         at = None if captured.timestep is None else args[captured.timestep]
         self.state.clock.called(self.frame, at, {i: args[i] for i in captured.inputs})
 
@@ -238,7 +241,8 @@ class Unit:
                 except Exception as error:  # ours, and none of the user's call
                     failure.append(error)
 
-        result = Observer(self.captured.graph, self.captured.layer_names(), see).run(*args)
+        result = Observer(self.captured.graph, {node: name for node, name in self.captured.layer_names().items()
+                                                if not fnmatchcase(name, SIDE_BRANCH)}, see).run(*args)
         if failure:
             self._say_failure(failure[0], "calibrating")
         return result
@@ -557,8 +561,6 @@ class Step:
         self.first = next(iter(captured.constants))
         refs = self.units.setdefault(id(args[self.first]), [])
         refs[:] = [r for r in refs if r() is not None] + [weakref.ref(unit)]
-        if root is not None and state.recipe is None and state.refusal is None and not names.runs_compiled(root):
-            state.clock.listen(root)
         return unit
 
 
