@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from . import measure, ops
-from .fx import drop_dead
+from .fx import drop_dead, runnable
 from .quantize import FP8_HEADROOM, QD
 from .recipe import Recipe
 from .values import Decision, Watched
@@ -93,7 +93,7 @@ def counter(gm: fx.GraphModule, decisions: Mapping[str, Decision], recipe: Recip
     graph.output(graph.call_function(torch.stack, (shares,)))
     drop_dead(graph)
     graph.lint()
-    return Counter(tuple(groups), fx.GraphModule(gm, graph).forward)
+    return Counter(tuple(groups), runnable(fx.GraphModule(gm, graph)))
 
 
 def widest(decision: Decision, recipe: Recipe) -> float:

@@ -10,6 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from . import names, stats
 from .errors import CalibrationError
 from .options import Options
 from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
-from .rules import MODULES, OPS, AmaxByTimestep, range_rule
+from .rules import MODULES, OPS, SIDE_BRANCH, AmaxByTimestep, range_rule
 from .timesteps import TIMESTEP_NAMES, Buckets, Trajectories, timestep_value
 
 ALPHA_OPTIONS = {"linear": "alpha", "conv2d": "alpha_conv"}
@@ -219,7 +220,7 @@ def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[
     handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
         for name, child in module.named_modules():
-            if type(child) in MODULES:
+            if type(child) in MODULES and not fnmatchcase(name, SIDE_BRANCH):
                 hook = layer_hook(names.layer_name(name), child)
                 handles.append(child.register_forward_pre_hook(hook, with_kwargs=True))
         yield
