@@ -205,15 +205,14 @@ class State:
             return REFUSED
         if self.recipe is None:
             return CALIBRATING
-        statuses = {unit.status for unit in self.units}
-        return next((s for s in (BUILDING, READY) if s in statuses), REFUSED if statuses == {REFUSED} else CALIBRATING)
+        return _status_of(self.units)
 
     def report(self, of: Iterable[torch.Tensor] | None = None) -> Report:
         """Of all graphs, or of those that read one of these parameters."""
         self.drift.look()
         wanted = None if of is None else {id(p) for p in of}
         units = [u for u in self.units if wanted is None or any(id(p) in wanted for p in u.captured.constants.values())]
-        status = self.status if len(units) == len(self.units) else _status_of(units, self.status)
+        status = self.status if len(units) == len(self.units) or self.recipe is None else _status_of(units)
         pieces = [(r, u.name) for u in units for r in u.reports()]
         found = merged([r for r, _ in pieces], [n for _, n in pieces]) if pieces else Report(status)
         if pieces and len({u.frame for u in self.units}) + len({u.ids for u in self.units}) > 2:
@@ -239,9 +238,12 @@ class State:
         return replace(found, layers=(*found.layers, *rows), notes=(note,))
 
 
-def _status_of(units: Sequence[Unit], default: str) -> str:
+def _status_of(units: Sequence[Unit]) -> str:
+    """Of graphs that have a recipe: one that was superseded, or was not called yet, says nothing where another is in use."""
     statuses = {u.status for u in units}
-    return statuses.pop() if len(statuses) == 1 else default
+    if any(u.building for u in units):
+        return BUILDING
+    return next((s for s in (READY, BUILDING, CALIBRATING) if s in statuses), REFUSED if statuses else CALIBRATING)
 
 
 # root -> (options, hash of the recipe's contents) -> state
