@@ -29,6 +29,7 @@ def test_help_names_every_command():
     assert all(command in text for command in ("demo", "calibrate", "show", "generate", "export", "cache", "doctor"))
 
 
+@pytest.mark.slow
 def test_doctor_counts_what_would_be_quantised():
     result = run(cli.app, ["doctor"])
     assert result.exit_code == 0
@@ -52,14 +53,15 @@ def test_calibrate_keeps_finished_prompts_and_ctrl_c_says_so(prompts, tmp_path, 
         return ["calibrate", str(prompts), "--out", str(tmp_path / "recipe"), "--steps", "2", "--seed", seed,
                 "--resume", str(tmp_path / "kept")]
 
-    class Stopped(ResumeFolder):
-        def save(self, calibration, done):
-            super().save(calibration, done)
-            if done == 2:
-                raise KeyboardInterrupt
+    save = ResumeFolder.save
+
+    def stopped_at_the_second(self, calibration, done):
+        save(self, calibration, done)
+        if done == 2:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("sdtrt_backend.resume.ResumeFolder", Stopped)
+        patched.setattr(ResumeFolder, "save", stopped_at_the_second)
         stopped = run(cli.app, arguments("0"))
     assert stopped.exit_code != 0
     assert f"{tmp_path / 'kept'} holds 1 of 2 prompts, the same call goes on from there" in stopped.output
@@ -86,6 +88,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, monkeypatch, capsys):
     assert "error:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_demo_writes_picture_page_and_numbers(tmp_path, prompts, monkeypatch):
     """The whole demo at two steps and two prompts, with the 8-bit build by the real kernels."""
     monkeypatch.setattr(demo, "CALIBRATION_PROMPTS", demo.CALIBRATION_PROMPTS[:1])
@@ -115,6 +118,7 @@ def test_generate_refuses_what_does_not_go_together(flags, says):
     assert says in str(result.exception)
 
 
+@pytest.mark.slow
 def test_generate_calibrates_and_tells_the_latency_of_warm_pictures_only(tmp_path):
     result = run(cli.app, ["generate", "owl, fluent style", "--steps", "2", "--count", "1", "--out", str(tmp_path / "a.png")])
     assert result.exit_code == 0, result.output

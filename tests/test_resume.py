@@ -103,6 +103,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(pipe, uninterrupte
     assert recipe_bytes(recipe, tmp_path / "resumed") == uninterrupted
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_crash_in_another_process(pipe, uninterrupted, tmp_path):
     code = CRASH.format(prompts=PROMPTS, steps=STEPS)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "kept")], capture_output=True, text=True, check=False)
@@ -113,6 +114,7 @@ def test_it_goes_on_after_a_crash_in_another_process(pipe, uninterrupted, tmp_pa
     assert recipe_bytes(recipe, tmp_path / "resumed") == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {"batch_size": 2, "guidance_scale": 5.0}, {"options": {"rule": "modelopt_min_mean", "percentile": 0.4}}])
 def test_batches_and_rules_that_count_calls_go_on_as_well(pipe, tmp_path, settings):
@@ -148,6 +150,7 @@ def test_statistics_survive_the_disk_to_the_bit_in_their_order(finished, tmp_pat
     assert {t.dtype for t in tensors.values()} == {torch.float32, torch.float64, torch.int64}
 
 
+@pytest.mark.slow
 def test_the_progress_bar_starts_at_what_is_done(pipe, tmp_path, monkeypatch):
     interrupt(pipe, tmp_path, STEPS + 1)
     bars = []
@@ -230,6 +233,7 @@ def newer(folder):
     resealed(folder, lambda body: body.update(schema=SCHEMA + 1))
 
 
+@pytest.mark.slow
 def test_a_calibration_kept_in_schema_1_goes_on(pipe, uninterrupted, tmp_path):
     folder = tmp_path / "kept"
     interrupt(pipe, folder, STEPS + 2)
