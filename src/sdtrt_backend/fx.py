@@ -150,6 +150,6 @@ def runnable(gm: fx.GraphModule) -> Callable[..., Any]:
     """Its forward, for good: the graph is let go. A graph and its module hold each other, so that the tensors of a step that is
     dropped would wait for Python's collection of cycles."""
     forward = gm.forward
-    gm.graph._owning_module = None  # type: ignore[attr-defined]
+    gm.graph._owning_module = None
     del gm._graph
     return forward
