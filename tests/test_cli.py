@@ -48,6 +48,7 @@ def test_calibrate_writes_a_recipe_that_show_draws(prompts, tmp_path):
     assert "no layer matches" in str(run(cli.app, ["show", str(tmp_path / "recipe"), "--layer", "nothing"]).exception)
 
 
+@pytest.mark.slow
 def test_calibrate_keeps_finished_prompts_and_ctrl_c_says_so(prompts, tmp_path, monkeypatch):
     def arguments(seed):
         return ["calibrate", str(prompts), "--out", str(tmp_path / "recipe"), "--steps", "2", "--seed", seed,

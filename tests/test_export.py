@@ -93,6 +93,7 @@ def reference(pipe, recipe, exported):
                          options={"recipe": str(recipe), "engine": "reference", "exclude": kept, "two_codes": []})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_the_file_runs_in_onnxruntime_like_the_reference_lowering_at_every_step(pipe, recipe, exported, precision):
     onnx = pytest.importorskip("onnx", reason=NEEDS_ONNX)
@@ -108,6 +109,7 @@ def test_the_file_runs_in_onnxruntime_like_the_reference_lowering_at_every_step(
             assert cosine(got, expected) > TOLERANCES["int8_export_cosine"]
 
 
+@pytest.mark.slow
 def test_every_fp8_tensor_is_the_references_when_all_before_it_are(pipe, exported):
     """Each dequantised tensor is replaced by the reference's, so that rounding ties cannot add up over the layers."""
     onnx = pytest.importorskip("onnx", reason=NEEDS_ONNX)
@@ -179,6 +181,7 @@ def test_int8_convolutions_stay_in_16_bits_for_tensorrt_rtx_and_say_why(exported
     assert f"tensorrt_rtx --onnx={file.files[0]}" in str(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("sm", [89, 120])
 def test_an_engine_is_built_without_its_gpu_and_its_layers_are_8_bit(exported, precision, sm):
@@ -209,6 +212,7 @@ def test_the_users_pipeline_is_left_as_it_was(pipe, recipe, exported):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
 
 
+@pytest.mark.slow
 def test_the_command_line_builds_an_engine_of_dynamic_batch_and_resolution(pipe, recipe, exported, tmp_path):
     for package in ("onnxscript", RTX):
         pytest.importorskip(package, reason="building engines needs pip install 'sdtrt_backend[onnx]' tensorrt_rtx")
@@ -313,6 +317,7 @@ def test_a_recipe_of_another_model_is_refused(pipe, recipe, tmp_path):
         export_onnx(other, recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_constants_beyond_the_limit_lie_beside_the_model(tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx", reason=NEEDS_ONNX)
     pytest.importorskip("onnxscript", reason=NEEDS_ONNX)

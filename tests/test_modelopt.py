@@ -193,6 +193,7 @@ def test_every_layer_gives_modelopts_output(quantized, inputs):
     assert max(errors.values()) < TOLERANCES["modelopt_layer"], errors
 
 
+@pytest.mark.slow
 def test_every_layer_of_the_bundled_unet_gives_modelopts_output(unet):
     theirs, plain, seen = unet
     errors = layer_errors(theirs, plain, Recipe.from_modelopt(theirs, original=plain), seen[1])
