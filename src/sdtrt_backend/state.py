@@ -221,8 +221,8 @@ class State:
             return found
         rows = [LayerReport(name, MODULES[kind].name, tuple(w.shape), str(w.dtype).removeprefix("torch."), "eager",
                             "nothing was built of its part") for name, kind, w in rest]
-        note = (f"{len(rows)} layers ({rows[0].name}, ...) are in no graph that was built, so the share of 8 bits is of the others: "
-                "Dynamo runs their part as it is, or no call reached it; where Dynamo's limit of recompilations was hit, set "
+        note = (f"{len(rows)} layers ({rows[0].name}, ...) are in no graph that was built, and not in the share of 8 bits: "
+                "Dynamo runs them as they are, or no call reached them; where Dynamo's limit of recompilations was hit, set "
                 "torch._dynamo.config.recompile_limit = 64 before compiling")
         return replace(found, layers=(*found.layers, *rows), notes=(note,))
 
