@@ -93,21 +93,24 @@ class _Made:
 class Ready(_Made):
     """A step on tensor inputs, which may be used.
 
-    replaced: the module's weights that it holds in 8 bits and does not read; reads: those that it does read; watch: what its
-    drift is noticed by.
+    replaced: the module's weights that it holds in 8 bits and does not read; reads: constants that it does read; read_from: keys of
+    their memory; watch: what its drift is noticed by.
     """
 
     step: Callable[..., Any] = lambda *_: None
     replaced: tuple[torch.Tensor, ...] = ()
     reads: tuple[torch.Tensor, ...] = ()
+    read_from: tuple[int, ...] = ()
     watch: drift.Watch | None = None
 
 
 @dataclass(frozen=True)
 class Refused(_Made):
-    """Why no step is used. fallback: the module's own precision, compiled, where the comparison has made it."""
+    """Why no step is used. fallback: the module's own precision, compiled, where the comparison has made it; for_now: whether the
+    reason is one of this call, as autocast is, and not of the module."""
 
     reason: str = ""
+    for_now: bool = False
     fallback: Callable[..., Any] | None = None
 
 
@@ -134,6 +137,9 @@ def build(request: Request) -> Ready | Refused:
     lowering, refusal = choose(options, tensors[0].device if tensors else _device(captured))
     if lowering is None:
         return _refused(made, refusal or "")
+    if lowering.compiled and tensors and torch.is_autocast_enabled(tensors[0].device.type):
+        return replace(_refused(made, "8-bit kernels do not follow autocast, which is enabled around this call: convert the module "
+                                      "with .to(dtype) instead"), for_now=True)
     with _progress(options) as bar:
         graph, nodes = bind(captured, args)
         made = replace(made, baked=graph.meta["baked"])
@@ -163,9 +169,10 @@ def build(request: Request) -> Ready | Refused:
     unwatched = (f"drift, NaN and black pictures are not watched for on {device}: so far that is for "
                  f"{', '.join(drift.DEVICES)} only",) if options.watch and not watched else ()
     weights = [d.layer.weight for d in planned.decisions if d.quantized]
+    reads = tuple(p for p in captured.constants.values() if key(p) in read)
     return replace(judged, notes=(*lowering.why(options, tensors[0].device), *lowered.notes, *unwatched),
                    replaced=tuple(w for w in weights if key(w) not in read),
-                   reads=tuple(p for p in captured.constants.values() if key(p) in read),
+                   reads=reads, read_from=tuple(map(key, reads)),
                    watch=None if counter is None else drift.watch(counter, tensors, judged.timings.step_ms))
 
 

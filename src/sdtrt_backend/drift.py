@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from . import measure, ops
-from .fx import drop_dead
+from .fx import drop_dead, runnable
 from .quantize import FP8_HEADROOM, QD
 from .recipe import Recipe
 from .values import Decision, Watched
@@ -93,7 +93,7 @@ def counter(gm: fx.GraphModule, decisions: Mapping[str, Decision], recipe: Recip
     graph.output(graph.call_function(torch.stack, (shares,)))
     drop_dead(graph)
     graph.lint()
-    return Counter(tuple(groups), fx.GraphModule(gm, graph).forward)
+    return Counter(tuple(groups), runnable(fx.GraphModule(gm, graph)))
 
 
 def widest(decision: Decision, recipe: Recipe) -> float:
@@ -136,8 +136,8 @@ class Later:
 
 
 def peaks(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """max |t| of each floating-point result, then max t of each tensor that was given, as minus infinity is what a mask holds; NaN
-    where there is one: fp32, 0 for an empty tensor."""
+    """max |t| of each floating-point result, then max t of each tensor that was given, as minus infinity is what a mask holds;
+    NaN where there is one: fp32, 0 for an empty tensor."""
     # not vector_norm: on the CPU that one is 20 times slower
     largest = [t.detach().abs().amax() if t.numel() else t.new_zeros(()) for t in results]
     return torch.stack([v.float() for v in (*largest, *(t.detach().amax() if t.numel() else t.new_zeros(()) for t in given))])

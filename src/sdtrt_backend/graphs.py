@@ -90,7 +90,8 @@ def version(p: torch.Tensor) -> int:
 
 @torch.no_grad()
 def elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One value of each, from its middle: fp32 [tensors] on the device of the first; NaN for an empty one and for those elsewhere."""
+    """One value of each, from its middle: fp32 [tensors] on the device of the first; NaN for an empty one and for those
+    elsewhere."""
     if not tensors:
         return torch.empty(0)
     device = tensors[0].device
@@ -99,7 +100,8 @@ def elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if t.device == device and t.numel():
             places, views = found.setdefault(t.dtype, ([], []))
             places.append(i)
-            views.append(t.as_strided((), (), t.storage_offset() + sum(n // 2 * s for n, s in zip(t.shape, t.stride(), strict=True))))
+            middle = sum(n // 2 * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+            views.append(t.as_strided((), (), t.storage_offset() + middle))
     parts = [torch.stack(views).float() for _, views in found.values()]
     order = [i for places, _ in found.values() for i in places]
     values = torch.cat(parts) if parts else torch.empty(0, device=device)
@@ -167,7 +169,7 @@ class Graphed:
             self.graph, self.outputs = None, ()
             for t in self.constants:
                 if t.is_cuda and key(t) not in in_use and t.untyped_storage().nbytes() and t.untyped_storage().resizable():
-                    whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())  # type: ignore[call-overload]
+                    whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
                     self.asleep[key(t)] = (t, whole.cpu())
             for t, _ in self.asleep.values():
                 t.untyped_storage().resize_(0)
@@ -177,6 +179,6 @@ class Graphed:
             storage = t.untyped_storage()
             if not storage.nbytes():  # or another step over the same codes has brought them back
                 storage.resize_(copy.numel())
-                torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage).copy_(copy)  # type: ignore[call-overload]
+                torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage).copy_(copy)
         self.asleep.clear()
         self._capture()

@@ -109,8 +109,8 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
     return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 
 
-# (layers that read one tensor, precision, device, dtype of the weights, whether smoothed, two codes) -> (codes, scale) of each
-Codes = dict[tuple[tuple[str, ...], str, torch.device, torch.dtype, bool, bool], list[tuple[torch.Tensor, torch.Tensor]]]
+# (ids of weights that read one tensor, precision, device, dtype, whether smoothed, two codes) -> (codes, scale) of each
+Codes = dict[tuple[tuple[int, ...], str, torch.device, torch.dtype, bool, bool], list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[Decision],
@@ -135,7 +135,7 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
         quantized = _quantize_activation(gm, smoothed, members[0])
         first = members[0]
-        key = (tuple(d.layer.name for d in members), first.precision, first.layer.weight.device, first.layer.weight.dtype,
+        key = (tuple(id(d.layer.weight) for d in members), first.precision, first.layer.weight.device, first.layer.weight.dtype,
                smoothing is not None, first.two_codes)
         if key not in known:
             known[key] = quantized_weights(members, smoothing)

@@ -55,6 +55,9 @@ class State:
         self.units: list[Unit] = []
         self.live: Any = WeakIdKeyDictionary()  # constants that were seen to change: steps take them as inputs
         self.needs_weights = False
+        self.end = None if root is None else weakref.finalize(root, self.close)
+        if self.end is not None:
+            self.end.atexit = False
 
     # --- sentences
 
@@ -160,16 +163,19 @@ class State:
     # --- the end
 
     def close(self) -> None:
-        """Let go of everything that was built, and never build again. Waits for a build in another thread."""
+        """Let go of everything that was built, and never build again. Waits for a build in another thread. Also called when the root
+        has died."""
         with self.lock:
             self.closed = True
             self.clock.stop()
-            self.place_weights()
+            if self.end is not None and self.end.detach() is not None:
+                self.place_weights()
             for unit in self.units:
                 unit.clear()
             self.units.clear()
             self.drift.waiting.clear()
             self.memory.codes.clear()
+            self.memory.made.clear()
 
     def purge(self) -> None:
         """Drop units of parameters that the root has no more, or has in another dtype: an adapter was removed, a checkpoint was
@@ -182,6 +188,14 @@ class State:
         for unit in gone:
             unit.clear()
             self.units.remove(unit)
+        if gone:
+            self.memory.codes.clear()  # they are known by the ids of weights, which may be given again
+            self.drop_unused()
+
+    def drop_unused(self) -> None:
+        """Steps that no unit uses are kept for nobody."""
+        used = {id(made) for unit in self.units for made in unit.results.values()}
+        self.memory.made = {work: made for work, made in self.memory.made.items() if id(made) in used}
 
     # --- the report
 
@@ -191,15 +205,14 @@ class State:
             return REFUSED
         if self.recipe is None:
             return CALIBRATING
-        statuses = {unit.status for unit in self.units}
-        return next((s for s in (BUILDING, READY) if s in statuses), REFUSED if statuses == {REFUSED} else CALIBRATING)
+        return _status_of(self.units)
 
     def report(self, of: Iterable[torch.Tensor] | None = None) -> Report:
         """Of all graphs, or of those that read one of these parameters."""
         self.drift.look()
         wanted = None if of is None else {id(p) for p in of}
         units = [u for u in self.units if wanted is None or any(id(p) in wanted for p in u.captured.constants.values())]
-        status = self.status if len(units) == len(self.units) else _status_of(units, self.status)
+        status = self.status if len(units) == len(self.units) or self.recipe is None else _status_of(units)
         pieces = [(r, u.name) for u in units for r in u.reports()]
         found = merged([r for r, _ in pieces], [n for _, n in pieces]) if pieces else Report(status)
         if pieces and len({u.frame for u in self.units}) + len({u.ids for u in self.units}) > 2:
@@ -227,9 +240,12 @@ class State:
         return replace(found, layers=(*found.layers, *rows), notes=(note,))
 
 
-def _status_of(units: Sequence[Unit], default: str) -> str:
+def _status_of(units: Sequence[Unit]) -> str:
+    """Of graphs that have a recipe: one that was superseded, or was not called yet, says nothing where another is in use."""
     statuses = {u.status for u in units}
-    return statuses.pop() if len(statuses) == 1 else default
+    if any(u.building for u in units):
+        return BUILDING
+    return next((s for s in (READY, BUILDING, CALIBRATING) if s in statuses), REFUSED if statuses else CALIBRATING)
 
 
 # root -> (options, hash of the recipe's contents) -> state
