@@ -108,4 +108,5 @@ def unfit(root: torch.nn.Module | None) -> str | None:
 
 def offloads(module: torch.nn.Module) -> bool:
     """Whether accelerate loads the module's weights piece by piece, for each call anew."""
-    return any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())
+    hooks = [hook for m in module.modules() if (hook := getattr(m, "_hf_hook", None)) is not None]
+    return any(getattr(one, "offload", False) for hook in hooks for one in getattr(hook, "hooks", (hook,)))
