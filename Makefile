@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test quick bench lint clean
 
 demo: $(STAMP)
 	@$(BIN)/sdtrt demo --out out
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest
+
+quick: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest benchmarks

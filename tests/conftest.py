@@ -11,6 +11,14 @@ from sdtrt_backend.options import Options
 from sdtrt_backend.step import Unit
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_run(tmp_path_factory):
+    """Measured times of kernels and built engines of a test run are not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDTRT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def make_denoiser():
     torch._dynamo.reset()

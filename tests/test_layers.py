@@ -1,107 +1,132 @@
-"""The architecture: no import runs upward, and importing the package stays light."""
+"""The architecture: one order of all modules, in which every import goes back; and importing the package stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
+
 import sdtrt_backend
 
 ROOT = Path(sdtrt_backend.__file__).parent
-LAYERS = (
-    {"errors", "values", "weights", "files"},
-    {"rules", "options", "recipe", "modelopt", "timesteps", "stats", "metrics", "ops", "report", "store", "graphs", "identity"},
-    {"fx", "measure", "enginecache", "kernels.cudnn", "kernels.cublaslt", "kernels.triton_gemm", "kernels.triton_conv",
-     "kernels.triton_norm", "kernels.triton_attention", "kernels.triton_rope", "kernels.triton_candidates"},
-    {"kernels"},
-    {"latency", "capture", "calibrate", "resume", "budget", "smooth", "quantize", "assign", "partition", "engine"},
-    {"lower", "lower.inductor_cpu", "lower.inductor_cuda", "lower.producers",
-     "lower.attention", "lower.onnx", "lower.tensorrt", "lower.reference", "lower.torchao"},
-    {"drift"},
-    {"run"},
-    {"backend"},
-    {"heatmaps", "pipeline", "torchao_config", "autoquant", "export"},
-    {"demo"},
-    {"cli", "__init__"},
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# neighbours of one level that may be imported: (importer, imported): reason
-SIDEWAYS = {
-    ("options", "rules"): "options are checked against the tables",
-    ("recipe", "modelopt"): "Recipe.from_modelopt and to_modelopt, when they are called",
-    ("modelopt", "recipe"): "it reads and writes recipes",
-    ("modelopt", "rules"): "the kinds of layers",
-    ("modelopt", "stats"): "how far two weights are apart",
-    ("rules", "stats"): "clips of the range rules",
-    ("options", "metrics"): "the largest PSNR there is",
-    ("report", "recipe"): "what min_psnr found is told from a recipe",
-    ("calibrate", "resume"): "what a folder keeps, when one is named",
-    ("resume", "calibrate"): "the statistics that it keeps",
-    ("calibrate", "budget"): "min_psnr is solved with the calibration's pipeline",
-    ("budget", "capture"): "the graph whose parts are tried",
-    ("budget", "quantize"): "the plan, and the Q/DQ of a part",
-    ("quantize", "smooth"): "smoothing is part of inserting Q/DQ",
-    ("lower", "lower.inductor_cpu"): "the table of lowerings",
-    ("lower", "lower.inductor_cuda"): "the table of lowerings",
-    ("lower", "lower.reference"): "the table of lowerings",
-    ("lower.inductor_cuda", "lower.producers"): "its rewrites of norms, GEGLU and attention",
-    ("lower", "lower.tensorrt"): "the table of lowerings",
-    ("lower", "lower.torchao"): "the table of lowerings",
-    ("lower.torchao", "lower.inductor_cuda"): "its rewrite of linears",
-    ("lower.torchao", "lower.producers"): "its simplifications",
-    ("lower.tensorrt", "lower.onnx"): "what an engine is built from",
-    ("lower.tensorrt", "lower.inductor_cuda"): "the parts that TensorRT does not take",
-    ("lower.inductor_cuda", "lower.attention"): "its rewrites of what attention reads",
-    ("lower.attention", "lower.producers"): "the names of additions, products and transpositions",
-    ("kernels.triton_rope", "kernels.triton_gemm"): "its checks of arguments",
-    ("kernels.triton_rope", "kernels.triton_norm"): "the encoding of 8-bit results",
-    ("kernels.triton_conv", "kernels.triton_gemm"): "the epilogue that both kernels have",
-    ("kernels.triton_norm", "kernels.triton_gemm"): "its checks of arguments",
-    ("kernels.triton_attention", "kernels.triton_gemm"): "its checks of arguments",
-    ("kernels.triton_attention", "kernels.triton_norm"): "the encoding of 8-bit results",
-    ("kernels.triton_candidates", "kernels.triton_attention"): "the kernels it adapts",
-    ("kernels.triton_candidates", "kernels.triton_norm"): "the kernels it adapts",
-    ("kernels.triton_candidates", "kernels.triton_gemm"): "the kernels it adapts",
-    ("kernels.triton_candidates", "kernels.triton_conv"): "the kernels it adapts",
-    ("report", "metrics"): "the type of pictures",
+# A module imports from the layers above its own in this table, and in its own from the modules before it. "__init__" is the
+# package: what a user imports.
+LAYERS = {
+    "words": ["errors", "text", "values", "provenance", "metrics", "stats", "timesteps"],
+    "files": ["files", "store", "enginecache"],
+    "tables": ["rules", "options", "modelopt", "recipe", "report"],
+    "memory": ["weights", "graphs"],
+    "arithmetic": ["ops", "emulate", "measure", "latency"],
+    "program": ["names", "identity", "calls", "fx", "scalars", "capture", "work"],
+    "kernels": ["kernels.problem", "kernels.timing", "kernels.measurements", "kernels.cudnn", "kernels.cublaslt",
+                "kernels.triton_gemm", "kernels.triton_conv", "kernels.triton_norm", "kernels.triton_attention",
+                "kernels.triton_rope", "kernels.triton_candidates", "kernels.providers", "kernels.gpu", "kernels.onednn",
+                "kernels.choose", "kernels"],
+    "plan": ["smooth", "quantize", "assign", "partition"],
+    "calibration": ["observe", "resume", "budget", "calibrate"],
+    "lowerings": ["engine", "lower.lowered", "lower.reference", "lower.producers", "lower.attention", "lower.inductor_cpu",
+                  "lower.inductor_cuda", "lower.torchao", "lower.onnx", "lower.tensorrt", "lower"],
+    "build": ["drift", "build"],
+    "state of a compiled module": ["clock", "state", "step"],
+    "backend": ["backend"],
+    "user's functions": ["pipeline", "export", "heatmaps", "torchao_config", "autoquant", "__init__"],
+    "command line": ["demo", "cli"],
 }
-HEAVY = ("diffusers", "transformers", "tensorrt", "torch_tensorrt", "modelopt", "torchao", "onnx",
-         "onnxscript", "onnxruntime", "tensorrt_rtx")
+ORDER = [module for modules in LAYERS.values() for module in modules]
+HEAVY = ("PIL", "rich", "typer", "diffusers", "transformers", "tensorrt", "torch_tensorrt", "tensorrt_rtx", "modelopt", "torchao",
+         "onnx", "onnxscript", "onnxruntime")
 
 
-def module_name(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+def module_name(path, root):
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path):
-    """Our modules that a file imports at module level or inside functions."""
-    package = path.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+def only_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING"
+
+
+def executed(node):
+    """Every node under this one, also inside functions, without what only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if only_for_types(child):
+            for other in child.orelse:
+                yield from (other, *executed(other))
+        else:
+            yield from (child, *executed(child))
+
+
+def imports(path, root):
+    """Modules of the package that a file imports, by their names in LAYERS."""
+    known = {module_name(found, root) for found in root.rglob("*.py")}
+    package = path.relative_to(root).parts[:-1]
+
+    def named(base, names):
+        """``from base import names``: each name is a module of that package, or base itself defines it."""
+        for name in names:
+            dotted = ".".join((*base, name))
+            yield dotted if dotted in known else ".".join(base) or "__init__"
+
+    for node in executed(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            for alias in node.names:
-                dotted = ".".join((*base, *(node.module or alias.name).split(".")))
-                yield dotted
+            base = package[: len(package) - node.level + 1] + tuple((node.module or "").split(".") if node.module else ())
+            yield from named(base, [alias.name for alias in node.names])
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == root.name:
+            yield from named(tuple(node.module.split(".")[1:]), [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            ours = [alias.name.split(".")[1:] for alias in node.names if alias.name.split(".")[0] == root.name]
+            yield from (".".join(parts) or "__init__" for parts in ours)
 
 
-def test_every_file_has_a_layer_and_imports_only_from_below():
-    wrong = []
-    for path in ROOT.rglob("*.py"):
-        name = module_name(path)
-        assert name in LEVEL, f"{name} has no layer"
-        for other in imports(path):
-            if LEVEL[other] >= LEVEL[name] and (name, other) not in SIDEWAYS:
-                wrong.append(f"{name} imports {other}")
-    assert wrong == []
+def wrong_imports(root, order):
+    """"a imports b" for each import that does not go to a module before it in ``order``."""
+    place = {module: position for position, module in enumerate(order)}
+    return [f"{name} imports {other}" for path in sorted(root.rglob("*.py")) for name in [module_name(path, root)]
+            for other in dict.fromkeys(imports(path, root)) if place[other] >= place[name]]
 
 
-def test_importing_the_package_loads_no_heavy_library():
-    code = f"import sys, sdtrt_backend; print([m for m in {HEAVY!r} if m in sys.modules])"
+def test_the_table_names_every_module_once():
+    assert sorted(ORDER) == sorted(module_name(path, ROOT) for path in ROOT.rglob("*.py"))
+
+
+def test_every_import_goes_to_a_module_before_it_so_there_is_no_circle():
+    assert wrong_imports(ROOT, ORDER) == []
+
+
+def test_contributing_md_has_the_same_table():
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text.partition("## Layout")[2], re.MULTILINE)[2:]
+    told = {layer: re.findall(r"`([^`]+)`", files) for layer, files in reversed(rows)}
+    assert list(told) == list(LAYERS)
+    for layer, modules in LAYERS.items():
+        folders = [f"{m.split('.')[0]}/" if (ROOT / m.split(".")[0]).is_dir() else m for m in modules]
+        assert told[layer] == list(dict.fromkeys(folders))
+
+
+@pytest.mark.parametrize("line", [
+    "from . import upper", "from .upper import X", "import package.upper", "from package import upper",
+    "from package.upper import X", "def f():\n    from .upper import X",
+    "if TYPE_CHECKING:\n    pass\nelse:\n    from .upper import X", "from . import X"])
+def test_an_import_that_goes_forward_is_found_in_every_form(tmp_path, line):
+    root = tmp_path / "package"
+    root.mkdir()
+    (root / "__init__.py").write_text("")
+    (root / "lower.py").write_text(line)
+    (root / "upper.py").write_text("from .lower import Y\nif TYPE_CHECKING:\n    from . import __init__\n")
+    last = "__init__" if line.endswith("import X") and "upper" not in line else "upper"
+    assert wrong_imports(root, ["lower", "upper", "__init__"]) == [f"lower imports {last}"]
+
+
+def test_importing_the_backend_loads_no_heavy_library():
+    """It is what torch.compile's entry point loads, and it loads the package."""
+    code = f"import sys, sdtrt_backend.backend; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_the_backend_is_registered_without_importing_us():
     (entry,) = entry_points(group="torch_dynamo_backends", name="sd_int8")
+    assert entry.module == "sdtrt_backend.backend"
     assert entry.load() is sdtrt_backend.sd_int8

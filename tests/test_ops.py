@@ -49,8 +49,8 @@ def test_fake_implementations_agree_with_the_real_ones():
 def test_the_compiled_graph_equals_the_reference_lowering_and_runs_int8_kernels(graph, recipe, rest):
     captured, args = graph
     tensors = tensor_inputs(captured, args)
-    reference, compiled = (LOWERINGS[target](insert(*bind(captured, args), plan(captured.layers, recipe, ())), tensors,
-                                             Options(rest=rest))
+    reference, compiled = (LOWERINGS[target].lower(insert(*bind(captured, args), plan(captured.layers, recipe, ())), tensors,
+                                                   Options(rest=rest)).step
                            for target in ("reference", "inductor"))
     with torch.no_grad(), measure.CountInt8() as counted:
         mine = compiled(*tensors)
@@ -71,12 +71,12 @@ def test_the_precision_of_the_rest_is_decided_by_time(graph, monkeypatch):
 
 
 def test_devices_without_kernels_are_refused_with_the_reason():
-    assert choose(Options(), torch.device("cpu")) == ("inductor", None)
-    assert choose(Options(engine="reference"), torch.device("xpu")) == ("reference", None)
+    assert choose(Options(), torch.device("cpu")) == (LOWERINGS["inductor"], None)
+    assert choose(Options(engine="reference"), torch.device("xpu")) == (LOWERINGS["reference"], None)
     for options, device, expected in ((Options(), "xpu", "not for xpu"),
                                       (Options(precision="fp8"), "cpu", "use sd_int8 on the CPU")):
         target, why = choose(options, torch.device(device))
-        assert target == ""
+        assert target is None
         assert expected in why
 
 

@@ -13,7 +13,7 @@ from .calls import inputs_changed
 from .capture import Captured, capture
 from .errors import ModelError, OptionError, SdtrtError
 from .lower import choose
-from .names import root_of
+from .names import root_of, unfit
 from .options import Options
 from .recipe import Recipe
 from .rules import BY_CALL
@@ -61,6 +61,12 @@ def _step(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) ->
     if not capture(gm, example_inputs).layers:
         return None
     root, captured = captured_of(gm, example_inputs)
+    why = unfit(root)
+    if why is not None:
+        state = state_of(root, captured.constants.values(), parsed)
+        if state.refusal is None:
+            state.refuse(why)
+        return None
     if any(p.is_meta for p in captured.constants.values()):
         raise ModelError.on_meta("the module")
     step = Step(gm, parsed, _frame())

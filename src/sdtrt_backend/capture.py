@@ -146,9 +146,9 @@ _NUMBERS = itertools.count()
 
 
 def concrete(captured: Captured, args: Sequence[Any]) -> tuple[str, ...]:
-    """What the graph does with inputs of these sizes: a line for every input and call. Where two graphs of one module do the same,
-    one step serves both: Dynamo makes a graph for the first sizes, and another with symbolic sizes, for every size, once it meets
-    other ones."""
+    """What the graph does with inputs of these sizes: a line for every input and call. Where two graphs of one module do the
+    same, one step serves both: Dynamo makes a graph for the first sizes, and another with symbolic sizes, for every size, once it
+    meets other ones."""
     env: dict[fx.Node, Any] = {}  # a tensor's name, or a size, which is known here
     calls: list[str] = []
     values = iter(enumerate(args))

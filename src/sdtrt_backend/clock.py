@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import weakref
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from . import names
 from .timesteps import TIMESTEP_NAMES, Candidates, Trajectories, timestep_value
 
 # Calls without a timestep by name that are looked at before each call counts as a whole picture: where no small input changes
@@ -20,10 +21,10 @@ LOOKED_AT, MOVING = 16, 1000
 class Clock:
     """Tells ``begin`` once per call of the root its timestep, NaN where none is known.
 
-    Three sources. Where the root itself is not compiled, a hook on it. Else the graph that receives the timestep. Else the first
-    graph that is called, whose small inputs are observed: the one that moves as timesteps do is taken for it. Until that is
-    decided ``begin`` is told so, and afterwards ``again`` is given the trajectories of those calls, with the one that begins.
-    failed: told of an error of any of this.
+    Three sources. Where the root's forward names a timestep, or the root itself is not compiled, the arguments of its call. Else
+    the graph that receives the timestep. Else the first graph that is called. Where none of them has a name for it, small inputs
+    are observed: the one that moves as timesteps do is taken for it. Until that is decided ``begin`` is told so, and afterwards
+    ``again`` is given the trajectories of those calls, with the one that begins. failed: told of an error of any of this.
     """
 
     def __init__(self, begin: Callable[[float, bool], None], again: Callable[[Trajectories], None],
@@ -31,35 +32,36 @@ class Clock:
         self.begin, self.again, self.failed = begin, again, failed
         self.frame: int | None = None  # Dynamo's number of the piece of code whose graphs are the source
         self.by_name = False  # whether that source has a timestep by name
-        self.hook: Any = None
+        self.running = threading.local()  # call: keyword arguments of the root's call that this thread was last seen in
         self.candidates = Candidates()
         self.first: dict[Any, float] = {}  # candidate -> its value in the first call
         self.moved = False  # a candidate had another value since
         self.whole_calls = False
 
-    def listen(self, root: torch.nn.Module) -> None:
-        """Take the root's own calls, which nothing compiles."""
-        if self.hook is not None:
-            return
-        signature, me = inspect.signature(root.forward), weakref.ref(self)
-
-        def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            clock = me()
-            if clock is not None and not torch.compiler.is_compiling():
-                given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}  # kwargs: a forward may collect them
-                clock.tell(next((given[n] for n in TIMESTEP_NAMES if n in given), None), given)
-
-        self.hook = root.register_forward_pre_hook(before, with_kwargs=True)
+    def inside(self, root: torch.nn.Module) -> bool:
+        """A graph of the root is called; False where the root's own call does not tell the time."""
+        call = names.call_of(root)
+        if call is None:
+            return False
+        signature = inspect.signature(root.forward)
+        if signature.parameters.keys().isdisjoint(TIMESTEP_NAMES) and names.runs_compiled(root):
+            return False
+        args, keywords = call
+        if getattr(self.running, "call", None) is not keywords:
+            try:
+                given = {**signature.bind_partial(*args, **keywords).arguments, **keywords}  # a forward may collect keywords
+            except TypeError:  # something wraps the module, and calls its forward with other arguments
+                return False
+            self.running.call = keywords
+            self.tell(next((given[n] for n in TIMESTEP_NAMES if n in given), None), given)
+        return True
 
     def stop(self) -> None:
         """Nobody waits for the time any more."""
-        if self.hook is not None:
-            self.hook.remove()
+        self.running = threading.local()
 
     def called(self, frame: int, timestep: Any, inputs: Mapping[Any, Any]) -> None:
         """A graph of the piece ``frame`` is called. timestep: its input of that name, or None; inputs: index -> value."""
-        if self.hook is not None:
-            return
         if self.frame is None or (timestep is not None and not self.by_name):
             self.frame, self.by_name = frame, timestep is not None
         if frame == self.frame:

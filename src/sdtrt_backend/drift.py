@@ -11,7 +11,7 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from . import measure, ops
-from .fx import drop_dead
+from .fx import drop_dead, runnable
 from .quantize import FP8_HEADROOM, QD
 from .recipe import Recipe
 from .values import Decision, Watched
@@ -92,7 +92,7 @@ def counter(gm: fx.GraphModule, decisions: Mapping[str, Decision], recipe: Recip
     graph.output(graph.call_function(torch.stack, (shares,)))
     drop_dead(graph)
     graph.lint()
-    return Counter(tuple(groups), fx.GraphModule(gm, graph).forward)
+    return Counter(tuple(groups), runnable(fx.GraphModule(gm, graph)))
 
 
 def widest(decision: Decision, recipe: Recipe) -> float:
@@ -135,8 +135,8 @@ class Later:
 
 
 def peaks(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """max |t| of each floating-point result, then max t of each tensor that was given, as minus infinity is what a mask holds; NaN
-    where there is one: fp32, 0 for an empty tensor."""
+    """max |t| of each floating-point result, then max t of each tensor that was given, as minus infinity is what a mask holds;
+    NaN where there is one: fp32, 0 for an empty tensor."""
     # not vector_norm: on the CPU that one is 20 times slower, and amax takes longer than max
     with torch.no_grad():
         largest = [t.abs().max() if t.numel() else t.new_zeros(()) for t in results]
@@ -145,8 +145,9 @@ def peaks(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = ()) -
         return torch.stack(largest).float() if same else torch.stack([v.float() for v in largest])
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)  # statistics.mean takes ten times as long, and a UNet has hundreds of groups
+def mean(values: Collection[float]) -> float:
+    """Not statistics.mean, which takes ten times as long: a UNet has hundreds of groups."""
+    return sum(values) / len(values)
 
 
 def trouble(values: Sequence[float]) -> str | None:

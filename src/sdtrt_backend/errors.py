@@ -20,8 +20,8 @@ class OptionError(SdtrtError):
 
     @classmethod
     def not_taken(cls, name: str, value: object) -> OptionError:
-        return cls(f"torch.compile(..., {name}={value!r}) means nothing to backend sd_int8 or sd_fp8: leave it out; what they take is "
-                   "options={...}")
+        return cls(f"torch.compile(..., {name}={value!r}) means nothing to backend sd_int8 or sd_fp8: leave it out; what they "
+                   "take is options={...}")
 
     @classmethod
     def no_backend(cls, given: object, valid: Iterable[str]) -> OptionError:
@@ -184,8 +184,8 @@ class ModelError(SdtrtError):
 
     @classmethod
     def offloaded(cls, module: object) -> ModelError:
-        return cls(f"{type(module).__name__} is under sequential CPU offload: its weights are loaded piece by piece for each call, so "
-                   "no 8-bit copy of them can stay in use; accelerate without enable_sequential_cpu_offload, or with "
+        return cls(f"{type(module).__name__} is under sequential CPU offload: its weights are loaded piece by piece for each "
+                   "call, so no 8-bit copy of them can stay in use; accelerate without enable_sequential_cpu_offload, or with "
                    "enable_model_cpu_offload instead, which moves the module as a whole")
 
     @classmethod

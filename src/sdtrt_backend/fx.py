@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -67,14 +68,27 @@ def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],
     """
     from torch._dynamo.convert_frame import compile_lock
     from torch._inductor import config
+    from torch._inductor.codecache import PyCodeCache
     from torch._inductor.compile_fx import compile_fx
 
     with compile_lock, config.patch(dict(settings or {})), torch.no_grad():
         before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
         try:
-            return cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
+            known = {id(module) for module in PyCodeCache.modules}
+            compiled = cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
+            runnable(gm)  # which Inductor keeps
+            weakref.finalize(compiled, _let_go, [m for m in PyCodeCache.modules if id(m) not in known]).atexit = False
+            return compiled
         finally:
             torch.compiler._is_compiling_flag = before
+
+
+def _let_go(modules: Sequence[Any]) -> None:
+    """Generated code that nobody calls any more: Inductor keeps it, with the constants that were frozen into it, as long as the
+    process lives."""
+    for module in modules:
+        for name in [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]:
+            delattr(module, name)
 
 
 def add_constant(gm: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:
@@ -130,3 +144,12 @@ def alive(nodes: Mapping[str, fx.Node], gm: fx.GraphModule) -> dict[str, fx.Node
     """Those of ``nodes`` that are still in ``gm``'s graph: a layer whose result nobody uses is erased as dead."""
     kept = set(gm.graph.nodes)
     return {name: node for name, node in nodes.items() if node in kept}
+
+
+def runnable(gm: fx.GraphModule) -> Callable[..., Any]:
+    """Its forward, for good: the graph is let go. A graph and its module hold each other, so that the tensors of a step that is
+    dropped would wait for Python's collection of cycles."""
+    forward = gm.forward
+    gm.graph._owning_module = None  # type: ignore[attr-defined]
+    del gm._graph
+    return forward

@@ -91,12 +91,13 @@ def version(p: torch.Tensor) -> int:
 
 @torch.no_grad()
 def elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One value of each, from its middle: fp32 [tensors] on the device of the first; NaN for an empty one and for those elsewhere."""
+    """One value of each, from its middle: fp32 [tensors] on the device of the first; NaN for an empty one and for those
+    elsewhere."""
     return _read(tensors, lambda t, middle: t.as_strided((1,), (1,), t.storage_offset() + middle))()
 
 
 def _read(tensors: Sequence[torch.Tensor], scalar: Callable[[torch.Tensor, int], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """What reads ``elements`` now. scalar: (tensor, elements of its storage from its first to its middle one) -> that one, [1]."""
+    """What reads ``elements``. scalar: (tensor, how far in its storage the middle one is from the first) -> the middle one, [1]."""
     if not tensors:
         return lambda: torch.empty(0)
     device = tensors[0].device
@@ -142,8 +143,8 @@ class Elements:
 
 
 def _unowned(t: torch.Tensor, middle: int) -> torch.Tensor:
-    """The element of ``t`` that is ``middle`` after its first one, [1], over memory that it does not keep: to be read while ``t`` is
-    where it is."""
+    """The element of ``t`` that is ``middle`` after its first one, [1], over memory that it does not keep: to be read while
+    ``t`` is where it is."""
     address, size = t.data_ptr() + middle * t.element_size(), t.element_size()
     if t.is_cuda:
         found = torch.as_tensor(_At(address, size), device=t.device)
@@ -217,7 +218,7 @@ class Graphed:
             self.graph, self.outputs = None, ()
             for t in self.constants:
                 if t.is_cuda and key(t) not in in_use and t.untyped_storage().nbytes() and t.untyped_storage().resizable():
-                    whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())  # type: ignore[call-overload]
+                    whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
                     self.asleep[key(t)] = (t, whole.cpu())
             for t, _ in self.asleep.values():
                 t.untyped_storage().resize_(0)
@@ -227,6 +228,6 @@ class Graphed:
             storage = t.untyped_storage()
             if not storage.nbytes():  # or another step over the same codes has brought them back
                 storage.resize_(copy.numel())
-                torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage).copy_(copy)  # type: ignore[call-overload]
+                torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage).copy_(copy)
         self.asleep.clear()
         self._capture()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from modelopt.torch.opt.conversion import ModeloptStateManager
@@ -19,9 +19,13 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 
 from .errors import ModelError, RecipeError
-from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
+from .provenance import fingerprint, model_hash, versions
 from .rules import MODULES
 from .stats import relative_error
+from .values import LayerRecipe
+
+if TYPE_CHECKING:  # recipe.py calls this file
+    from .recipe import Recipe
 
 log = logging.getLogger("sdtrt_backend")
 
@@ -49,7 +53,7 @@ _WEIGHT: Refusals = (
 )
 
 
-def from_modelopt(module: torch.nn.Module, original: torch.nn.Module | None = None) -> Recipe:
+def from_modelopt(make: type[Recipe], module: torch.nn.Module, original: torch.nn.Module | None = None) -> Recipe:
     """The recipe of a module that ``mtq.quantize`` calibrated or ``mto.restore`` restored, for the module it was made from.
 
     Takes input amax (fp32) and divisor 1 / pre_quant_scale (fp32 [in]) of every nn.Linear and nn.Conv2d whose input and weight
@@ -93,7 +97,7 @@ def from_modelopt(module: torch.nn.Module, original: torch.nn.Module | None = No
                     "their tensors unquantised", len(others), ", ".join(others[:3]))
     facts = {"front_door": "modelopt", "algorithm": algorithm, "left_out": others, "unsmoothed": unsmoothed,
              "versions": versions(("sdtrt_backend", "torch", "nvidia-modelopt", "diffusers", "transformers"))}
-    return Recipe(model_hash((name, layer.fingerprint) for name, layer in layers.items()), layers, smoothing, provenance=facts)
+    return make(model_hash((name, layer.fingerprint) for name, layer in layers.items()), layers, smoothing, provenance=facts)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 
 def runs_compiled(module: torch.nn.Module) -> bool:
-    """Whether this call of the module is one that Dynamo compiles as a whole: hooks that are added to it now are not run."""
+    """Whether this call of the module is one that Dynamo compiles as a whole."""
     frame = sys._getframe(1)
     while frame is not None:
         wrapper = frame.f_locals.get("self") if frame.f_code.co_name in _CALLS else None
@@ -80,7 +80,32 @@ def runs_compiled(module: torch.nn.Module) -> bool:
     return _is_compiled(module)
 
 
-def timestep_argument(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The timestep of a call of a module with this signature, None where it takes none."""
-    given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}  # kwargs: a forward may collect them
-    return next((given[n] for n in TIMESTEP_NAMES if n in given), None)
+def call_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments of the call of ``module`` that this thread is inside of, the outermost; the dictionary is one object per call.
+    None where it is in no call of it."""
+    frame, found = sys._getframe(1), None
+    while frame is not None:
+        called = frame.f_locals.get("self") if frame.f_code.co_name in _CALLS else None
+        if called is not None and getattr(called, "_orig_mod", called) is module:
+            found = frame.f_locals["args"], frame.f_locals["kwargs"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def unfit(root: torch.nn.Module | None) -> str | None:
+    """Why no 8-bit copy of this module's weights can stay in use: they are other tensors, or in another dtype, at each call."""
+    if root is None:
+        return None
+    if offloads(root):
+        return ("the module is under sequential CPU offload, which loads its weights piece by piece for each call, so no 8-bit "
+                "copy of them can stay in use: use enable_model_cpu_offload, which moves the module as a whole")
+    if any("layerwise_casting" in getattr(getattr(m, "_diffusers_hook", None), "hooks", ()) for m in root.modules()):
+        return ("the module is under layerwise casting, which stores its weights in another dtype and casts them for each call, "
+                "so no 8-bit copy of them can stay in use: load it without enable_layerwise_casting, since 8-bit weights are as "
+                "small")
+    return None
+
+
+def offloads(module: torch.nn.Module) -> bool:
+    """Whether accelerate loads the module's weights piece by piece, for each call anew."""
+    return any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())

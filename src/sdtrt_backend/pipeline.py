@@ -57,7 +57,7 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     check_made_for(parsed, loaded)
     module = _denoiser(pipe)
     if any(p.is_meta for p in module.parameters()):
-        raise ModelError.offloaded(module) if offloads(module) else ModelError.on_meta(type(module).__name__)
+        raise ModelError.offloaded(module) if names.offloads(module) else ModelError.on_meta(type(module).__name__)
     names.named(module)
     if recipe is not None and loaded is not None:
         with weights.borrowed(module.parameters()):
@@ -111,11 +111,6 @@ def _apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         for state in states(self):
             state.sleep()
     return moved
-
-
-def offloads(module: torch.nn.Module) -> bool:
-    """Whether accelerate loads the module's weights piece by piece, for each call anew."""
-    return any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())
 
 
 @contextlib.contextmanager

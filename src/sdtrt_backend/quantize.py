@@ -12,10 +12,11 @@ from torch import fx
 
 from . import ops
 from .fx import add_constant, call_arguments, finish, inserting_after
-from .recipe import Recipe
+from .recipe import LayerRecipe, Recipe
 from .rules import (
     ENGINE_KEEP,
     FREE_CONVS,
+    FUSED,
     LEVELS,
     TORCHAO_KEEP,
     TORCHAO_MIN_ROWS,
@@ -39,7 +40,26 @@ def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], leve
     free_convs: convolutions may be smoothed and have a zero point, see ``free_convs``; two_codes: patterns of layers whose
     input then has two codes, see ``rules.TWO_CODES``.
     """
+    recipe = covering(recipe, layers)
     return tuple(_decide(layer, recipe, exclude, level, free_convs, two_codes) for layer in layers)
+
+
+def covering(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
+    """``recipe`` with a line for projections that were fused, or parted, since it was made: see ``rules.FUSED``."""
+    found = {layer.name: line for layer in layers if layer.name not in recipe.layers
+             for line in (_fused(layer.name, recipe),) if line is not None}
+    return replace(recipe, layers={**recipe.layers, **found}) if found else recipe
+
+
+def _fused(name: str, recipe: Recipe) -> LayerRecipe | None:
+    """What the recipe knows under another name of the tensor that this layer reads."""
+    last = name.rpartition(".")[2]
+    path = name.removesuffix(last)
+    parts = tuple(p for p in (recipe.layers.get(path + n) for n in FUSED.get(last, ())) if p is not None)
+    if parts:
+        whole = len(parts) == len(FUSED[last]) and len({p.group for p in parts}) == 1
+        return next((p for p in parts if p.keep or p.second), parts[0]) if whole else None
+    return next((recipe.layers[path + n] for n, of in FUSED.items() if last in of and path + n in recipe.layers), None)
 
 
 def free_convs(device: torch.device, precision: str) -> bool:
@@ -89,8 +109,8 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
     return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 
 
-# (layers that read one tensor, precision, device, dtype of the weights, whether smoothed, two codes) -> (codes, scale) of each
-Codes = dict[tuple[tuple[str, ...], str, torch.device, torch.dtype, bool, bool], list[tuple[torch.Tensor, torch.Tensor]]]
+# (ids of weights that read one tensor, precision, device, dtype, whether smoothed, two codes) -> (codes, scale) of each
+Codes = dict[tuple[tuple[int, ...], str, torch.device, torch.dtype, bool, bool], list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[Decision],
@@ -115,7 +135,7 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
         quantized = _quantize_activation(gm, smoothed, members[0])
         first = members[0]
-        key = (tuple(d.layer.name for d in members), first.precision, first.layer.weight.device, first.layer.weight.dtype,
+        key = (tuple(id(d.layer.weight) for d in members), first.precision, first.layer.weight.device, first.layer.weight.dtype,
                smoothing is not None, first.two_codes)
         if key not in known:
             known[key] = quantized_weights(members, smoothing)

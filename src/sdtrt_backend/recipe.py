@@ -15,35 +15,16 @@ from .errors import RecipeError, require_modelopt
 from .files import Format
 from .files import digest as digest
 from .files import write_atomically as write_atomically
+from .provenance import fingerprint as fingerprint
+from .provenance import model_hash as model_hash
+from .provenance import one_weight as one_weight
+from .provenance import versions as versions
+from .values import LayerRecipe as LayerRecipe
 
 SCHEMA = 2  # 1: the tensors were recipe.safetensors
 FORMAT = Format("recipe", SCHEMA, RecipeError.unreadable, lambda folder, found: RecipeError.newer(folder, found, SCHEMA),
                 old_tensors=r"recipe\.safetensors", old_name=lambda body: "recipe.safetensors")
 JSON_NAME = FORMAT.json_name
-FINGERPRINT_SAMPLES = 1024
-
-
-@dataclass(frozen=True)
-class LayerRecipe:
-    """Calibrated input of one layer.
-
-    fingerprint: identifies the weight; group: layers of one group read one tensor and share amax and smoothing;
-    amax: clipping value after smoothing; alpha: migration strength or None; plain_amax: clipping value without smoothing or
-    None, see ``rules.FREE_CONVS``; low, high: smallest and largest value after smoothing, or None; keep: the sentence why the
-    layer is to stay in the user's precision, or None; second: the sentence why its input is to have two codes, or to stay in
-    the user's precision where kernels take one, or None.
-    """
-
-    op: str
-    fingerprint: str
-    group: str
-    amax: float
-    alpha: float | None = None
-    plain_amax: float | None = None
-    low: float | None = None
-    high: float | None = None
-    keep: str | None = None
-    second: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +73,7 @@ class Recipe:
         require_modelopt("Recipe.from_modelopt")
         from . import modelopt
 
-        return modelopt.from_modelopt(module, original)
+        return modelopt.from_modelopt(cls, module, original)
 
     def _content(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The body of the JSON, and the tensors."""
@@ -135,38 +116,3 @@ class Recipe:
                 timesteps=tuple(body["timesteps"]),
                 provenance=dict(body["provenance"]),
             )
-
-
-def fingerprint(weight: torch.Tensor) -> str:
-    """Identity of a weight: SHA-256 over its shape and at most 1024 evenly spaced elements as bf16, 16 hexadecimal digits; where
-    fp16 would round to other ones, a space and the same of the weight as fp16. ``one_weight`` compares.
-
-    So a checkpoint is known in whichever precision it is loaded, but for fp16 and bf16 roundings of one fp32 checkpoint, which
-    are told to be the same by its fp32 weights only."""
-    flat = weight.detach().reshape(-1)
-    sample = flat[:: max(1, -(-flat.numel() // FINGERPRINT_SAMPLES))].cpu()
-    codes = [t.to(torch.bfloat16).view(torch.int16).numpy().tobytes() for t in (sample, sample.half())]
-    return " ".join(dict.fromkeys(hashlib.sha256(repr(tuple(weight.shape)).encode() + c).hexdigest()[:16] for c in codes))
-
-
-def one_weight(first: str, second: str) -> bool:
-    """Whether two fingerprints are of one weight, each in any precision."""
-    return not set(first.split()).isdisjoint(second.split())
-
-
-def model_hash(fingerprints: Iterable[tuple[str, str]]) -> str:
-    """One hash over (layer name, fingerprint) pairs, order-independent."""
-    return hashlib.sha256(repr(sorted(fingerprints)).encode()).hexdigest()[:32]
-
-
-def versions(names: Iterable[str] = ("sdtrt_backend", "torch", "torchao", "diffusers", "transformers")) -> dict[str, str]:
-    """Versions of packages, by default those whose behaviour shapes a recipe or a measurement; only installed ones."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

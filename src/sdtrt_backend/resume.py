@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .calibrate import Calibration, InputStats, denoiser_name
 from .errors import CalibrationError
 from .files import Format, make_private
+from .observe import Calibration, InputStats
 from .recipe import fingerprint, model_hash, versions
 
 SCHEMA = 2  # 1: the tensors were calibration-<finished prompts>.safetensors, and pictures were counted otherwise
@@ -102,7 +102,7 @@ def unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], total_
     return c
 
 
-def settings_of(pipe: Any, prompts: Sequence[str], pipe_kwargs: Mapping[str, Any], total_step: int,
+def settings_of(pipe: Any, denoiser: torch.nn.Module, prompts: Sequence[str], pipe_kwargs: Mapping[str, Any], total_step: int,
                 **named: Any) -> dict[str, Any]:
     """Everything that shapes the statistics, as JSON: texts, tensors, images and the pipeline's parts as hashes.
 
@@ -110,7 +110,7 @@ def settings_of(pipe: Any, prompts: Sequence[str], pipe_kwargs: Mapping[str, Any
     else was set up on the pipeline (attention slicing, adapters' strengths, number of threads) is not looked at.
     Raises CalibrationError for a pipeline argument that cannot be compared.
     """
-    device = next(getattr(pipe, denoiser_name(pipe)).parameters(), torch.empty(0)).device.type
+    device = next(denoiser.parameters(), torch.empty(0)).device.type
     components = getattr(pipe, "components", None) or {
         n: v for n, v in vars(pipe).items() if isinstance(v, torch.nn.Module) or n == "scheduler"}
     return {**named, COUNTED: total_step, "prompts": [_hash(p) for p in prompts],

@@ -55,7 +55,17 @@ KEEP: tuple[tuple[str, str], ...] = (
     ("x_embedder", "first projection: its input is the latent itself"),
     ("context_embedder", "first projection of the text: a negligible share of the work"),
     ("norm_out*", "final modulation: a negligible share of the work"),
+    ("*.lora_[AB].*", "side branch of a LoRA: its two small products add to those of the layer beside it, which is in 8 bits"),
 )
+SIDE_BRANCH = "*.lora_[AB].*"  # reads what the layer beside it reads, and is no layer of the checkpoint: not calibrated
+# Linears that are one product of several, and of which: ``fuse_qkv_projections`` of diffusers. They read the same tensor, so the
+# range and the smoothing of either are right for the other
+FUSED: dict[str, tuple[str, ...]] = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
 # Where convolutions are smoothed and their input has a zero point: in int8 on these devices neither costs anything. Most of them
 # read SiLU's output, which is never below -0.28, so half of the codes of a symmetric range would be lost. Elsewhere kernels
 # take one factor per tensor, and pad with the code 0
@@ -86,6 +96,7 @@ LEVEL_OF: tuple[tuple[str, str, float], ...] = (
     ("conv2d", "*", 1.0),
     ("linear", "*ff*.net.*", 2.0),
     ("linear", "*.to_[qkv]", 2.5),
+    ("linear", "*.to_*kv", 2.5),
     ("linear", "*.add_[qkv]_proj", 2.5),
     ("linear", "*", 3.0),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ from .graphs import Graphed, Memory
 from .options import Options
 from .recipe import Recipe
 from .report import merged
+from .rules import MODULES
 from .timesteps import Trajectories
-from .values import Report
+from .values import LayerReport, Report
 
 if TYPE_CHECKING:
     from .step import Unit
@@ -54,6 +55,9 @@ class State:
         self.units: list[Unit] = []
         self.live: Any = WeakIdKeyDictionary()  # constants that were seen to change: steps take them as inputs
         self.needs_weights = False
+        self.end = None if root is None else weakref.finalize(root, self.close)
+        if self.end is not None:
+            self.end.atexit = False
 
     # --- sentences
 
@@ -159,16 +163,19 @@ class State:
     # --- the end
 
     def close(self) -> None:
-        """Let go of everything that was built, and never build again. Waits for a build in another thread."""
+        """Let go of everything that was built, and never build again. Waits for a build in another thread. Also called when the root
+        has died."""
         with self.lock:
             self.closed = True
             self.clock.stop()
-            self.place_weights()
+            if self.end is not None and self.end.detach() is not None:
+                self.place_weights()
             for unit in self.units:
                 unit.clear()
             self.units.clear()
             self.drift.waiting.clear()
             self.memory.codes.clear()
+            self.memory.made.clear()
 
     def purge(self) -> None:
         """Drop units of parameters that the root has no more, or has in another dtype: an adapter was removed, a checkpoint was
@@ -181,6 +188,14 @@ class State:
         for unit in gone:
             unit.clear()
             self.units.remove(unit)
+        if gone:
+            self.memory.codes.clear()  # they are known by the ids of weights, which may be given again
+            self.drop_unused()
+
+    def drop_unused(self) -> None:
+        """Steps that no unit uses are kept for nobody."""
+        used = {id(made) for unit in self.units for made in unit.results.values()}
+        self.memory.made = {work: made for work, made in self.memory.made.items() if id(made) in used}
 
     # --- the report
 
@@ -190,24 +205,45 @@ class State:
             return REFUSED
         if self.recipe is None:
             return CALIBRATING
-        statuses = {unit.status for unit in self.units}
-        return next((s for s in (BUILDING, READY) if s in statuses), REFUSED if statuses == {REFUSED} else CALIBRATING)
+        return _status_of(self.units)
 
     def report(self, of: Iterable[torch.Tensor] | None = None) -> Report:
         """Of all graphs, or of those that read one of these parameters."""
         self.drift.look()
         wanted = None if of is None else {id(p) for p in of}
         units = [u for u in self.units if wanted is None or any(id(p) in wanted for p in u.captured.constants.values())]
-        status = self.status if len(units) == len(self.units) else _status_of(units, self.status)
+        status = self.status if len(units) == len(self.units) or self.recipe is None else _status_of(units)
         pieces = [(r, u.name) for u in units for r in u.reports()]
         found = merged([r for r, _ in pieces], [n for _, n in pieces]) if pieces else Report(status)
-        return replace(found, state=status, fallbacks=tuple(self.fallbacks), notes=tuple(self.notes),
+        if pieces and len({u.frame for u in self.units}) + len({u.ids for u in self.units}) > 2:
+            found = self._with_the_rest(found, wanted)
+        return replace(found, state=status, fallbacks=tuple(self.fallbacks), notes=(*self.notes, *found.notes),
                        provenance=dict(self.recipe.provenance) if self.recipe else {}, watched=self.drift.watched())
 
+    def _with_the_rest(self, found: Report, wanted: Container[int] | None) -> Report:
+        """With a row for each layer that no graph has: of a module in pieces, Dynamo may leave some as they are."""
+        root = None if self.root is None else self.root()
+        if root is None:
+            return found
+        seen = {i for unit in self.units for i in unit.ids}
+        rest = [(names.layer_name(path), type(m), w) for path, m in root.named_modules() if type(m) in MODULES
+                for w in (m.get_parameter("weight"),) if id(w) not in seen and (wanted is None or id(w) in wanted)]
+        if not rest:
+            return found
+        rows = [LayerReport(name, MODULES[kind].name, tuple(w.shape), str(w.dtype).removeprefix("torch."), "eager",
+                            "no graph has it") for name, kind, w in rest]
+        note = (f"{len(rows)} layers ({rows[0].name}, ...) are in no graph, so the share of 8 bits is of the others: Dynamo made "
+                "none of their part, or no call reached them; where Dynamo's limit of recompilations was hit, set "
+                "torch._dynamo.config.recompile_limit = 64 before compiling")
+        return replace(found, layers=(*found.layers, *rows), notes=(note,))
 
-def _status_of(units: Sequence[Unit], default: str) -> str:
+
+def _status_of(units: Sequence[Unit]) -> str:
+    """Of graphs that have a recipe: one that was superseded, or was not called yet, says nothing where another is in use."""
     statuses = {u.status for u in units}
-    return statuses.pop() if len(statuses) == 1 else default
+    if any(u.building for u in units):
+        return BUILDING
+    return next((s for s in (READY, BUILDING, CALIBRATING) if s in statuses), REFUSED if statuses else CALIBRATING)
 
 
 # root -> (options, hash of the recipe's contents) -> state
@@ -247,8 +283,8 @@ def register(state: State, constants: Iterable[torch.Tensor]) -> None:
 
 
 def states(module: torch.nn.Module) -> list[State]:
-    """Every state that covers one of the module's parameters, oldest first."""
-    found: dict[int, State] = {}
+    """Every state of the module, or that covers one of its parameters, oldest first."""
+    found = {id(s): s for s in _OF_ROOT.get(module, {}).values() if not s.closed}  # its parameters may be others at each call
     for p in (*module.parameters(), *module.buffers()):
         for state in _of_parameter(p):
             found.setdefault(id(state), state)

@@ -8,14 +8,17 @@ unquantised meanwhile and never wait.
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
 import os
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -27,11 +30,11 @@ from .calibrate import Observer
 from .capture import Captured, capture, concrete, follow, follow_all, tensor_inputs
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, peaks, trouble
 from .errors import SdtrtError
-from .graphs import Elements
+from .graphs import Elements, Graphed
 from .measure import outputs
 from .options import Options
 from .recipe import Recipe, fingerprint, one_weight
-from .rules import MODULES
+from .rules import MODULES, SIDE_BRANCH
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State, state_of
 from .timesteps import timestep_value
 from .values import Report
@@ -42,6 +45,7 @@ log = logging.getLogger("sdtrt_backend")
 BUILDING_ALONE = threading.RLock()
 CHECKED = 32, 16  # constants whose values a call may look at on average; calls between two looks at all of them, at most
 RETRY = 8  # calls until a build that failed for want of memory or of a lock is tried again; doubled each time
+SIZES_HELD = 32  # steps of one graph: beyond that the one used longest ago is let go, and built again when it is needed
 MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its own, so more are no way to run
 
 
@@ -71,7 +75,7 @@ class Unit:
         self.single = [(i, p) for i, p in captured.constants.items() if p.numel() == 1]  # equal ones are not the same
         self.dtypes = [p.dtype for p in self.constants]
         self._follow(captured)
-        self.variants: dict[Any, Variant] = {}
+        self.variants: OrderedDict[Any, Variant] = OrderedDict()  # the one used longest ago first
         self.results: dict[Any, Ready | Refused] = {}
         self.refusal: str | None = None
         self.building = False
@@ -123,7 +127,7 @@ class Unit:
             return READY
         if self.refusal is not None or self.state.refusal is not None:
             return REFUSED
-        return CALIBRATING
+        return CALIBRATING if self.state.recipe is None else BUILDING  # by the next call
 
     @property
     def name(self) -> str:
@@ -154,6 +158,8 @@ class Unit:
         if variant is None or self.version != self._version():
             return self._slow(key, args, inputs)
         try:
+            if len(self.variants) > 1:
+                self.variants.move_to_end(key)
             return self._run(variant, args)
         except Exception as error:
             return self._failed(error, "running the step", key, args)
@@ -176,10 +182,12 @@ class Unit:
         state = self.state
         if state.drift.waiting:
             state.drift.look()
-        tensors = tensor_inputs(variant.captured, args)
-        result = variant.step(*tensors)
         self.calls += 1
         due = self.calls % self.every == 0
+        if due and variant.made is not None and self._follow_rebound(variant):
+            return self(args)
+        tensors = tensor_inputs(variant.captured, args)
+        result = variant.step(*tensors)
         return self._watched(variant, args, tensors, result, due) if due or variant.watch is not None else result
 
     def _slow(self, key: Any, args: Sequence[Any], inputs: Sequence[Any]) -> Any:
@@ -224,7 +232,9 @@ class Unit:
     # --- while calibrating
 
     def _tell_the_time(self, args: Sequence[Any]) -> None:
-        captured = self.captured
+        captured, root = self.captured, None if self.state.root is None else self.state.root()
+        if root is not None and self.state.clock.inside(root):
+            return
         at = None if captured.timestep is None else args[captured.timestep]
         self.state.clock.called(self.frame, at, {i: args[i] for i in captured.inputs})
 
@@ -240,7 +250,8 @@ class Unit:
                 except Exception as error:  # ours, and none of the user's call
                     failure.append(error)
 
-        result = Observer(self.captured.graph, self.captured.layer_names(), see).run(*args)
+        result = Observer(self.captured.graph, {node: name for node, name in self.captured.layer_names().items()
+                                                if not fnmatchcase(name, SIDE_BRANCH)}, see).run(*args)
         if failure:
             self._say_failure(failure[0], "calibrating")
         return result
@@ -281,12 +292,23 @@ class Unit:
                 state.drift.expect(made.watch)
         state.memory.stamp(self.frozen)
         self.version = self._version()
+        self._let_go()
         state.place_weights()
+        gc.collect()  # graphs on the way to this step hold tensors in cycles
         return key
+
+    def _let_go(self) -> None:
+        """Of the steps beyond SIZES_HELD."""
+        while len(self.variants) > SIZES_HELD:
+            oldest, _ = self.variants.popitem(last=False)
+            self.results.pop(oldest, None)
+            self.state.drop_unused()
+            self.state.say(self.state.notes, f"steps for {SIZES_HELD} sizes are held; one that was used longest ago goes for each new "
+                                             "one, and is built again when it is needed")
 
     def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
         state = self.state
-        if self._in_use():
+        if self._in_use() or made.for_now:
             sizes = sizes_of(tensor_inputs(self.captured, args))
             state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.captured)
@@ -319,6 +341,7 @@ class Unit:
                 key = self._bake(baked, key, args)
                 result = variant.step(*tensor_inputs(variant.captured, args))
                 self.variants[key] = variant
+                self._let_go()
                 return result
             except Exception as error:
                 self._say_failure(error, "compiling the module in its own precision")
@@ -395,7 +418,7 @@ class Unit:
         """Changes when a constant is written in place."""
         return sum(map(_VERSION, self.counted))
 
-    def renew(self, changed: Sequence[torch.Tensor]) -> None:
+    def renew(self, changed: Sequence[torch.Tensor], what: str = "values") -> None:
         """What was built from other values of these constants goes: the next call builds from what they are now. Constants that no
         layer holds in 8 bits become inputs of that step, which then follows them by itself."""
         state = self.state
@@ -411,8 +434,23 @@ class Unit:
         if not changed:
             return
         state.memory.forget(ids)
-        state.say(state.notes, "constants of the module were changed after the 8-bit step was built (an adapter merged or swapped, a "
-                               "checkpoint loaded): it is built again from the new values")
+        why = ("were changed after the 8-bit step was built (an adapter merged or swapped, a checkpoint loaded)" if what == "values"
+               else "were moved to other memory after the 8-bit step was built (offloading?)")
+        state.say(state.notes, f"constants of the module {why}: it is built again from the new {what}")
+
+    def _follow_rebound(self, variant: Variant) -> bool:
+        """Constants whose memory was replaced, as moving and offloading do it, become inputs: a step that holds the memory that they
+        had would keep it for ever. A CUDA graph is left: what it reads is a small part, and a move to another device wakes it anew.
+        Returns whether there were any."""
+        made = variant.made
+        if made is None or isinstance(variant.step, Graphed):
+            return False
+        rebound = [p for p, memory in zip(made.reads, made.read_from, strict=True) if weights.key(p) != memory]
+        for p in rebound:
+            self.state.live[p] = True
+        if rebound:
+            self.renew(rebound, "memory")
+        return bool(rebound)
 
     def _differing(self, looked: Sequence[torch.Tensor], values: Sequence[float]) -> list[torch.Tensor]:
         """Those that have another value than a step was built from. values: their elements."""
@@ -542,8 +580,6 @@ class Step:
         self.first = next(iter(captured.constants))
         refs = self.units.setdefault(id(args[self.first]), [])
         refs[:] = [r for r in refs if r() is not None] + [weakref.ref(unit)]
-        if root is not None and state.recipe is None and state.refusal is None and not names.runs_compiled(root):
-            state.clock.listen(root)
         return unit
 
 

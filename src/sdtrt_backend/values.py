@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .text import render_text
+
 INT16_MAX = 32767  # of two 8-bit codes: 256 * high + low, high in -128..127, low in 0..255
 INT8_MAX = 127  # symmetric int8: amax maps to 127; -128 is not produced by amax itself
 FP8_MAX = 448  # float8_e4m3fn: the largest finite value
@@ -32,6 +34,29 @@ class Layer:
     source: str
     weight: torch.Tensor
     groups: int = 1
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """Calibrated input of one layer.
+
+    fingerprint: identifies the weight; group: layers of one group read one tensor and share amax and smoothing;
+    amax: clipping value after smoothing; alpha: migration strength or None; plain_amax: clipping value without smoothing or
+    None, see ``rules.FREE_CONVS``; low, high: smallest and largest value after smoothing, or None; keep: the sentence why the
+    layer is to stay in the user's precision, or None; second: the sentence why its input is to have two codes, or to stay in
+    the user's precision where kernels take one, or None.
+    """
+
+    op: str
+    fingerprint: str
+    group: str
+    amax: float
+    alpha: float | None = None
+    plain_amax: float | None = None
+    low: float | None = None
+    high: float | None = None
+    keep: str | None = None
+    second: str | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +193,4 @@ class Report:
         return round((self.quantized_flops_share or 0.0) * self.work)
 
     def __str__(self) -> str:
-        from .report import render_text  # what draws tables is loaded by who reads one
-
         return render_text(self)

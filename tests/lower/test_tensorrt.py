@@ -19,6 +19,7 @@ from sdtrt_backend.enginecache import EngineCache
 from sdtrt_backend.errors import ExportError, OptionError
 from sdtrt_backend.fx import propagate
 from sdtrt_backend.lower import choose, inductor_cuda, producers, tensorrt
+from sdtrt_backend.lower.lowered import Lowered
 from sdtrt_backend.options import Options
 from sdtrt_backend.partition import partition
 from sdtrt_backend.quantize import insert
@@ -62,7 +63,7 @@ def stand(monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "Runner", Stand)
     monkeypatch.setattr(tensorrt, "_build", build)
     monkeypatch.setattr(tensorrt, "device_key", lambda device: here)
-    monkeypatch.setattr(inductor_cuda, "lower", lambda gm, inputs, options: gm.forward)
+    monkeypatch.setattr(inductor_cuda, "lower", lambda gm, inputs, options: Lowered(gm.forward))
     return Stand
 
 
@@ -73,13 +74,13 @@ def quantised(module=ATTEND):
 
 def test_engines_run_what_they_take_and_inductor_the_rest(stand):
     gm, tensors = quantised()
-    step = tensorrt.lower(gm, tensors, OPTIONS)
+    lowered = tensorrt.lower(gm, tensors, OPTIONS)
     with torch.no_grad():
-        assert measure.compare(step(*tensors), gm(*tensors)) == 0
-    assert sorted(step.engines.values()) == ["tensorrt"] * 6
+        assert measure.compare(lowered.step(*tensors), gm(*tensors)) == 0
+    assert sorted(lowered.engines.values()) == ["tensorrt"] * 6
     assert stand.built == 2
-    assert "3 layers, runs through tensorrt: the engine was built in" in step.notes[0]
-    assert "runs through inductor: attention stays in 16 bits" in step.notes[1]
+    assert "3 layers, runs through tensorrt: the engine was built in" in lowered.notes[0]
+    assert "runs through inductor: attention stays in 16 bits" in lowered.notes[1]
 
 
 def test_the_second_time_engines_come_from_the_cache(stand):
@@ -93,11 +94,11 @@ def test_the_second_time_engines_come_from_the_cache(stand):
 def test_an_engine_that_is_wrong_is_not_used_and_the_sentence_says_by_how_much(stand):
     stand.factor = 1.1
     gm, tensors = quantised()
-    step = tensorrt.lower(gm, tensors, OPTIONS)
+    lowered = tensorrt.lower(gm, tensors, OPTIONS)
     with torch.no_grad():
-        assert measure.compare(step(*tensors), gm(*tensors)) == 0
-    assert set(step.engines.values()) == {"inductor"}
-    assert "runs through inductor: the engine's output differs from the reference by 0.100, 0.045 is allowed" in step.notes[0]
+        assert measure.compare(lowered.step(*tensors), gm(*tensors)) == 0
+    assert set(lowered.engines.values()) == {"inductor"}
+    assert "runs through inductor: the engine's output differs from the reference by 0.100, 0.045 is allowed" in lowered.notes[0]
 
 
 def test_an_engine_without_a_context_falls_back(stand, monkeypatch):
@@ -106,10 +107,10 @@ def test_an_engine_without_a_context_falls_back(stand, monkeypatch):
 
     monkeypatch.setattr(engine, "Runner", fail)
     gm, tensors = quantised()
-    step = tensorrt.lower(gm, tensors, OPTIONS)
-    assert "runs through inductor: no engine: ExportError: no execution context" in step.notes[0]
+    lowered = tensorrt.lower(gm, tensors, OPTIONS)
+    assert "runs through inductor: no engine: ExportError: no execution context" in lowered.notes[0]
     with torch.no_grad():
-        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+        assert measure.compare(lowered.step(*tensors), gm(*tensors)) == 0
 
 
 def test_a_gpu_that_tensorrt_does_not_support_is_asked_once(stand, monkeypatch):
@@ -118,12 +119,12 @@ def test_a_gpu_that_tensorrt_does_not_support_is_asked_once(stand, monkeypatch):
 
     monkeypatch.setattr(engine, "Runner", fail)
     gm, tensors = quantised()
-    step = tensorrt.lower(gm, tensors, OPTIONS)
+    lowered = tensorrt.lower(gm, tensors, OPTIONS)
     assert stand.built == 1
-    assert set(step.engines.values()) == {"inductor"}
-    assert sum("no engine: UnsupportedGPU: cannot read the engine: this GPU" in note for note in step.notes) == 2
+    assert set(lowered.engines.values()) == {"inductor"}
+    assert sum("no engine: UnsupportedGPU: cannot read the engine: this GPU" in note for note in lowered.notes) == 2
     with torch.no_grad():
-        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+        assert measure.compare(lowered.step(*tensors), gm(*tensors)) == 0
 
 
 def test_every_part_can_be_taken_by_inductor_with_its_8_bit_operators(stand, monkeypatch):
@@ -138,15 +139,15 @@ def test_every_part_can_be_taken_by_inductor_with_its_8_bit_operators(stand, mon
         producers.simplify(gm)
         inductor_cuda.to_8_bit_operators(gm, Reference())
         linears.append(count(gm, ops.linear8))
-        return gm.forward
+        return Lowered(gm.forward)
 
     monkeypatch.setattr(stand, "refuses", refuse_the_second)
     monkeypatch.setattr(inductor_cuda, "lower", on_the_cpu)
     gm, tensors = quantised()
-    step = tensorrt.lower(gm, tensors, OPTIONS)
+    lowered = tensorrt.lower(gm, tensors, OPTIONS)
     with torch.no_grad():
-        assert measure.compare(step(*tensors), gm(*tensors)) < TOLERANCES["rounding_ties"]
-    assert sorted(step.engines.values()) == ["inductor"] * 3 + ["tensorrt"] * 3
+        assert measure.compare(lowered.step(*tensors), gm(*tensors)) < TOLERANCES["rounding_ties"]
+    assert sorted(lowered.engines.values()) == ["inductor"] * 3 + ["tensorrt"] * 3
     assert linears == [3]  # the attention and the part behind it are one step of Inductor
 
 
@@ -183,17 +184,17 @@ def test_what_an_engine_refuses_is_halved_until_little_is_left_to_inductor(stand
 
     monkeypatch.setattr(stand, "refuses", refuse)
     gm, tensors = quantised(DEEP)
-    step = tensorrt.lower(gm, tensors, OPTIONS)
+    lowered = tensorrt.lower(gm, tensors, OPTIONS)
     with torch.no_grad():
-        assert measure.compare(step(*tensors), gm(*tensors)) == 0
-    left = [n for n, target in step.engines.items() if target == "inductor"]
+        assert measure.compare(lowered.step(*tensors), gm(*tensors)) == 0
+    left = [n for n, target in lowered.engines.items() if target == "inductor"]
     assert name in left
     assert len(left) <= LAYERS / 2**tensorrt.HALVINGS + 1
     assert stand.built == 1 + 2 * tensorrt.HALVINGS
-    assert f"part 1 of 1, {LAYERS} layers, is tried in halves of 12 and 12: no engine: " in step.notes[0]
-    assert str(error(name)) in step.notes[0]
-    assert sum("runs through tensorrt" in note for note in step.notes) == tensorrt.HALVINGS
-    assert len(step.steps) <= 2 + tensorrt.HALVINGS
+    assert f"part 1 of 1, {LAYERS} layers, is tried in halves of 12 and 12: no engine: " in lowered.notes[0]
+    assert str(error(name)) in lowered.notes[0]
+    assert sum("runs through tensorrt" in note for note in lowered.notes) == tensorrt.HALVINGS
+    assert len(lowered.step.steps) <= 2 + tensorrt.HALVINGS
 
 
 @pytest.mark.parametrize("largest", [0, 3, 6])
@@ -204,23 +205,23 @@ def test_engines_that_are_too_large_are_halved_and_the_number_of_builds_is_bound
 
     monkeypatch.setattr(stand, "refuses", refuse)
     gm, tensors = quantised(DEEP)
-    step = tensorrt.lower(gm, tensors, OPTIONS)
+    lowered = tensorrt.lower(gm, tensors, OPTIONS)
     with torch.no_grad():
-        assert measure.compare(step(*tensors), gm(*tensors)) == 0
-    assert set(step.engines.values()) == {"tensorrt" if largest else "inductor"}
+        assert measure.compare(lowered.step(*tensors), gm(*tensors)) == 0
+    assert set(lowered.engines.values()) == {"tensorrt" if largest else "inductor"}
     assert stand.built <= 2 ** (tensorrt.HALVINGS + 1) - 1
-    assert len(step.steps) == {0: 1, 3: 8, 6: 4}[largest]
+    assert len(lowered.step.steps) == {0: 1, 3: 8, 6: 4}[largest]
 
 
 def test_halves_end_where_the_step_has_tried_enough(stand, monkeypatch):
     monkeypatch.setattr(tensorrt, "RETRIES", 4)
     stand.factor = 1.1
     gm, tensors = quantised(DEEP)
-    step = tensorrt.lower(gm, tensors, OPTIONS)
+    lowered = tensorrt.lower(gm, tensors, OPTIONS)
     with torch.no_grad():
-        assert measure.compare(step(*tensors), gm(*tensors)) == 0
+        assert measure.compare(lowered.step(*tensors), gm(*tensors)) == 0
     assert stand.built == 5
-    assert set(step.engines.values()) == {"inductor"}
+    assert set(lowered.engines.values()) == {"inductor"}
 
 
 def test_another_weight_scale_or_shape_is_another_engine(stand):
@@ -357,5 +358,5 @@ def test_without_tensorrt_the_option_raises_with_the_install_line(monkeypatch):
 
 def test_engines_are_for_gpus():
     target, reason = choose(OPTIONS, torch.device("cpu"))
-    assert not target
+    assert target is None
     assert "TensorRT engines run on NVIDIA GPUs, the module is on the cpu" in reason

@@ -12,7 +12,7 @@ from sdtrt_backend import measure, ops
 from sdtrt_backend.capture import bind
 from sdtrt_backend.errors import OptionError
 from sdtrt_backend.fx import propagate
-from sdtrt_backend.lower import choose, torchao
+from sdtrt_backend.lower import LOWERINGS, choose, torchao
 from sdtrt_backend.lower.producers import simplify
 from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import for_torchao, insert, plan
@@ -86,9 +86,9 @@ def test_what_torchao_has_no_kernel_for_stays_with_the_reason(graph, recipe):
 
 
 def test_only_int8_on_cpus_and_gpus():
-    assert choose(Options(engine="torchao"), torch.device("cpu")) == ("torchao", None)
+    assert choose(Options(engine="torchao"), torch.device("cpu")) == (LOWERINGS["torchao"], None)
     target, why = choose(Options(engine="torchao", precision="fp8"), torch.device("cpu"))
-    assert not target
+    assert target is None
     assert "runs int8 and not fp8: use sd_int8" in why
     assert "not on xpu" in choose(Options(engine="torchao"), torch.device("xpu"))[1]
 

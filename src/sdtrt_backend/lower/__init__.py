@@ -17,7 +17,7 @@ from ..options import Options
 from ..quantize import for_engine, for_torchao
 from ..values import Decision, LayerReport, Plan
 from . import inductor_cpu, inductor_cuda, reference, tensorrt, torchao
-from .lowered import Lowered
+from .lowered import Lowered as Lowered
 
 Nodes = Mapping[str, fx.Node]
 # torch.compile on the CPU was never seen to be twice as fast as eager on a denoiser (1.1x to 1.4x). An 8-bit step at
@@ -32,7 +32,7 @@ class Lowering:
     refusal: why it cannot be used on a device, or None; refine: the plan for what its kernels take; lower: graph with Q/DQ,
     example tensors, options -> callable; none_left: the sentence where ``refine`` left nothing in 8 bits, from its last decision;
     graphed: whether the step becomes a CUDA graph on a GPU; free_convs: whether its convolutions may be smoothed and have a zero
-    point; timed: whether its time counts; may_be_slower: whether it must be raced against the compiled 16-bit step;
+    point; timed: whether its time counts; compiled: whether it runs other calls than the graph's; may_be_slower: whether it must be raced against the compiled 16-bit step;
     counts: whether executed 8-bit FLOPs can be counted; flops: counted FLOPs -> those of the model's own work.
     """
 
@@ -44,6 +44,7 @@ class Lowering:
     graphed: bool = True
     free_convs: bool = True
     timed: bool = True
+    compiled: bool = True
     may_be_slower: Callable[[Any], bool] = lambda t: t.eager_ms < CLEARLY_FASTER * t.step_ms
     counts: bool = True
     flops: Callable[[int, Sequence[LayerReport], Sequence[Decision]], int] = lambda counted, layers, decisions: counted
@@ -90,7 +91,8 @@ def _by_torchao(options: Options, device: torch.device) -> str | None:
     return None
 
 
-def _for_the_reference(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor], options: Options) -> Plan:
+def _for_the_reference(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor],
+                       options: Options) -> Plan:
     return plan if options.precision == "int8" else plan.then(
         "precision", [replace(d, precision=options.precision) if d.quantized else d for d in plan.decisions])
 
@@ -128,7 +130,7 @@ def _with_engines(counted: int, layers: Sequence[LayerReport], decisions: Sequen
 
 LOWERINGS = {row.name: row for row in (
     Lowering("reference", lambda options, device: None, _for_the_reference, reference.lower, graphed=False, timed=False,
-             counts=False),
+             compiled=False, counts=False),
     Lowering("inductor", _on_the_cpu, _measured, inductor_cpu.lower, graphed=False, flops=_once,
              none_left=lambda d: f"no 8-bit kernel is faster than the one in the user's precision on these shapes ({d.reason})"),
     Lowering("inductor-cuda", _on_a_gpu, _measured, inductor_cuda.lower,

@@ -42,7 +42,8 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
         attention_in_bf16(gm)
     group_norm_by_aten(gm)
     # an FX graph cache hit would skip the packing pass; kernels are cached by their source all the same
-    return Lowered(inductor(gm, example, {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN(), "fx_graph_cache": False}))
+    config = {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN(), "fx_graph_cache": False}
+    return Lowered(inductor(gm, example, config))
 
 
 def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:

@@ -11,8 +11,8 @@ import torch
 
 @dataclass(frozen=True)
 class Lowered:
-    """step: callable on tensor inputs; constants: the tensors that it reads besides them, where they can be moved; engines: name of
-    a layer's node -> target, where a layer may go several ways; notes: sentences for the report."""
+    """step: callable on tensor inputs; constants: the tensors that it reads besides them, where they can be moved; engines: name
+    of a layer's node -> target, where a layer may go several ways; notes: sentences for the report."""
 
     step: Callable[..., Any]
     constants: Sequence[torch.Tensor] = ()

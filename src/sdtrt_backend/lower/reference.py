@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from ..fx import runnable
 from ..options import Options
 from .lowered import Lowered
 
 
 def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
     """``options`` is not read: what is not quantised keeps the user's precision."""
-    return Lowered(gm.forward)
+    return Lowered(runnable(gm))

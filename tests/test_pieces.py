@@ -1,0 +1,232 @@
+"""Denoisers that Dynamo compiles in pieces, or not at all: blocks, graph breaks, offload; and layers that others were made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sdtrt_backend
+from sdtrt_backend.measure import compare
+
+STEPS = (900, 500, 100)
+OPTIONS = {"engine": "reference", "calibration_runs": 1}
+CLOSE = 0.1  # relative error of a few layers in 8 bits
+
+
+class Block(nn.Module):
+    """x [n, 8, 64] -> [n, 8, 64]; first and last read other tensors."""
+
+    def __init__(self, inner=64):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, inner), nn.Linear(inner, 64)
+
+    def forward(self, x):
+        return x + self.last(F.gelu(self.first(x)))
+
+
+class Blocks(nn.Module):
+    """x [n, 8, 64], timestep [] -> [n, 8, 64]. broken: Dynamo ends a graph in front of every block."""
+
+    def __init__(self, widths=(64, 64, 64), broken=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.broken = nn.ModuleList(map(Block, widths)), broken
+
+    def forward(self, x, timestep):
+        x = x + timestep / 1000
+        for block in self.blocks:
+            if self.broken:
+                torch._dynamo.graph_break()
+            x = block(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def call(module, timestep=500, seed=0):
+    noise = torch.Generator().manual_seed(1000 * seed + timestep)
+    return module(torch.randn(2, 8, 64, generator=noise), torch.tensor(timestep))
+
+
+def draw(module, seed=0):
+    return [call(module, t, seed) for t in STEPS]
+
+
+def layers(module):
+    return {name for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def in_8_bits(report):
+    return {row.name for row in report.layers if row.precision == "int8"}
+
+
+def test_blocks_compiled_one_by_one_calibrate_on_whole_pictures_of_the_denoiser():
+    module = Blocks()
+    expected = call(module)
+    for block in module.blocks:
+        block.compile(backend="sd_int8", options={**OPTIONS, "calibration_runs": 2})
+    draw(module, 1)
+    draw(module, 2)
+    assert sdtrt_backend.explain(module).state == "calibrating"
+    draw(module, 3)
+    report = sdtrt_backend.explain(module)
+    assert report.provenance["calls"] == 2 * len(STEPS)  # also the call in which the first block was compiled
+    assert in_8_bits(report) == layers(module)
+    assert all(sdtrt_backend.explain(block).state == "ready" for block in module.blocks)
+    assert compare(call(module), expected) < CLOSE
+
+
+def test_a_module_of_many_graphs_is_told_the_time_by_its_own_call():
+    module = Blocks(broken=True)
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    report = sdtrt_backend.explain(module)
+    assert report.state == "ready"
+    assert report.provenance["calls"] == len(STEPS)
+    assert in_8_bits(report) == layers(module)
+    assert not any("no timestep is known" in note for note in report.notes)
+
+
+def test_the_timestep_is_read_from_the_call_where_no_graph_has_a_name_for_it():
+    module = Blocks()
+    forward = module.forward
+
+    def hooked(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    module.forward = hooked
+    hooked.__wrapped__ = forward
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    draw(compiled, 0)
+    assert sdtrt_backend.explain(module).state == "calibrating"
+    draw(compiled, 1)
+    report = sdtrt_backend.explain(module)
+    assert report.state == "ready"
+    assert report.provenance["calls"] == len(STEPS)
+
+
+def test_layers_that_dynamo_gave_up_on_are_in_the_report():
+    module = Blocks((64, 80, 96, 112))
+    forward = module.forward
+
+    def broken(x, timestep):
+        torch._dynamo.graph_break()
+        return forward(x, timestep)
+
+    for block in module.blocks:
+        block.forward = _called_after_a_break(block.forward)
+    module.forward = broken
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for seed in range(3):
+            draw(compiled, seed)
+    report = sdtrt_backend.explain(module)
+    assert {row.name for row in report.layers} == layers(module)
+    left = layers(module) - in_8_bits(report)
+    assert left
+    assert left < layers(module)
+    assert any("recompile_limit" in note and f"{len(left)} layers" in note for note in report.notes)
+
+
+def _called_after_a_break(forward):
+    def called(x):
+        torch._dynamo.graph_break()
+        return forward(x)
+
+    return called
+
+
+def test_sequential_offload_is_named_by_the_report_of_the_one_line():
+    module = Blocks()
+    expected = call(module)
+    pytest.importorskip("accelerate").cpu_offload(module, execution_device=torch.device("cpu"))
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    assert compare(call(compiled), expected) < 1e-5
+    report = sdtrt_backend.explain(module)
+    assert report.state == "refused"
+    assert "sequential CPU offload" in report.fallbacks[0]
+
+
+def test_layerwise_casting_is_named_by_the_report():
+    module = Blocks()
+    pytest.importorskip("diffusers").hooks.apply_layerwise_casting(module, torch.float8_e4m3fn, torch.float32)
+    expected = call(module)
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    assert compare(call(compiled), expected) < 1e-5
+    report = sdtrt_backend.explain(module)
+    assert report.state == "refused"
+    assert "layerwise casting" in report.fallbacks[0]
+
+
+class Attention(nn.Module):
+    """x [n, 8, 64], timestep [] -> [n, 8, 64], with the projections of one tensor apart or in one product."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.Module()
+        self.attn.to_q, self.attn.to_k, self.attn.to_v = (nn.Linear(64, 64) for _ in range(3))
+        self.out = nn.Linear(64, 64)
+
+    def forward(self, x, timestep):
+        x = x + timestep / 1000
+        if hasattr(self.attn, "to_qkv"):
+            q, k, v = self.attn.to_qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = self.attn.to_q(x), self.attn.to_k(x), self.attn.to_v(x)
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+    def fuse(self):
+        parts = self.attn.to_q, self.attn.to_k, self.attn.to_v
+        self.attn.to_qkv = nn.Linear(64, 192)
+        with torch.no_grad():
+            self.attn.to_qkv.weight.copy_(torch.cat([m.weight for m in parts]))
+            self.attn.to_qkv.bias.copy_(torch.cat([m.bias for m in parts]))
+
+
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_projections_fused_or_parted_after_calibration_have_the_range_of_their_tensor(fused_first, tmp_path):
+    module = Attention()
+    expected = call(module)
+    calibrated = Attention()
+    for m in (calibrated,) if fused_first else (module,):
+        m.fuse()
+    compiled = torch.compile(calibrated, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    sdtrt_backend.state.states(calibrated)[-1].recipe.save(tmp_path)
+    torch._dynamo.reset()
+    other = torch.compile(module, backend="sd_int8", options={**OPTIONS, "recipe": str(tmp_path)})
+    assert compare(call(other), expected) < CLOSE
+    wanted = {"attn.to_q", "attn.to_k", "attn.to_v"} if fused_first else {"attn.to_qkv"}
+    assert in_8_bits(sdtrt_backend.explain(module)) == {"out", *wanted}
+
+
+def test_the_side_branch_of_a_lora_is_named_and_neither_calibrated_nor_in_8_bits():
+    peft = pytest.importorskip("peft")
+    module = Attention()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=32, target_modules=["to_q"], init_lora_weights=False), module)
+    expected = call(module)
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    assert compare(call(compiled), expected) < CLOSE
+    report = sdtrt_backend.explain(module)
+    assert in_8_bits(report) == {"attn.to_q", "attn.to_k", "attn.to_v", "out"}
+    side = {row.name: row.reason for row in report.layers if row.precision != "int8"}
+    assert set(side) == {"attn.to_q.lora_A.default", "attn.to_q.lora_B.default"}
+    assert all("side branch" in why for why in side.values())
+    assert set(sdtrt_backend.state.states(module)[-1].recipe.layers) == in_8_bits(report)
