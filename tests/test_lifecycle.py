@@ -275,10 +275,14 @@ def same(mine, theirs, what):
 
 @torch.no_grad()
 def products_in_8_bits(module, size):
-    """How many weights one call of the module reads as codes, counted by PyTorch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        module(*small_inputs(module, TIMESTEPS[0], size))
-    return sum(event.name == "quantized_decomposed::dequantize_per_channel" for event in profile.events())
+    """How many weights one call of the module reads as codes, counted by PyTorch's profiler. The least of three calls: some are
+    sampled for drift, which reads the codes once more."""
+    counts = []
+    for _ in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            module(*small_inputs(module, TIMESTEPS[0], size))
+        counts.append(sum(event.name == "quantized_decomposed::dequantize_per_channel" for event in profile.events()))
+    return min(counts)
 
 
 def test_whatever_its_user_does_an_accelerated_module_stays_the_module(weights_leave_the_cpu_too, tmp_path, monkeypatch):
