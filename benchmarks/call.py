@@ -6,8 +6,8 @@
 
 A module of many layers of width 32 has the parameters and inputs of the graph of a published model. It is compiled, calibrated
 and built as a user's is; then the built step gives way to a function that returns a fixed tensor, and so does the counter of the
-drift watch, so that no kernel is left. Timed is ``step(*args)`` with the arguments that Dynamo gave, on the CPU, watched.
-Each version is one process; they take turns in rounds of ``--calls`` calls. A figure is the median over the rounds of the mean of
+drift watch, so that no kernel is left. Timed is ``step(*args)`` with the arguments that Dynamo gave, on the CPU, with the watch
+on, in time of the processor. Each version is one process; they take turns in rounds of ``--calls`` calls. A figure is the median over the rounds of the mean of
 a round, as some calls do what others do not. What a GPU adds, copying the watch's numbers to the host, is not in it.
 """
 
@@ -38,8 +38,7 @@ WIDTH, ROWS = 32, 4
 class Counts:
     """Of the largest graph that Dynamo makes of a model. linears counts convolutions too; both kinds of norm have a weight.
 
-    No published model of these has a buffer. inputs: shapes of the tensors that are no parameter, latents and timestep among
-    them.
+    Neither model has a buffer. inputs: tensors that are no parameter, latents and timestep among them.
     """
 
     linears: int
@@ -203,9 +202,9 @@ class Version:
 def source_of(revision: str, stack: ExitStack) -> Path:
     """Its src folder, in a worktree that goes with ``stack``."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "worktree"
-    subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(folder), revision], check=True,
-                   capture_output=True)
-    stack.callback(subprocess.run, ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(folder)], check=True)
+    worktree = ["git", "-C", str(ROOT), "worktree"]
+    subprocess.run([*worktree, "add", "--detach", str(folder), revision], check=True, capture_output=True)
+    stack.callback(subprocess.run, [*worktree, "remove", "--force", str(folder)], check=True)
     return folder / "src"
 
 

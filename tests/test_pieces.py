@@ -9,6 +9,7 @@ from torch import nn
 
 import sdtrt_backend
 from sdtrt_backend.measure import compare
+from sdtrt_backend.observe import Calibration, observed
 
 STEPS = (900, 500, 100)
 OPTIONS = {"engine": "reference", "calibration_runs": 1}
@@ -230,3 +231,7 @@ def test_the_side_branch_of_a_lora_is_named_and_neither_calibrated_nor_in_8_bits
     assert set(side) == {"attn.to_q.lora_A.default", "attn.to_q.lora_B.default"}
     assert all("side branch" in why for why in side.values())
     assert set(sdtrt_backend.state.states(module)[-1].recipe.layers) == in_8_bits(report)
+    calibration = Calibration()
+    with observed(module, calibration):
+        call(module)
+    assert set(calibration.ops) == in_8_bits(report)

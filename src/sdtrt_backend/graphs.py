@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -92,24 +93,72 @@ def version(p: torch.Tensor) -> int:
 def elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """One value of each, from its middle: fp32 [tensors] on the device of the first; NaN for an empty one and for those
     elsewhere."""
+    return _read(tensors, lambda t, middle: t.as_strided((1,), (1,), t.storage_offset() + middle))()
+
+
+def _read(tensors: Sequence[torch.Tensor], scalar: Callable[[torch.Tensor, int], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """What reads ``elements``. scalar: (tensor, how far in its storage the middle one is from the first) -> the middle one, [1]."""
     if not tensors:
-        return torch.empty(0)
+        return lambda: torch.empty(0)
     device = tensors[0].device
     found: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
     for i, t in enumerate(tensors):
         if t.device == device and t.numel():
             places, views = found.setdefault(t.dtype, ([], []))
             places.append(i)
-            middle = sum(n // 2 * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-            views.append(t.as_strided((), (), t.storage_offset() + middle))
-    parts = [torch.stack(views).float() for _, views in found.values()]
+            views.append(scalar(t, sum(n // 2 * s for n, s in zip(t.shape, t.stride(), strict=True))))
+    parts = [views for _, views in found.values()]
     order = [i for places, _ in found.values() for i in places]
-    values = torch.cat(parts) if parts else torch.empty(0, device=device)
-    if order == list(range(len(tensors))):
-        return values
-    result = torch.full((len(tensors),), math.nan, device=device)
-    result[torch.tensor(order, dtype=torch.long, device=device)] = values
-    return result
+    indices = None if order == list(range(len(tensors))) else torch.tensor(order, dtype=torch.long, device=device)
+
+    def read() -> torch.Tensor:
+        values = torch.cat([torch.cat(views).float() for views in parts]) if parts else torch.empty(0, device=device)
+        return values if indices is None else torch.full((len(tensors),), math.nan, device=device).index_copy_(0, indices, values)
+
+    return read
+
+
+class Elements:
+    """``elements`` of the same tensors time and again, which takes a tenth of the time while they stay where they are. It knows
+    their addresses and keeps none of their memory: a module that is moved gives it back."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = tuple(tensors)
+        self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in self.tensors)
+        self.known: tuple[list[int], Callable[[], torch.Tensor] | None] = [], None
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        if not self.plain:
+            return elements(self.tensors)
+        addresses = list(map(torch.Tensor.data_ptr, self.tensors))
+        known, read = self.known
+        if addresses != known:  # offloading moves them at every call: what is made below would be made for nothing
+            self.known = addresses, None
+            return elements(self.tensors)
+        if read is None:
+            read = _read(self.tensors, _unowned)
+            self.known = addresses, read
+        return read()
+
+
+def _unowned(t: torch.Tensor, middle: int) -> torch.Tensor:
+    """The element of ``t`` that is ``middle`` after its first one, [1], over memory that it does not keep: to be read while
+    ``t`` is where it is."""
+    address, size = t.data_ptr() + middle * t.element_size(), t.element_size()
+    if t.is_cuda:
+        found = torch.as_tensor(_At(address, size), device=t.device)
+    else:
+        found = torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+    return found.view(t.dtype)
+
+
+class _At:
+    """Bytes of a GPU's memory, from which torch makes a tensor."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "version": 2, "data": (address, False),
+                                         "strides": None}
 
 
 class Graphed:

@@ -52,9 +52,9 @@ def _called() -> Iterator[torch.nn.Module]:
     """The modules that this thread is inside of, innermost first, without torch.compile's wrappers."""
     frame, last = sys._getframe(1), None
     while frame is not None:
-        module = frame.f_locals.get("self") if frame.f_code.co_name in _CALLS else None
-        if isinstance(module, torch.nn.Module):
-            module = getattr(module, "_orig_mod", module)
+        called = frame.f_locals.get("self") if frame.f_code.co_name in _CALLS else None
+        if isinstance(called, torch.nn.Module):
+            module: torch.nn.Module = getattr(called, "_orig_mod", called)
             if module is not last:
                 yield module
             last = module
@@ -108,4 +108,5 @@ def unfit(root: torch.nn.Module | None) -> str | None:
 
 def offloads(module: torch.nn.Module) -> bool:
     """Whether accelerate loads the module's weights piece by piece, for each call anew."""
-    return any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())
+    hooks = [hook for m in module.modules() if (hook := getattr(m, "_hf_hook", None)) is not None]
+    return any(getattr(one, "offload", False) for hook in hooks for one in getattr(hook, "hooks", (hook,)))

@@ -221,19 +221,21 @@ class State:
                        provenance=dict(self.recipe.provenance) if self.recipe else {}, watched=self.drift.watched())
 
     def _with_the_rest(self, found: Report, wanted: Container[int] | None) -> Report:
-        """With a row for each layer that no graph has: of a module in pieces, Dynamo may leave some as they are."""
+        """With a row for each layer of which nothing was built: of a module in pieces, Dynamo may leave some as they are, and may
+        also do so after they were calibrated."""
         root = None if self.root is None else self.root()
         if root is None:
             return found
-        seen = {i for unit in self.units for i in unit.ids}
+        seen = {row.name for row in found.layers}
         rest = [(names.layer_name(path), type(m), w) for path, m in root.named_modules() if type(m) in MODULES
-                for w in (m.get_parameter("weight"),) if id(w) not in seen and (wanted is None or id(w) in wanted)]
+                for w in (m.get_parameter("weight"),)
+                if names.layer_name(path) not in seen and (wanted is None or id(w) in wanted)]
         if not rest:
             return found
         rows = [LayerReport(name, MODULES[kind].name, tuple(w.shape), str(w.dtype).removeprefix("torch."), "eager",
-                            "no graph has it") for name, kind, w in rest]
-        note = (f"{len(rows)} layers ({rows[0].name}, ...) are in no graph, so the share of 8 bits is of the others: Dynamo made "
-                "none of their part, or no call reached them; where Dynamo's limit of recompilations was hit, set "
+                            "nothing was built of its part") for name, kind, w in rest]
+        note = (f"{len(rows)} layers ({rows[0].name}, ...) are in no graph that was built, and not in the share of 8 bits: "
+                "Dynamo runs them as they are, or no call reached them; where Dynamo's limit of recompilations was hit, set "
                 "torch._dynamo.config.recompile_limit = 64 before compiling")
         return replace(found, layers=(*found.layers, *rows), notes=(note,))
 

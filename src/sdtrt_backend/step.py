@@ -30,7 +30,7 @@ from .calibrate import Observer
 from .capture import Captured, capture, concrete, follow, follow_all, tensor_inputs
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, peaks, trouble
 from .errors import SdtrtError
-from .graphs import Graphed, elements
+from .graphs import Elements, Graphed
 from .measure import outputs
 from .options import Options
 from .recipe import Recipe, fingerprint, one_weight
@@ -43,7 +43,7 @@ log = logging.getLogger("sdtrt_backend")
 # held while a step is built, or compiled and first run: it is timed, and its CUDA graph is captured, while nothing of ours waits
 # for the whole GPU, which would end the capture
 BUILDING_ALONE = threading.RLock()
-CHECKED = 64, 16  # constants whose values a call may look at on average; calls between two looks at all of them, at most
+CHECKED = 32, 16  # constants whose values a call may look at on average; calls between two looks at all of them, at most
 RETRY = 8  # calls until a build that failed for want of memory or of a lock is tried again; doubled each time
 SIZES_HELD = 32  # steps of one graph: beyond that the one used longest ago is let go, and built again when it is needed
 MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its own, so more are no way to run
@@ -71,6 +71,8 @@ class Unit:
         self.constants = tuple(captured.constants.values())
         self.ids = tuple(map(id, self.constants))
         self.pick = _getter(tuple(captured.constants))
+        self.first = next(iter(captured.constants))
+        self.single = [(i, p) for i, p in captured.constants.items() if p.numel() == 1]  # equal ones are not the same
         self.dtypes = [p.dtype for p in self.constants]
         self._follow(captured)
         self.variants: OrderedDict[Any, Variant] = OrderedDict()  # the one used longest ago first
@@ -90,6 +92,8 @@ class Unit:
         self.frozen = tuple(self.captured.constants.values())
         self.counted = [p for p in self.frozen if not p.is_inference()]  # those cannot be written, and count nothing
         self.version = self._version()
+        self.elements = Elements(self.frozen)  # Dynamo sees to it that sizes, strides and dtypes are the same at every call
+        self.seen: list[float] | None = None  # elements that were what the steps were built from
 
     # --- what the state asks
 
@@ -140,7 +144,12 @@ class Unit:
 
     def owns(self, args: Sequence[Any]) -> bool:
         """Whether ``args`` carry this unit's own constants."""
-        return all(map(operator.is_, self.constants, self.pick(args)))
+        if args[self.first] is not self.constants[0] or any(args[i] is not p for i, p in self.single):
+            return False
+        try:  # tuples look whether their elements are identical, ten times as fast as we can, and compare only others
+            return self.pick(args) == self.constants
+        except RuntimeError:  # the truth of a tensor of several elements
+            return False
 
     def __call__(self, args: Sequence[Any]) -> Any:
         inputs = self.inputs(args)
@@ -443,6 +452,15 @@ class Unit:
             self.renew(rebound, "memory")
         return bool(rebound)
 
+    def _differing(self, looked: Sequence[torch.Tensor], values: Sequence[float]) -> list[torch.Tensor]:
+        """Those that have another value than a step was built from. values: their elements."""
+        if not looked or (looked is self.elements.tensors and values == self.seen):
+            return []
+        changed = self.state.memory.differing(looked, values)
+        if looked is self.elements.tensors and not changed:
+            self.seen = list(values)
+        return changed
+
     def _watched(self, variant: Variant, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any, due: bool) -> Any:
         """``result`` of the 8-bit step, or the module's own where that one is not to be used and it is known already."""
         state, watch = self.state, variant.watch
@@ -451,15 +469,16 @@ class Unit:
         if watch is not None and watch.due(call):
             drift.sample(watch, tensors)
         device = self.constants[0].device
-        looked = self.frozen if due else ()
-        numbers = [elements(looked)] if looked else []
+        read = self.elements
+        looked = read.tensors if due else ()
+        numbers = [read()] if looked else []
         given = [t for t in outputs(tensors) if t.device == device] if watch is not None else []
         mine = [t for t in made if t.device == device] if watch is not None else []
         if mine:
             numbers.insert(0, peaks(mine, given))
         if not numbers:
             return result
-        later = Later(torch.cat(numbers))
+        later = Later(numbers[0] if len(numbers) == 1 else torch.cat(numbers))
         if later.ready():
             own = self._examine(call, args, len(mine), len(given), looked, later.values())
             return result if own is None else own
@@ -485,7 +504,7 @@ class Unit:
         since = "; results since that call are to be made again" if late else ""
         if state.refusal is not None or self.refusal is not None or state.closed:
             return None
-        changed = state.memory.differing(looked, values[outs + ins:])
+        changed = self._differing(looked, values[outs + ins:])
         if changed:
             self.renew(changed)
             if late:
