@@ -59,6 +59,7 @@ def check_report(report, ran):
     assert len(eight_bits) >= len(rows) / 3, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "controlnet"])
 @torch.no_grad()
 def test_a_model_of_the_family_is_ready_after_a_few_pictures(family):
@@ -73,6 +74,7 @@ def test_a_model_of_the_family_is_ready_after_a_few_pictures(family):
     assert 0 < error(compiled(**other), module(**other)) < TOLERANCES["family_step"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_controlnet_and_its_unet_are_both_ready_after_a_few_pictures():
     torch._dynamo.reset()

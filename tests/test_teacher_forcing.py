@@ -656,6 +656,7 @@ def only_there(case, node):
     assert {failure.partition(",")[0] for failure in teacher.failures} <= behind, teacher.failures[:5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FOR_CUDA)
 def test_a_broken_operation_for_cuda_is_caught(calibrated, what):
     target, mutate, where, model = FOR_CUDA[what]

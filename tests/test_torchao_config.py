@@ -121,6 +121,7 @@ def test_a_gated_product_has_two_codes_and_keeps_its_outliers(dtype, tmp_path):
     assert torch.equal(fresh.ff.net[2](x.to(dtype)), y)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_one_graph_and_equals_eager_and_reference(denoiser, recipe, quantized, inputs, tmp_path):
     reference = torch.compile(denoiser, backend="sd_int8",
                               options={"recipe": str(recipe.save(tmp_path)), "engine": "reference"})
@@ -283,6 +284,7 @@ def test_a_dilated_convolution_is_quantised_where_kernels_take_it():
         quantized(x)
 
 
+@pytest.mark.slow
 def test_where_gradients_are_on_it_still_runs(quantized, inputs):
     with torch.no_grad():
         expected = quantized(*inputs)
@@ -307,6 +309,7 @@ def test_a_single_layer_is_quantised_in_place_for_callers_that_drop_the_result(d
     assert type(denoiser.to_q) is QuantizedLinear
 
 
+@pytest.mark.slow
 def test_diffusers_takes_the_configuration_for_its_linears(tmp_path):
     """diffusers hands over single linears while it loads; it has no way to quantise convolutions."""
     pytest.importorskip("accelerate", reason="diffusers loads quantised models with accelerate: pip install accelerate")
@@ -381,6 +384,7 @@ def test_the_bundled_unet_has_the_numerics_of_the_backend_on_every_step_of_a_pic
         assert float(nn.functional.cosine_similarity(mine, expected, 0)) >= 0.9999
 
 
+@pytest.mark.slow
 def test_without_torchao_the_install_line_is_named():
     code = "import sys; sys.modules['torchao'] = None; import sdtrt_backend; sdtrt_backend.SDInt8Config"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

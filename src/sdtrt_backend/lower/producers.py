@@ -88,9 +88,9 @@ def _chain(node: fx.Node, ends: Callable[[fx.Node], bool]) -> tuple[fx.Node, lis
 def _viewed(gm: fx.GraphModule, node: fx.Node, views: list[fx.Node]) -> fx.Node:
     """``views`` applied to another node, in front of the insertion point."""
     for view in views:
-        new = gm.graph.create_node(view.op, view.target, view.args, view.kwargs)
-        new.replace_input_with(arguments(view)["input"], node)
-        node = new
+        args, kwargs = fx.map_arg((view.args, view.kwargs), {**{n: n for n in view.all_input_nodes},
+                                                             arguments(view)["input"]: node}.__getitem__)
+        node = gm.graph.create_node(view.op, view.target, args, kwargs)  # nothing is replaced: the old view may stay
     return node
 
 
