@@ -235,3 +235,30 @@ def test_the_side_branch_of_a_lora_is_named_and_neither_calibrated_nor_in_8_bits
     with observed(module, calibration):
         call(module)
     assert set(calibration.ops) == in_8_bits(report)
+
+
+class Video(nn.Module):
+    """x [n, 8, 64], timestep [] -> [n, 8, 64]: a linear, and a convolution in three dimensions over it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.over_time = nn.Linear(64, 64), nn.Conv3d(64, 64, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x, timestep):
+        x = self.first(x + timestep / 1000)
+        return self.over_time(x.permute(0, 2, 1)[..., None, None])[..., 0, 0].permute(0, 2, 1)
+
+
+def test_a_convolution_in_three_dimensions_is_named_with_its_work():
+    module = Video()
+    expected = call(module)
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    assert compare(call(compiled), expected) < CLOSE
+    report = sdtrt_backend.explain(module)
+    flops = {row.name: row.flops for row in report.layers}
+    assert flops == {"first": 2 * 16 * 64 * 64, "over_time": 2 * 16 * 64 * 64 * 3}
+    assert in_8_bits(report) == {"first"}
+    assert "over_time" in str(report)
