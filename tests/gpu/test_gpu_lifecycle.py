@@ -79,7 +79,7 @@ def test_a_copy_is_a_module_of_its_own(accelerated):
     near(pipe, plain)
 
 
-@pytest.mark.parametrize("write", [lambda p: p.data.mul_(-1), lambda p: p.data.add_(p.data, alpha=0.5),
+@pytest.mark.parametrize("write", [lambda p: p.data.mul_(-1), lambda p: p.data.add_(p.data, alpha=-2),
                                    lambda p: p.data.copy_(-p.data)], ids=["mul_", "add_", "copy_"])
 def test_weights_written_as_a_fused_adapter_writes_them_are_followed(accelerated, write):
     pipe, plain = accelerated
