@@ -27,7 +27,7 @@ class Captured:
     """One captured graph with the parameters of one module.
 
     graph: Dynamo's own, never changed; layers: its quantisable calls; timestep: index of that input or None.
-    constants: input index -> parameter or buffer; inputs: the other indices; unquantizable: layer name -> why it is not even a
+    constants: input index -> parameter or buffer; inputs: the other indices; biases: indices of the layers' biases; unquantizable: layer name -> why it is not even a
     candidate.
     """
 
@@ -37,6 +37,7 @@ class Captured:
     timestep: int | None
     unquantizable: dict[str, str]
     inputs: tuple[int, ...] = ()
+    biases: frozenset[int] = frozenset()
 
     def fingerprints(self) -> dict[str, str]:
         return {layer.name: fingerprint(layer.weight) for layer in self.layers}
@@ -60,7 +61,7 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
     placeholders = graph.graph.find_nodes(op="placeholder")
     constants = {i: v for i, v in enumerate(example_inputs)
                  if isinstance(v, torch.nn.Parameter) or (isinstance(v, torch.Tensor) and id(v) in paths)}
-    value_of = {placeholders[i]: v for i, v in constants.items()}
+    value_of, biases = {placeholders[i]: v for i, v in constants.items()}, set()
     layers: list[Layer] = []
     unquantizable: dict[str, str] = {}
     changed = written(graph.graph)
@@ -82,12 +83,14 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
         if isinstance(arguments.get("padding"), str):
             unquantizable[name] = f"its padding is given as {arguments['padding']!r}, not in pixels"
             continue
+        biases.add(arguments["bias"])
         while any(known.name == name and known.weight is not weight for known in layers):
             name += "'"  # a second call in one submodule, with another weight
         layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight, arguments.get("groups", 1)))
     timestep = find_timestep([n.name for n in placeholders], example_inputs)
     others = tuple(i for i in range(len(placeholders)) if i not in constants)
-    return Captured(graph, tuple(layers), constants, timestep, unquantizable, others)
+    return Captured(graph, tuple(layers), constants, timestep, unquantizable, others,
+                    frozenset(i for i, n in enumerate(placeholders) if n in biases))
 
 
 def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
@@ -104,7 +107,9 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
         if node.op == "placeholder":
             i, value = next(placeholders)
             if i in captured.constants:
-                root.register_buffer(node.name, captured.constants[i].detach())
+                constant = captured.constants[i].detach()
+                # kernels hold biases in a form of their own: a copy, so that nothing of the user's is held with it
+                root.register_buffer(node.name, constant.clone() if i in captured.biases else constant)
                 env[node] = graph.get_attr(node.name)
             elif isinstance(value, torch.Tensor):
                 env[node] = graph.placeholder(node.name)

@@ -53,7 +53,7 @@ class Memory:
     def __init__(self) -> None:
         self.codes: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.made: dict[Any, Any] = {}
-        self.stamps: Any = WeakIdKeyDictionary()  # constant -> (version, one value) when a step was built from it
+        self.stamps: Any = WeakIdKeyDictionary()  # constant -> (version, one value, dtype) when a step was built from it
         self.lock = threading.Lock()
         self.pool: Any = None
         self.last: torch.cuda.Event | None = None
@@ -62,7 +62,7 @@ class Memory:
         """A step was built from what these are now."""
         new = [p for p in constants if p not in self.stamps]
         for p, value in zip(new, elements(new).tolist(), strict=True):
-            self.stamps[p] = version(p), value
+            self.stamps[p] = version(p), value, p.dtype
 
     def changed(self, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Those that are not what a step was built from."""
@@ -74,7 +74,11 @@ class Memory:
         """Those of ``constants`` that have another value than a step was built from. values: their ``elements``."""
         values = elements(constants).tolist() if values is None else values
         return [p for p, value in zip(constants, values, strict=True)
-                if (known := self.stamps.get(p, (0, value))[1]) != value and not (math.isnan(known) and math.isnan(value))]
+                if (known := self.stamps.get(p, (0, value, None))[1]) != value and not (math.isnan(known) and math.isnan(value))]
+
+    def is_alike(self, p: torch.Tensor) -> bool:
+        """Whether the constant has the dtype that it had: another one makes it no constant that changes."""
+        return p in self.stamps and self.stamps[p][2] == p.dtype
 
     def forget(self, ids: set[int]) -> None:
         """Nothing that was built stands for the constants with these ids any more."""

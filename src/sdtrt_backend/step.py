@@ -74,6 +74,7 @@ class Unit:
         self.first = next(iter(captured.constants))
         self.single = [(i, p) for i, p in captured.constants.items() if p.numel() == 1]  # equal ones are not the same
         self.dtypes = [p.dtype for p in self.constants]
+        self.of_layers = {id(layer.weight) for layer in captured.layers} | {id(captured.constants[i]) for i in captured.biases}
         self._follow(captured)
         self.variants: OrderedDict[Any, Variant] = OrderedDict()  # the one used longest ago first
         self.results: dict[Any, Ready | Refused] = {}
@@ -424,9 +425,9 @@ class Unit:
         state = self.state
         ids = {id(p) for p in changed}
         units = [unit for unit in state.units if any(id(p) in ids for p in unit.frozen)]
-        in_layers = {id(layer.weight) for unit in units for layer in unit.captured.layers}
+        of_layers = {k for unit in units for k in unit.of_layers}
         for p in changed:
-            if id(p) not in in_layers:
+            if id(p) not in of_layers and state.memory.is_alike(p):
                 state.live[p] = True
         for unit in units:
             unit.clear()
