@@ -160,6 +160,8 @@ def build(request: Request) -> Ready | Refused:
         counter = drift.counter(quantized, by_node, request.recipe) if watched else None  # before a lowering changes the graph
         read = {key(buffer) for _, buffer in quantized.named_buffers()}  # also by a call of a layer that stays in 16 bits
         lowered = lowering.lower(quantized, tensors, options)
+        if counter is not None:  # it reads them when the step was called, and sleeps with it
+            lowered = replace(lowered, constants=(*lowered.constants, *counter.constants))
         made = replace(made, timings=replace(made.timings, build_s=time.perf_counter() - start))
         bar("comparing with full precision")
         judged = _judge(request, tensors, planned.decisions, lowered, lowering, {n: nodes[n].name for n in nodes}, made)

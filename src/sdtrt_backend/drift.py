@@ -47,10 +47,12 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Counter:
-    """groups: names of the layers that read one tensor; shares: the step's tensors -> fp32 [groups], what is beyond its range."""
+    """groups: names of the layers that read one tensor; shares: the step's tensors -> fp32 [groups], what is beyond its range;
+    constants: what it reads besides them."""
 
     groups: tuple[Group, ...]
     shares: Callable[..., torch.Tensor]
+    constants: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def counter(gm: fx.GraphModule, decisions: Mapping[str, Decision], recipe: Recip
     graph.output(graph.call_function(torch.stack, (shares,)))
     drop_dead(graph)
     graph.lint()
-    return Counter(tuple(groups), runnable(fx.GraphModule(gm, graph)))
+    counting = fx.GraphModule(gm, graph)
+    return Counter(tuple(groups), runnable(counting), tuple(counting.buffers()))
 
 
 def widest(decision: Decision, recipe: Recipe) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -43,6 +44,28 @@ def record(step: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None)
     return graph, result
 
 
+class Asleep:
+    """The bytes of one storage of a GPU: on the CPU while it sleeps. Everybody who needs them there holds the one Asleep."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+        self.copy: torch.Tensor | None = None
+
+    def _bytes(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+
+    def sleep(self) -> None:
+        if self.storage.nbytes():
+            self.copy = self._bytes().cpu()
+            self.storage.resize_(0)
+
+    def wake(self) -> None:
+        if self.copy is not None:
+            self.storage.resize_(self.copy.numel())
+            self._bytes().copy_(self.copy)
+            self.copy = None
+
+
 class Memory:
     """What all steps of one state share: the 8-bit weights, what was built, by which values of the constants, one pool for the
     graphs' tensors, and the promise that one graph runs at a time.
@@ -57,6 +80,41 @@ class Memory:
         self.lock = threading.Lock()
         self.pool: Any = None
         self.last: torch.cuda.Event | None = None
+        self.sleeping: weakref.WeakValueDictionary[int, Asleep] = weakref.WeakValueDictionary()  # by the key of the storage
+        self.asleep: list[Asleep] = []  # of the codes
+
+    def sleep(self) -> None:
+        """What steps that sleep read of the codes is on the CPU until ``wake``. Call it after their own ``sleep``."""
+        with self.lock:
+            self.pool = None
+            found = {key(t): t for pairs in self.codes.values() for pair in pairs for t in pair}
+            self.asleep = [one for k in found if (one := self.sleeping.get(k)) is not None]
+            for one in self.asleep:  # a build that was refused may have left them awake
+                one.sleep()
+
+    def wake(self, device: torch.device) -> None:
+        """Before a step is built on ``device`` from the codes there."""
+        with self.lock:
+            for one in self.asleep:
+                if one.storage.device == device:
+                    one.wake()
+            self.asleep = [one for one in self.asleep if one.copy is not None]
+
+    def send_away(self, tensors: Sequence[torch.Tensor], in_use: set[int]) -> list[Asleep]:
+        """The storages of these give their memory back. in_use: keys of those that stay."""
+        found: dict[int, Asleep] = {}
+        for t in tensors:
+            storage, k = t.untyped_storage(), key(t)
+            if not t.is_cuda or k in in_use or k in found:
+                continue
+            one = self.sleeping.get(k)
+            if one is None and storage.nbytes() and storage.resizable():
+                one = self.sleeping[k] = Asleep(storage)
+            if one is not None:
+                found[k] = one
+        for one in found.values():
+            one.sleep()
+        return list(found.values())
 
     def stamp(self, constants: Sequence[torch.Tensor]) -> None:
         """A step was built from what these are now."""
@@ -85,6 +143,7 @@ class Memory:
         for p in [p for p in self.stamps if id(p) in ids]:
             del self.stamps[p]
         self.codes.clear()
+        self.asleep.clear()
         self.made.clear()
 
 
@@ -180,7 +239,7 @@ class Graphed:
         self.device = next(t.device for t in example if t.is_cuda)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: Sequence[Any] = ()
-        self.asleep: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # key of a storage -> (a tensor over it, copy on the CPU)
+        self.asleep: list[Asleep] = []
         with memory.lock:
             self._capture()
 
@@ -220,18 +279,10 @@ class Graphed:
                 return
             torch.cuda.synchronize(self.device)
             self.graph, self.outputs = None, ()
-            for t in self.constants:
-                if t.is_cuda and key(t) not in in_use and t.untyped_storage().nbytes() and t.untyped_storage().resizable():
-                    whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
-                    self.asleep[key(t)] = (t, whole.cpu())
-            for t, _ in self.asleep.values():
-                t.untyped_storage().resize_(0)
+            self.asleep = self.memory.send_away(self.constants, in_use)
 
     def _wake(self) -> None:
-        for t, copy in self.asleep.values():
-            storage = t.untyped_storage()
-            if not storage.nbytes():  # or another step over the same codes has brought them back
-                storage.resize_(copy.numel())
-                torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage).copy_(copy)
-        self.asleep.clear()
+        for one in self.asleep:
+            one.wake()
+        self.asleep = []
         self._capture()

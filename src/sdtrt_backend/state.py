@@ -158,7 +158,7 @@ class State:
                     step = getattr(made, "step", None)
                     if isinstance(step, Graphed):
                         step.sleep(in_use)
-            self.memory.pool = None
+            self.memory.sleep()
 
     # --- the end
 
@@ -175,6 +175,7 @@ class State:
             self.units.clear()
             self.drift.waiting.clear()
             self.memory.codes.clear()
+            self.memory.asleep.clear()
             self.memory.made.clear()
 
     def purge(self) -> None:
@@ -190,6 +191,7 @@ class State:
             self.units.remove(unit)
         if gone:
             self.memory.codes.clear()  # they are known by the ids of weights, which may be given again
+            self.memory.asleep.clear()
             self.drop_unused()
 
     def drop_unused(self) -> None:

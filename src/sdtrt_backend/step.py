@@ -271,6 +271,7 @@ class Unit:
         if made is None:
             log.info("sd_%s: building the 8-bit step", state.options.precision)
             self.building, start = True, time.perf_counter()
+            state.memory.wake(self.constants[0].device)
             try:
                 with weights.borrowed(self.constants), torch.cuda.device_of(self.constants[0]):
                     made = build(Request(self.captured, args, state.recipe, state.options, state.memory))

@@ -108,6 +108,18 @@ def test_to_the_cpu_and_back(accelerated):
     assert sdtrt_backend.explain(pipe).state == "ready"
 
 
+def test_a_step_for_another_size_is_built_after_the_module_was_away(accelerated):
+    """From the 8-bit weights that the first step took along."""
+    pipe, plain = accelerated
+    for _ in range(2):
+        pipe.unet.to("cpu")
+        pipe.unet.to(GPU)
+        for size in (16, 8, 16):
+            near(pipe, plain, size)
+    report = sdtrt_backend.explain(pipe)
+    assert (report.state, report.fallbacks) == ("ready", ())
+
+
 def test_built_on_the_cpu_and_moved_to_the_gpu():
     """Its 8-bit weights are of one device."""
     torch._dynamo.reset()
