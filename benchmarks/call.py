@@ -7,9 +7,9 @@
 A module of many layers of width 32 has the parameters and inputs of the graph of a published model. It is compiled, calibrated
 and built as a user's is; then the built step gives way to a function that returns a fixed tensor, and so does the counter of the
 drift watch, so that no kernel is left. Timed is ``step(*args)`` with the arguments that Dynamo gave, on the CPU, with the watch
-on, in time of the processor. Each version is one process; they take turns in rounds of ``--calls`` calls.
-A figure is the median over the rounds of the mean of a round, as some calls do what others do not.
-What a GPU adds, copying the watch's numbers to the host, is not in it.
+on, in time of the processor. Each version is one process; they take turns in rounds of ``--calls`` calls. A figure is the median
+over the rounds of the mean of a round, as some calls do what others do not. What a GPU adds, copying the watch's numbers to the
+host, is not in it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from sdtrt_backend.options import Options
 from sdtrt_backend.recipe import versions
 
 PICTURES = 6  # until the module must be ready: two calibrate, one builds
-FUSED, STRENGTH = 10, 0.5  # layers that an adapter's fuse writes; of the spread of their weights
+FUSED, STRENGTH = 10, 1.0  # layers that an adapter's fuse writes; of the spread of their weights
 FOLLOWED = 40  # calls until a written weight must be followed: all are looked at in 16, and their numbers arrive later
 MOVED = 0.02  # of the module's size: what may stay on the GPU after it has left
 MAX_ERROR = Options.parse(None).max_error
@@ -185,17 +185,19 @@ class Life:
             weight.data += (STRENGTH * weight.detach().float().std() * noise).to(weight.dtype)
         after = self.own().clone()
         change = compare(after, before)
-        bound = min(MAX_ERROR, change / 2)
-        start, slowest, errors = time.perf_counter(), 0.0, []
+        start, slowest, errors, followed = time.perf_counter(), 0.0, [], False
         for _ in range(FOLLOWED):
-            slowest = max(slowest, gpu.first_call(lambda: errors.append(compare(self.call(), after))))
+            made: list[torch.Tensor] = []
+            slowest = max(slowest, gpu.first_call(lambda: made.append(self.call())))  # noqa: B023  # called here
+            errors.append(compare(made[0], after))
             state = sdtrt_backend.explain(self.pipe).state  # the call that notices gives the module's own result: not yet built
-            if errors[-1] < bound and state == "ready":
+            followed = state == "ready" and errors[-1] < min(MAX_ERROR, compare(made[0], before))
+            if followed:
                 break
         found: dict[str, Any] = {"change_of_output": change, "error_of_output": errors[-1], "calls": len(errors),
                                  "followed_s": time.perf_counter() - start, "slowest_call_s": slowest,
                                  "state": state}
-        if errors[-1] >= bound or state != "ready":
+        if not followed:
             found["error"] = (f"{state} and {errors[-1]:.4f} from the new output after {len(errors)} calls; the output moved by "
                               f"{change:.4f}")
         return found

@@ -160,7 +160,7 @@ def elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _read(tensors: Sequence[torch.Tensor], scalar: Callable[[torch.Tensor, int], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """What reads ``elements``. scalar: (tensor, how far in its storage the middle one is from the first) -> that one, [1]."""
+    """What reads ``elements``. scalar: (tensor, how far its middle element is from its first) -> the middle one, [1]."""
     if not tensors:
         return lambda: torch.empty(0)
     device = tensors[0].device
