@@ -96,8 +96,8 @@ def _refusal(gm: fx.GraphModule, captured: Captured, example_inputs: Sequence[An
                 "torch.tensor(t)")
     changed = inputs_changed(gm.graph)
     if changed:
-        return (f"the module changes its input {changed[0].name} in place (a cache, a counter, a norm in training), and a build runs "
-                "it several times")
+        return (f"the module changes its input {changed[0].name} in place (a cache, a counter, a norm in training), and a build "
+                "runs it several times")
     return None
 
 
@@ -105,8 +105,8 @@ def _needs_gradients(state: State, example_inputs: Sequence[Any]) -> bool:
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in example_inputs if isinstance(t, torch.Tensor))):
         return False
     state.keep_weights()
-    state.say(state.fallbacks, "gradients are enabled and the weights or inputs require them, and 8-bit kernels have none: this call "
-                               "runs unquantised; for inference call the module under torch.no_grad()")
+    state.say(state.fallbacks, "gradients are enabled and the weights or inputs require them, and 8-bit kernels have none: this "
+                               "call runs unquantised; for inference call the module under torch.no_grad()")
     return True
 
 

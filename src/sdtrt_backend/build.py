@@ -93,8 +93,8 @@ class _Made:
 class Ready(_Made):
     """A step on tensor inputs, which may be used.
 
-    replaced: the module's weights that it holds in 8 bits and does not read; reads: constants that it does read; read_from: keys of
-    their memory; watch: what its drift is noticed by.
+    replaced: the module's weights that it holds in 8 bits and does not read; reads: constants that it does read; read_from: keys
+    of their memory; watch: what its drift is noticed by.
     """
 
     step: Callable[..., Any] = lambda *_: None
@@ -138,8 +138,8 @@ def build(request: Request) -> Ready | Refused:
     if lowering is None:
         return _refused(made, refusal or "")
     if lowering.compiled and tensors and torch.is_autocast_enabled(tensors[0].device.type):
-        return replace(_refused(made, "8-bit kernels do not follow autocast, which is enabled around this call: convert the module "
-                                      "with .to(dtype) instead"), for_now=True)
+        return replace(_refused(made, "8-bit kernels do not follow autocast, which is enabled around this call: convert the "
+                                      "module with .to(dtype) instead"), for_now=True)
     with _progress(options) as bar:
         graph, nodes = bind(captured, args)
         made = replace(made, baked=graph.meta["baked"])
@@ -230,8 +230,8 @@ def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequenc
     made = replace(made, layers=layers, error=error, measured=lowering.counts,
                    eight_bit_flops=lowering.flops(counted.flops, layers, decisions))
     if not all(bool(t.isfinite().all()) for t in measure.outputs(full)):
-        return _refused(replace(made, error=None), "the model's own output is not finite on this input, so an 8-bit step cannot be "
-                                                   "judged")
+        return _refused(replace(made, error=None), "the model's own output is not finite on this input, so an 8-bit step cannot "
+                                                   "be judged")
     if not error <= options.max_error:
         what = "is not finite" if error == math.inf else f"differs by {error:.3f}"
         return _refused(made, f"the first 8-bit output {what} from the full-precision output on the same input, max_error is "
@@ -280,8 +280,8 @@ def _within_max_error(request: Request, planned: Plan, refused: Refused) -> Read
         return refused
     again = build(replace(request, recipe=smaller, budgeted=True))
     kept = sum(la.keep is not None for la in smaller.layers.values())
-    return replace(again, notes=(*again.notes, f"with every layer in 8 bits the first output differed by {error:.3f}, max_error is "
-                                               f"{options.max_error}: {kept} layers stay in their own precision"))
+    return replace(again, notes=(*again.notes, f"with every layer in 8 bits the first output differed by {error:.3f}, max_error "
+                                               f"is {options.max_error}: {kept} layers stay in their own precision"))
 
 
 def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision],

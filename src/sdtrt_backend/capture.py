@@ -27,8 +27,8 @@ class Captured:
     """One captured graph with the parameters of one module.
 
     graph: Dynamo's own, never changed; layers: its quantisable calls; timestep: index of that input or None.
-    constants: input index -> parameter or buffer; inputs: the other indices; biases: indices of the layers' biases; unquantizable: layer name -> why it is not even a
-    candidate.
+    constants: input index -> parameter or buffer; inputs: the other indices; biases: indices of the layers' biases;
+    unquantizable: layer name -> why it is not even a candidate.
     """
 
     graph: fx.GraphModule

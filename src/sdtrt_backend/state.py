@@ -163,8 +163,8 @@ class State:
     # --- the end
 
     def close(self) -> None:
-        """Let go of everything that was built, and never build again. Waits for a build in another thread. Also called when the root
-        has died."""
+        """Let go of everything that was built, and never build again. Waits for a build in another thread. Also called when the
+        root has died."""
         with self.lock:
             self.closed = True
             self.clock.stop()

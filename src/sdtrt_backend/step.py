@@ -51,8 +51,8 @@ MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its ow
 
 @dataclass(frozen=True)
 class Variant:
-    """A step for one set of inputs. captured: the graph whose tensor inputs it takes; made: what was built, None where the step is
-    the module's own precision."""
+    """A step for one set of inputs. captured: the graph whose tensor inputs it takes; made: what was built, None where the step
+    is the module's own precision."""
 
     step: Callable[..., Any]
     captured: Captured
@@ -305,8 +305,8 @@ class Unit:
             oldest, _ = self.variants.popitem(last=False)
             self.results.pop(oldest, None)
             self.state.drop_unused()
-            self.state.say(self.state.notes, f"steps for {SIZES_HELD} sizes are held; one that was used longest ago goes for each new "
-                                             "one, and is built again when it is needed")
+            self.state.say(self.state.notes, f"steps for {SIZES_HELD} sizes are held; one that was used longest ago goes for "
+                                             "each new one, and is built again when it is needed")
 
     def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
         state = self.state
@@ -380,8 +380,8 @@ class Unit:
         seen.add(free)
         if len(seen) <= MANY_VALUES:
             return False
-        self.refuse(f"a Python number that the module is given took {len(seen)} values on the same sizes, each of which is a step "
-                    "of its own: pass a tensor")
+        self.refuse(f"a Python number that the module is given took {len(seen)} values on the same sizes, each of which is a "
+                    "step of its own: pass a tensor")
         return True
 
     # --- failures
@@ -395,8 +395,8 @@ class Unit:
             times = self.failures.get(key, (0, 0))[0]
             self.failures[key] = times + 1, self.calls + RETRY * 2**times
             sizes = sizes_of(tensor_inputs(self.captured, args))
-            self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision, and it is tried "
-                                                 "again later")
+            self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision, and it is "
+                                                 "tried again later")
         elif self._in_use() and what.startswith("building"):
             sizes = sizes_of(tensor_inputs(self.captured, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision")
@@ -421,8 +421,8 @@ class Unit:
         return sum(map(_VERSION, self.counted))
 
     def renew(self, changed: Sequence[torch.Tensor], what: str = "values") -> None:
-        """What was built from other values of these constants goes: the next call builds from what they are now. Constants that no
-        layer holds in 8 bits become inputs of that step, which then follows them by itself."""
+        """What was built from other values of these constants goes: the next call builds from what they are now. Constants that
+        no layer holds in 8 bits become inputs of that step, which then follows them by itself."""
         state = self.state
         ids = {id(p) for p in changed}
         units = [unit for unit in state.units if any(id(p) in ids for p in unit.frozen)]
@@ -436,14 +436,15 @@ class Unit:
         if not changed:
             return
         state.memory.forget(ids)
-        why = ("were changed after the 8-bit step was built (an adapter merged or swapped, a checkpoint loaded)" if what == "values"
-               else "were moved to other memory after the 8-bit step was built (offloading?)")
-        state.say(state.notes, f"constants of the module {why}: it is built again from the new {what}")
+        how = "changed" if what == "values" else "moved to other memory"
+        why = "an adapter merged or swapped, a checkpoint loaded" if what == "values" else "offloading"
+        state.say(state.notes, f"constants of the module were {how} after the 8-bit step was built ({why}?): it is built again from "
+                               f"the new {what}")
 
     def _follow_rebound(self, variant: Variant) -> bool:
-        """Constants whose memory was replaced, as moving and offloading do it, become inputs: a step that holds the memory that they
-        had would keep it for ever. A CUDA graph is left: what it reads is a small part, and a move to another device wakes it anew.
-        Returns whether there were any."""
+        """Constants whose memory was replaced, as moving and offloading do it, become inputs: a step that holds the memory that
+        they had would keep it for ever. A CUDA graph is left: what it reads is a small part, and a move to another device wakes
+        it anew. Returns whether there were any."""
         made = variant.made
         if made is None or isinstance(variant.step, Graphed):
             return False
@@ -568,7 +569,8 @@ class Step:
             raise
         except Exception as error:
             self.broken = f"{type(error).__name__}: {error}"
-            log.warning("sd_%s: a graph runs in its own precision: reading it failed with %s", self.options.precision, self.broken)
+            log.warning("sd_%s: a graph runs in its own precision: reading it failed with %s", self.options.precision,
+                        self.broken)
             log.info("reading the graph failed", exc_info=error)
             return None
 
@@ -609,8 +611,8 @@ def fingerprints(root: torch.nn.Module) -> dict[str, str]:
 
 
 def renamed(captured: Captured, recipe: Recipe | None) -> Captured:
-    """Layers whose name the recipe does not know get the one that it has for their weight: the denoiser is compiled inside another
-    module, or in pieces whose paths nobody knows."""
+    """Layers whose name the recipe does not know get the one that it has for their weight: the denoiser is compiled inside
+    another module, or in pieces whose paths nobody knows."""
     if recipe is None or all(layer.name in recipe.layers for layer in captured.layers):
         return captured
     known = {layer.name for layer in captured.layers}
