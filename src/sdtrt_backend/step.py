@@ -438,8 +438,8 @@ class Unit:
         state.memory.forget(ids)
         how = "changed" if what == "values" else "moved to other memory"
         why = "an adapter merged or swapped, a checkpoint loaded" if what == "values" else "offloading"
-        state.say(state.notes, f"constants of the module were {how} after the 8-bit step was built ({why}?): it is built again from "
-                               f"the new {what}")
+        state.say(state.notes, f"constants of the module were {how} after the 8-bit step was built ({why}?): it is built again "
+                               f"from the new {what}")
 
     def _follow_rebound(self, variant: Variant) -> bool:
         """Constants whose memory was replaced, as moving and offloading do it, become inputs: a step that holds the memory that
