@@ -40,12 +40,17 @@ def render_text(report: Report) -> str:
     lines += [f"fallback: {said}" for said in _sentences(report, "fallbacks")]
     lines += [f"note: {said}" for said in _sentences(report, "notes")]
     if any(layer.amax is not None for layer in report.layers):
-        lines.append(_as_text(layer_table(report, MAX_LAYERS)))
-        rest = sum(layer.amax is not None for layer in report.layers) - MAX_LAYERS
+        shown = MAX_LAYERS if _many(report) else len(report.layers)
+        lines.append(_as_text(layer_table(report, shown)))
+        rest = sum(layer.amax is not None for layer in report.layers) - shown
         if rest > 0:
             lines.append(f"and {rest} 8-bit layers with less noise")
     lines += _kept_lines(report)
     return "\n".join(lines)
+
+
+def _many(report: Report) -> bool:
+    return len(report.pieces) > MAX_PIECES
 
 
 def _counts(report: Report) -> str:
@@ -87,7 +92,7 @@ def _sentences(report: Report, kind: str) -> list[str]:
     alike: dict[str, list[str]] = {}
     for sentence in getattr(report, kind):
         said = [label(piece) for piece in report.pieces if sentence in getattr(piece[1], kind)]
-        where = f" (in {_some(said, len(report.pieces))})" if len(said) < len(report.pieces) else ""
+        where = f" (in {_some(said, len(report.pieces))})" if 0 < len(said) < len(report.pieces) else ""
         alike.setdefault(re.sub(r"\d+(\.\d+)?", "#", sentence), []).append(sentence + where)
     lines = []
     for same in alike.values():
@@ -142,9 +147,10 @@ def _kept_lines(report: Report) -> list[str]:
     several, lines = _in_several_ways(report), []
     for (precision, reason), layers in _kept(report).items():
         names = [la.name for la in layers if (la.name, la.shape) not in several]
+        told = numbered(names) if _many(report) else names
         split = [f"{la.name} (in {_some(la.where, len(report.pieces))})" for la in layers if (la.name, la.shape) in several]
         part = f", {sum(la.flops for la in layers) / report.work:.1%} of the FLOPs" if report.work else ""
-        lines.append(f"{len(layers)} layers {precision}{part}, {reason}: {', '.join([*numbered(names), *split])}")
+        lines.append(f"{len(layers)} layers {precision}{part}, {reason}: {', '.join([*told, *split])}")
     return lines
 
 
