@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 import sdtrt_backend
 from sdtrt_backend import drift
-from sdtrt_backend.lower import LOWERINGS, reference
+from sdtrt_backend.lower import LOWERINGS, Lowered, reference
 from sdtrt_backend.state import states
 
 STEPS = (999, 666, 333, 1)
@@ -29,14 +30,14 @@ class Broken:
         self.spoil = lambda y: y
 
     def lower(self, gm, example, options):
-        step = reference.lower(gm, example, options)
-        return lambda *tensors: tuple(self.spoil(y) for y in step(*tensors))
+        step = reference.lower(gm, example, options).step
+        return Lowered(lambda *tensors: tuple(self.spoil(y) for y in step(*tensors)))
 
 
 @pytest.fixture
 def broken(monkeypatch):
     broken = Broken()
-    monkeypatch.setitem(LOWERINGS, "reference", broken.lower)
+    monkeypatch.setitem(LOWERINGS, "reference", replace(LOWERINGS["reference"], lower=broken.lower))
     return broken
 
 
@@ -128,7 +129,7 @@ def test_a_sample_counts_what_the_graph_feeds_each_group(ready, denoiser, steps)
         call(denoiser, 999, 2, text=3.0)
     for hook in hooks:
         hook.remove()
-    (watch,) = steps[-1].watches.values()
+    (watch,) = (v.watch for v in steps[-1].variants.values())
     noise = torch.Generator().manual_seed(2999)
     sample, text = torch.randn(2, 4, 8, 8, generator=noise), 3.0 * torch.randn(2, 5, 64, generator=noise)
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_a_sample_counts_what_the_graph_feeds_each_group(ready, denoiser, steps)
 def test_a_sample_reads_no_16_bit_weight_of_a_quantised_layer(ready, steps):
     """They may have left the GPU."""
     ready()
-    (built,) = (v for v in steps[-1].watches.values())
+    (built,) = (v.watch for v in steps[-1].variants.values())
     held = {t.data_ptr() for t in built.counter.shares.__self__.buffers()}
     quantised = {name for group in built.counter.groups for name in group}
     assert quantised == {layer.name for layer in steps[-1].state.report().layers if layer.precision == "int8"}
@@ -299,8 +300,9 @@ def test_a_sample_without_memory_stops_the_watch_of_ranges_and_says_so(ready, st
     def no_memory(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    for sizes, old in steps[-1].watches.items():
-        steps[-1].watches[sizes] = drift.Watch(drift.Counter(old.counter.groups, no_memory), old.baseline, 1)
+    for sizes, old in steps[-1].variants.items():
+        watch = drift.Watch(drift.Counter(old.watch.counter.groups, no_memory), old.watch.baseline, 1)
+        steps[-1].variants[sizes] = replace(old, made=replace(old.made, watch=watch))
     for i in range(3):
         call(compiled, seed=i)
     assert sum("the drift watch stopped" in n for n in sdtrt_backend.explain(compiled).notes) == 1

@@ -153,6 +153,8 @@ class Unit:
             return False
 
     def __call__(self, args: Sequence[Any]) -> Any:
+        if self.state.drift.waiting:
+            self.state.drift.look()  # it may refuse the step that this call would take
         inputs = self.inputs(args)
         key = self._key(inputs, args)
         variant = self.variants.get(key)
@@ -180,9 +182,6 @@ class Unit:
         return self._key(self.inputs(args), args)
 
     def _run(self, variant: Variant, args: Sequence[Any]) -> Any:
-        state = self.state
-        if state.drift.waiting:
-            state.drift.look()
         self.calls += 1
         due = self.calls % self.every == 0
         if due and variant.made is not None and self._follow_rebound(variant):
@@ -468,9 +467,11 @@ class Unit:
         """``result`` of the 8-bit step, or the module's own where that one is not to be used and it is known already."""
         state, watch = self.state, variant.watch
         drift, made = state.drift, outputs(result)
-        drift.called = call = next(drift.calls)
-        if watch is not None and watch.due(call):
-            drift.sample(watch, tensors)
+        call = next(drift.calls)
+        if watch is not None:
+            drift.called = call
+            if watch.due(call):
+                drift.sample(watch, tensors)
         device = self.constants[0].device
         read = self.elements
         looked = read.tensors if due else ()
