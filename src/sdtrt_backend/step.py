@@ -152,6 +152,11 @@ class Unit:
             return False
 
     def __call__(self, args: Sequence[Any]) -> Any:
+        if self.state.drift.waiting:  # first: what has arrived may end the steps, or make inputs of constants
+            try:
+                self.state.drift.look()
+            except Exception as error:
+                return self._failed(error, "looking at what was watched", self._key(self.inputs(args), args), args)
         inputs = self.inputs(args)
         key = self._key(inputs, args)
         variant = self.variants.get(key)
@@ -179,9 +184,6 @@ class Unit:
         return self._key(self.inputs(args), args)
 
     def _run(self, variant: Variant, args: Sequence[Any]) -> Any:
-        state = self.state
-        if state.drift.waiting:
-            state.drift.look()
         self.calls += 1
         due = self.calls % self.every == 0
         if due and variant.made is not None and self._follow_rebound(variant):
