@@ -100,6 +100,10 @@ class Life:
         unet: torch.nn.Module = self.pipe.unet
         return unet
 
+    def moved(self) -> Any:
+        """The pipeline with all its models, where it is one."""
+        return self.pipe if hasattr(self.pipe, "to") else self.unet
+
     def call(self) -> torch.Tensor:
         result: torch.Tensor = self.unet(**self.kwargs)[0]
         return result
@@ -147,7 +151,7 @@ class Life:
 
     def to_cpu(self) -> dict[str, Any]:
         held = self.memory()
-        self.unet.to("cpu")
+        self.moved().to("cpu")
         left = self.memory()["allocated"]
         found: dict[str, Any] = {"held_before": held["allocated"], "left_of_module": left / self.size,
                                  "left_of_held": left / max(1, held["allocated"])}
@@ -156,7 +160,7 @@ class Life:
         return found
 
     def back(self) -> dict[str, Any]:
-        moved = gpu.first_call(lambda: self.unet.to(gpu.DEVICE))
+        moved = gpu.first_call(lambda: self.moved().to(gpu.DEVICE))
         woken = gpu.first_call(self.call)
         again = gpu.first_call(self.call)
         error = compare(self.call().cpu(), self.expected)

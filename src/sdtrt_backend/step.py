@@ -153,8 +153,13 @@ class Unit:
             return False
 
     def __call__(self, args: Sequence[Any]) -> Any:
-        if self.state.drift.waiting:
-            self.state.drift.look()  # it may refuse the step that this call would take
+        if self.state.drift.waiting:  # first: what has arrived may end the steps, or make inputs of constants
+            try:
+                self.state.drift.look()
+            except Exception as error:
+                return self._failed(error, "looking at what was watched", self._key(self.inputs(args), args), args)
+        if self.state.slept and self.constants[0].is_cuda:
+            self.state.woken()
         inputs = self.inputs(args)
         key = self._key(inputs, args)
         variant = self.variants.get(key)
