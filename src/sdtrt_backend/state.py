@@ -55,6 +55,7 @@ class State:
         self.units: list[Unit] = []
         self.live: Any = WeakIdKeyDictionary()  # constants that were seen to change: steps take them as inputs
         self.needs_weights = False
+        self.slept = False  # since the module was moved
         self.end = None if root is None else weakref.finalize(root, self.close)
         if self.end is not None:
             self.end.atexit = False
@@ -159,6 +160,13 @@ class State:
                     if isinstance(step, Graphed):
                         step.sleep(in_use)
             self.memory.sleep()
+            self.slept = True
+
+    def woken(self) -> None:
+        """The module is on a GPU again, with all its weights: those that no step reads leave it again."""
+        with self.lock:
+            self.slept = False
+            self.place_weights()
 
     # --- the end
 
