@@ -94,6 +94,7 @@ class Unit:
         self.counted = [p for p in self.frozen if not p.is_inference()]  # those cannot be written, and count nothing
         self.version = self._version()
         self.elements = Elements(self.frozen)  # Dynamo sees to it that sizes, strides and dtypes are the same at every call
+        self.places: tuple[Ready | None, list[int]] = None, []  # addresses of what a step reads, which were right
         self.seen: list[float] | None = None  # elements that were what the steps were built from
 
     # --- what the state asks
@@ -452,11 +453,16 @@ class Unit:
         made = variant.made
         if made is None or isinstance(variant.step, Graphed):
             return False
+        places = made, list(map(torch.Tensor.data_ptr, made.reads))
+        if places[0] is self.places[0] and places[1] == self.places[1]:
+            return False  # the step holds what it read from, so that nothing else is there
         rebound = [p for p, memory in zip(made.reads, made.read_from, strict=True) if weights.key(p) != memory]
         for p in rebound:
             self.state.live[p] = True
         if rebound:
             self.renew(rebound, "memory")
+        else:
+            self.places = places
         return bool(rebound)
 
     def _differing(self, looked: Sequence[torch.Tensor], values: Sequence[float]) -> list[torch.Tensor]:
