@@ -207,6 +207,18 @@ def test_a_server_that_meets_ever_more_sizes_does_not_keep_a_step_of_each(block)
     assert kept[1] - kept[0] < 10, f"20 sizes more, and {kept[1] - kept[0]} graphs more are alive"
 
 
+def test_a_function_that_calls_a_module_is_served_like_a_module(block):
+    """No module is being called then that could hold what is known of it."""
+    compiled = torch.compile(lambda x, timestep: block.forward(x, timestep), backend="sd_int8", options=REFERENCE)
+    noise = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for t in STEPS * 3:
+            mine = compiled(noise, torch.tensor(t))
+            gc.collect()
+        close(mine, block(noise, torch.tensor(t)))
+    assert sdtrt_backend.explain(block).state == "ready"
+
+
 # weights that change
 
 @pytest.mark.parametrize("which", ["last.weight", "lora_B.weight", "norm.weight", "norm.bias", "first.bias", "shift"])

@@ -13,12 +13,12 @@ from .calls import inputs_changed
 from .capture import Captured, capture
 from .errors import ModelError, OptionError, SdtrtError
 from .lower import choose
-from .names import root_of, unfit
+from .names import unfit
 from .options import Options
 from .recipe import Recipe
 from .rules import BY_CALL
 from .state import State, state_of
-from .step import Step, captured_of, state_with_recipe
+from .step import Step, captured_of, state_with_recipe, unread
 from .timesteps import number_for_timestep
 
 log = logging.getLogger("sdtrt_backend")
@@ -48,11 +48,7 @@ def _backend(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options,
     except SdtrtError:  # the user's options or recipe
         raise
     except Exception as error:  # ours: the user's call goes on without us
-        sentence = f"reading a graph of the module failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        log.info("%s", sentence, exc_info=error)
-        parameters = [a for a in example_inputs if isinstance(a, torch.nn.Parameter)]
-        state = state_of(root_of(parameters), parameters, parsed)
-        state.say(state.fallbacks, f"{sentence}; that graph runs in the module's own precision")
+        unread(error, example_inputs, parsed)
         step = None
     return step or _inductor(gm, example_inputs)
 

@@ -37,7 +37,7 @@ CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "ref
 
 
 class State:
-    """recipe: None while calibrating; units: one per graph and module that it was called for; watch: noticed changes."""
+    """recipe: None while calibrating; units: one per graph and module that it was called for."""
 
     def __init__(self, options: Options, root: torch.nn.Module | None, recipe_hash: str = "") -> None:
         self.options, self.recipe_hash = options, recipe_hash
@@ -281,17 +281,12 @@ def state_of(root: torch.nn.Module | None, constants: Iterable[torch.Tensor], op
             state = next((s for p in constants for s in _of_parameter(p) if (s.options, s.recipe_hash) == key), None)
         if state is None or state.closed:
             state = known[key] = State(options, root, recipe_hash)
-        register(state, constants)
+        ref = weakref.ref(state)
+        for p in constants:
+            found = _OF_PARAMETER.setdefault(p, [])
+            if ref not in found:
+                found[:] = [r for r in found if r() is not None] + [ref]
         return state
-
-
-def register(state: State, constants: Iterable[torch.Tensor]) -> None:
-    """``state`` is found by these parameters."""
-    ref = weakref.ref(state)
-    for p in constants:
-        found = _OF_PARAMETER.setdefault(p, [])
-        if ref not in found:
-            found[:] = [r for r in found if r() is not None] + [ref]
 
 
 def states(module: torch.nn.Module) -> list[State]:

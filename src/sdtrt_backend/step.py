@@ -8,6 +8,7 @@ unquantised meanwhile and never wait.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import operator
@@ -168,7 +169,8 @@ class Unit:
             return self._slow(key, args, inputs)
         try:
             if len(self.variants) > 1:
-                self.variants.move_to_end(key)
+                with contextlib.suppress(KeyError):  # another thread has just let it go
+                    self.variants.move_to_end(key)
             return self._run(variant, args)
         except Exception as error:
             return self._failed(error, "running the step", key, args)
@@ -178,9 +180,9 @@ class Unit:
         key = signature(inputs)
         return (*key, *((i, float(args[i])) for i in self.baked)) if self.baked else key
 
-    def _bake(self, names: frozenset[str], key: Any, args: Sequence[Any]) -> Any:
+    def _bake(self, baked: frozenset[str], key: Any, args: Sequence[Any]) -> Any:
         """The key of a step whose graph holds the numbers of these inputs."""
-        new = [i for i, n in enumerate(self.captured.placeholders()) if n.name in names and i not in self.baked]
+        new = [i for i, n in enumerate(self.captured.placeholders()) if n.name in baked and i not in self.baked]
         if not new:
             return key
         self.baked += new
@@ -555,7 +557,8 @@ class Step:
         self.last: Callable[[], Unit | None] = lambda: None
         self.units: dict[int, list[weakref.ref[Unit]]] = {}
         self.first: int | None = None  # index of a constant
-        self.broken: str | None = None
+        self.rootless: list[State] = []  # of parameters that no module owns, so that nobody else holds their states
+        self.broken = False
 
     def __call__(self, *args: Any) -> Any:
         unit = self.last()
@@ -568,7 +571,7 @@ class Step:
 
     def _unit(self, args: Sequence[Any]) -> Unit | None:
         """The unit of these parameters; None where there is no way to make one."""
-        if self.broken is not None:
+        if self.broken:
             return None
         known = self.units.get(0 if self.first is None else id(args[self.first]), [])
         for ref in known:
@@ -580,10 +583,8 @@ class Step:
         except SdtrtError:
             raise
         except Exception as error:
-            self.broken = f"{type(error).__name__}: {error}"
-            log.warning("sd_%s: a graph runs in its own precision: reading it failed with %s", self.options.precision,
-                        self.broken)
-            log.info("reading the graph failed", exc_info=error)
+            self.broken = True
+            unread(error, args, self.options)
             return None
 
     def _add(self, args: Sequence[Any]) -> Unit:
@@ -591,12 +592,23 @@ class Step:
         state = state_with_recipe(root, captured, self)
         captured = renamed(captured, state.recipe)
         state.purge()
+        if root is None and state not in self.rootless:
+            self.rootless.append(state)
         unit = Unit(self, follow(captured, state.live), state)
         state.units.append(unit)
         self.first = next(iter(captured.constants))
         refs = self.units.setdefault(id(args[self.first]), [])
         refs[:] = [r for r in refs if r() is not None] + [weakref.ref(unit)]
         return unit
+
+
+def unread(error: Exception, args: Sequence[Any], options: Options) -> None:
+    """Say that a graph could not be read, which is an error of ours: the user's call goes on without us."""
+    sentence = f"reading a graph of the module failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    log.info("%s", sentence, exc_info=error)
+    parameters = [a for a in args if isinstance(a, torch.nn.Parameter)]
+    state = state_of(names.root_of(parameters), parameters, options)
+    state.say(state.fallbacks, f"{sentence}; that graph runs in the module's own precision")
 
 
 def captured_of(graph: fx.GraphModule, args: Sequence[Any]) -> tuple[torch.nn.Module | None, Captured]:
