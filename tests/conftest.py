@@ -1,5 +1,8 @@
 """Fixtures that several files share: the toy denoiser, captured and calibrated."""
 
+import contextlib
+import os
+
 import pytest
 import torch
 from toy import ToyDenoiser
@@ -28,6 +31,26 @@ def make_denoiser():
 @pytest.fixture
 def denoiser(make_denoiser):
     return make_denoiser()
+
+
+@pytest.fixture
+def killed_before(monkeypatch):
+    """``with killed_before(name):`` the process is stopped before the file of that name is put in place."""
+    @contextlib.contextmanager
+    def until(name):
+        replacing = os.replace
+
+        def stop(source, target):
+            if target.name == name:
+                raise KeyboardInterrupt
+            replacing(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", stop)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return until
 
 
 @pytest.fixture

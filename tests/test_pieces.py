@@ -146,22 +146,18 @@ def _called_after_a_break(forward):
     return called
 
 
-def test_sequential_offload_is_named_by_the_report_of_the_one_line():
-    module = Blocks()
-    expected = call(module)
+def offload(module):
     pytest.importorskip("accelerate").cpu_offload(module, execution_device=torch.device("cpu"))
-    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
-    for seed in range(3):
-        draw(compiled, seed)
-    assert compare(call(compiled), expected) < 1e-5
-    report = sdtrt_backend.explain(module)
-    assert report.state == "refused"
-    assert "sequential CPU offload" in report.fallbacks[0]
 
 
-def test_layerwise_casting_is_named_by_the_report():
-    module = Blocks()
+def cast_by_layer(module):
     pytest.importorskip("diffusers").hooks.apply_layerwise_casting(module, torch.float8_e4m3fn, torch.float32)
+
+
+@pytest.mark.parametrize(("prepare", "said"), [(offload, "sequential CPU offload"), (cast_by_layer, "layerwise casting")])
+def test_weights_that_are_others_at_each_call_are_named_by_the_report(prepare, said):
+    module = Blocks()
+    prepare(module)
     expected = call(module)
     compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
     for seed in range(3):
@@ -169,7 +165,7 @@ def test_layerwise_casting_is_named_by_the_report():
     assert compare(call(compiled), expected) < 1e-5
     report = sdtrt_backend.explain(module)
     assert report.state == "refused"
-    assert "layerwise casting" in report.fallbacks[0]
+    assert said in report.fallbacks[0]
 
 
 class Attention(nn.Module):

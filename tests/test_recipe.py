@@ -151,19 +151,11 @@ def test_killed_at_any_point_the_recipe_before_or_the_new_one_is_there(recipe, t
         assert {p.name for p in (tmp_path / str(i)).iterdir()} == {JSON_NAME, tensors(tmp_path / str(i)).name}
 
 
-def test_a_save_that_is_interrupted_leaves_what_was_there_and_no_litter(recipe, tmp_path, monkeypatch):
+def test_a_save_that_is_interrupted_leaves_what_was_there_and_no_litter(recipe, tmp_path, killed_before):
     recipe.save(tmp_path)
-    before, replacing = {p.name for p in tmp_path.iterdir()}, os.replace
-
-    def stop(source, target):
-        if target.name == JSON_NAME:
-            raise KeyboardInterrupt
-        replacing(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", stop)
-        with pytest.raises(KeyboardInterrupt):
-            replace(recipe, timesteps=(1.0,)).save(tmp_path)
+    before = {p.name for p in tmp_path.iterdir()}
+    with killed_before(JSON_NAME):
+        replace(recipe, timesteps=(1.0,)).save(tmp_path)
     assert Recipe.load(tmp_path).content_hash() == recipe.content_hash()
     assert {p.name for p in tmp_path.iterdir()} == before
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from choosers import Reference
 from models import FAMILIES, bundled_unet
 from tolerances import ROUNDINGS, TOLERANCES, UNIT
 from torch import fx
@@ -30,7 +31,7 @@ from sdtrt_backend.assign import assign
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.capture import bind, capture, tensor_inputs
 from sdtrt_backend.fx import ATTENTION, propagate, written
-from sdtrt_backend.kernels import Choice, chooser
+from sdtrt_backend.kernels import chooser
 from sdtrt_backend.lower.inductor_cpu import PackForOneDNN, attention_in_bf16, group_norm_by_aten, to_int8_operators
 from sdtrt_backend.lower.inductor_cuda import to_8_bit_operators
 from sdtrt_backend.lower.producers import simplify
@@ -46,19 +47,6 @@ PRODUCTS_8 = (ops.int8_conv2d, ops.int8_linear, ops.conv8, ops.linear8, *ONEDNN)
 ARITHMETIC = (operator.add, torch.add, operator.mul, torch.mul, operator.truediv)
 CASTS = ("to", "float", "half", "bfloat16", "type", "type_as")
 MODELS = {"bundled_unet": bundled_unet, "flux": FAMILIES["flux"], "sdxl_unet": FAMILIES["sdxl_unet"]}
-
-
-class Reference:
-    """A chooser that has measured the plain-torch kernels to be fastest everywhere."""
-
-    def best(self, problem, precision):
-        return Choice("reference", 1.0)
-
-    def producer(self, op):
-        return "reference"
-
-    def attention_kernel(self, *shape):
-        return "reference"
 
 
 # --- the reference, and its paths in fp64 ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from choosers import Reference
 from fragments import PIXELS, TOKENS, Fragment, conv, count, linear, noise, planned
 from tolerances import TOLERANCES
 from torch import nn
@@ -14,23 +15,9 @@ from torch import nn
 from sdtrt_backend import measure, ops
 from sdtrt_backend.capture import bind
 from sdtrt_backend.fx import propagate
-from sdtrt_backend.kernels import Choice
 from sdtrt_backend.lower.inductor_cuda import to_8_bit_operators
 from sdtrt_backend.lower.producers import simplify
 from sdtrt_backend.quantize import insert
-
-
-class Reference:
-    """A chooser that has measured the plain-torch kernels to be fastest everywhere."""
-
-    def best(self, problem, precision):
-        return Choice("reference", 1.0)
-
-    def producer(self, op):
-        return "reference"
-
-    def attention_kernel(self, *shape):
-        return "reference"
 
 
 def lower(module, *inputs, precision="int8"):
