@@ -303,7 +303,8 @@ class Unit:
         self.version = self._version()
         self._let_go()
         state.place_weights()
-        gc.collect()  # graphs on the way to this step hold tensors in cycles
+        if self.constants[0].is_cuda:  # whose memory waits for nothing: what led to this step may hold tensors in cycles
+            gc.collect()
         return key
 
     def _let_go(self) -> None:

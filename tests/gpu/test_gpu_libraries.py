@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from sdtrt_backend import kernels, ops, stats
-from sdtrt_backend.kernels import PROVIDERS, installed
+from sdtrt_backend.kernels import PROVIDERS, gpu, installed
 from sdtrt_backend.values import DTYPES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -76,7 +76,7 @@ def test_convolution(row, size, taps, stride, padding, added):
     check(row, (x, weight, scale, bias, residual, [stride] * 2, [padding] * 2, torch.float16), expected)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < kernels.ATTENTION_FP8_CAPABILITY,
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < gpu.ATTENTION_FP8_CAPABILITY,
                     reason="needs compute capability 9.0")
 @pytest.mark.parametrize(("queries", "tokens", "width"), [(130, 130, 64), (256, 77, 128)])
 def test_attention_in_fp8(queries, tokens, width):
@@ -88,4 +88,4 @@ def test_attention_in_fp8(queries, tokens, width):
     scores = torch.softmax(q.double() @ k.double().transpose(-1, -2) * (scales[0] * scales[1] * width**-0.5).double(), -1)
     expected = (scores @ v.double()).transpose(1, 2).flatten(2)
     y = ops.KERNELS["attention_fp8", "cudnn"](q, k, v, scales, width**-0.5)
-    assert stats.relative_error(y, expected) < kernels.ATTENTION_FP8_BOUND
+    assert stats.relative_error(y, expected) < gpu.ATTENTION_FP8_BOUND
