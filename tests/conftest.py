@@ -11,7 +11,7 @@ from sdtrt_backend import step, weights
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.capture import capture
 from sdtrt_backend.options import Options
-from sdtrt_backend.step import Unit
+from sdtrt_backend.unit import Unit
 
 
 @pytest.fixture(scope="session", autouse=True)

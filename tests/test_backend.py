@@ -12,7 +12,7 @@ from tolerances import TOLERANCES
 import sdtrt_backend
 from sdtrt_backend import measure, weights
 from sdtrt_backend.state import states
-from sdtrt_backend.step import signature
+from sdtrt_backend.unit import signature
 
 STEPS = (999, 666, 333, 1)
 REFERENCE = {"engine": "reference"}  # plain torch fake quantisation: the same state machine, no compile time

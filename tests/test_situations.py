@@ -16,7 +16,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import sdtrt_backend
-from sdtrt_backend import build, measure, step, weights
+from sdtrt_backend import build, measure, unit, weights
 from sdtrt_backend.lower import LOWERINGS
 from sdtrt_backend.measure import compare  # also where a test puts another one into its place
 from sdtrt_backend.options import Options
@@ -526,7 +526,7 @@ def test_what_was_compiled_to_compare_with_is_what_a_slower_module_runs(block, m
         graph, _ = build.bind(captured, args)
         return graph.forward, frozenset()
 
-    for where in (build, step):
+    for where in (build, unit):
         monkeypatch.setattr(where, "unquantized", unquantized)
     monkeypatch.setitem(LOWERINGS, "inductor", replace(LOWERINGS["reference"], timed=True))
     monkeypatch.setattr(measure, "step_ms", lambda *steps, **_: [1.0, 2.0])

@@ -200,10 +200,12 @@ class Drift:
     def add(self, groups: Sequence[Group], shares: Sequence[float]) -> None:
         """One sample; the first one that shows drift is said."""
         self.samples += 1
+        drifted = {}
         for group, share in zip(groups, shares, strict=True):
-            self.recent.setdefault(group, deque(maxlen=WINDOW)).append(share)
-        drifted = {g: mean(r) for g, r in self.recent.items()
-                   if len(r) == WINDOW and mean(r) > max(DRIFTED_SHARE, DRIFTED_FACTOR * self.baseline[g])}
+            recent = self.recent.setdefault(group, deque(maxlen=WINDOW))
+            recent.append(share)
+            if len(recent) == WINDOW and (lately := mean(recent)) > max(DRIFTED_SHARE, DRIFTED_FACTOR * self.baseline[group]):
+                drifted[group] = lately
         if drifted and not self.warned:
             self.warned = True
             worst = sorted(drifted, key=drifted.__getitem__, reverse=True)

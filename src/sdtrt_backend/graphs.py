@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import threading
 import weakref
@@ -12,8 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
+from .constants import Stamps
 from .weights import key
 
 WARM_UPS = 2
@@ -76,7 +75,7 @@ class Memory:
     def __init__(self) -> None:
         self.codes: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.made: dict[Any, Any] = {}
-        self.stamps: Any = WeakIdKeyDictionary()  # constant -> (version, one value, dtype) when a step was built from it
+        self.stamps = Stamps()
         self.lock = threading.Lock()
         self.pool: Any = None
         self.last: torch.cuda.Event | None = None
@@ -116,112 +115,12 @@ class Memory:
             one.sleep()
         return list(found.values())
 
-    def stamp(self, constants: Sequence[torch.Tensor]) -> None:
-        """A step was built from what these are now."""
-        new = [p for p in constants if p not in self.stamps]
-        for p, value in zip(new, elements(new).tolist(), strict=True):
-            self.stamps[p] = version(p), value, p.dtype
-
-    def changed(self, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Those that are not what a step was built from."""
-        known = [p for p in constants if p in self.stamps]
-        written = {id(p) for p in known if self.stamps[p][0] != version(p)}
-        return [p for p in known if id(p) in written] + self.differing([p for p in known if id(p) not in written])
-
-    def differing(self, constants: Sequence[torch.Tensor], values: Sequence[float] | None = None) -> list[torch.Tensor]:
-        """Those of ``constants`` that have another value than a step was built from. values: their ``elements``."""
-        values = elements(constants).tolist() if values is None else values
-        return [p for p, value in zip(constants, values, strict=True)
-                if (known := self.stamps.get(p, (0, value, None))[1]) != value and not (math.isnan(known) and math.isnan(value))]
-
-    def is_alike(self, p: torch.Tensor) -> bool:
-        """Whether the constant has the dtype that it had: another one makes it no constant that changes."""
-        return p in self.stamps and self.stamps[p][2] == p.dtype
-
     def forget(self, ids: set[int]) -> None:
         """Nothing that was built stands for the constants with these ids any more."""
-        for p in [p for p in self.stamps if id(p) in ids]:
-            del self.stamps[p]
+        self.stamps.forget(ids)
         self.codes.clear()
         self.asleep.clear()
         self.made.clear()
-
-
-def version(p: torch.Tensor) -> int:
-    """Changes when the tensor is written in place. Inference tensors have none and cannot be written."""
-    return 0 if p.is_inference() else p._version
-
-
-@torch.no_grad()
-def elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One value of each, from its middle: fp32 [tensors] on the device of the first; NaN for an empty one and for those
-    elsewhere."""
-    return _read(tensors, lambda t, middle: t.as_strided((1,), (1,), t.storage_offset() + middle))()
-
-
-def _read(tensors: Sequence[torch.Tensor], scalar: Callable[[torch.Tensor, int], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """What reads ``elements``. scalar: (tensor, how far its middle element is from its first) -> the middle one, [1]."""
-    if not tensors:
-        return lambda: torch.empty(0)
-    device = tensors[0].device
-    found: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
-    for i, t in enumerate(tensors):
-        if t.device == device and t.numel():
-            places, views = found.setdefault(t.dtype, ([], []))
-            places.append(i)
-            views.append(scalar(t, sum(n // 2 * s for n, s in zip(t.shape, t.stride(), strict=True))))
-    parts = [views for _, views in found.values()]
-    order = [i for places, _ in found.values() for i in places]
-    indices = None if order == list(range(len(tensors))) else torch.tensor(order, dtype=torch.long, device=device)
-
-    def read() -> torch.Tensor:
-        values = torch.cat([torch.cat(views).float() for views in parts]) if parts else torch.empty(0, device=device)
-        return values if indices is None else torch.full((len(tensors),), math.nan, device=device).index_copy_(0, indices, values)
-
-    return read
-
-
-class Elements:
-    """``elements`` of the same tensors time and again, which takes a tenth of the time while they stay where they are. It knows
-    their addresses and keeps none of their memory: a module that is moved gives it back."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.tensors = tuple(tensors)
-        self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in self.tensors)
-        self.known: tuple[list[int], Callable[[], torch.Tensor] | None] = [], None
-
-    @torch.no_grad()
-    def __call__(self) -> torch.Tensor:
-        if not self.plain:
-            return elements(self.tensors)
-        addresses = list(map(torch.Tensor.data_ptr, self.tensors))
-        known, read = self.known
-        if addresses != known:  # offloading moves them at every call: what is made below would be made for nothing
-            self.known = addresses, None
-            return elements(self.tensors)
-        if read is None:
-            read = _read(self.tensors, _unowned)
-            self.known = addresses, read
-        return read()
-
-
-def _unowned(t: torch.Tensor, middle: int) -> torch.Tensor:
-    """The element of ``t`` that is ``middle`` after its first one, [1], over memory that it does not keep: to be read while
-    ``t`` is where it is."""
-    address, size = t.data_ptr() + middle * t.element_size(), t.element_size()
-    if t.is_cuda:
-        found = torch.as_tensor(_At(address, size), device=t.device)
-    else:
-        found = torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
-    return found.view(t.dtype)
-
-
-class _At:
-    """Bytes of a GPU's memory, from which torch makes a tensor."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "version": 2, "data": (address, False),
-                                         "strides": None}
 
 
 class Graphed:

@@ -30,7 +30,7 @@ from .timesteps import Trajectories
 from .values import LayerReport, Report
 
 if TYPE_CHECKING:
-    from .step import Unit
+    from .unit import Unit
 
 log = logging.getLogger("sdtrt_backend")
 CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"

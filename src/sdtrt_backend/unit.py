@@ -1,0 +1,556 @@
+"""One graph with the parameters of one module, and its 8-bit steps: one for every size.
+
+While calibrating, calls run the captured graph operation by operation, which gives the user's own numbers to the bit. Of the
+threads that call a module one calibrates or builds, and in a process one builds; the others run unquantised meanwhile and never
+wait. A failure of ours leaves the call the module's own result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+import operator
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from . import weights
+from .build import Ready, Refused, Request, build, sizes_of, unquantized
+from .calibrate import Observer
+from .capture import Captured, concrete, follow, follow_all, tensor_inputs
+from .constants import Constants
+from .drift import KEPT_BYTES, ZEROS, Later, Watch, peaks, trouble
+from .graphs import Graphed
+from .measure import outputs
+from .rules import SIDE_BRANCH
+from .state import BUILDING, CALIBRATING, READY, REFUSED, State
+from .timesteps import timestep_value
+from .values import Report
+
+log = logging.getLogger("sdtrt_backend")
+# held while a step is built, or compiled and first run: it is timed, and its CUDA graph is captured, while nothing of ours waits
+# for the whole GPU, which would end the capture
+BUILDING_ALONE = threading.RLock()
+RETRY = 8  # calls until a build that failed for want of memory or of a lock is tried again; doubled each time
+SIZES_HELD = 32  # steps of one graph: beyond that the one used longest ago is let go, and built again when it is needed
+MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its own, so more are no way to run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A step for one set of inputs. captured: the graph whose tensor inputs it takes; made: what was built, None where the step
+    is the module's own precision."""
+
+    step: Callable[..., Any]
+    captured: Captured
+    made: Ready | None = None
+
+    @property
+    def watch(self) -> Watch | None:
+        return None if self.made is None else self.made.watch
+
+
+class Unit:
+    """One graph with the parameters of one module, and its steps. Held by its state, so that it dies with the module."""
+
+    def __init__(self, captured: Captured, state: State, frame: int) -> None:
+        self.state, self.frame = state, frame  # Dynamo's number of the piece of code
+        self.constants = tuple(captured.constants.values())
+        self.ids = tuple(map(id, self.constants))
+        self.pick = _getter(tuple(captured.constants))
+        self.first = next(iter(captured.constants))
+        self.single = [(i, p) for i, p in captured.constants.items() if p.numel() == 1]  # equal ones are not the same
+        self.dtypes = [p.dtype for p in self.constants]
+        self.of_layers = {id(layer.weight) for layer in captured.layers} | {id(captured.constants[i]) for i in captured.biases}
+        self._follow(captured)
+        self.variants: OrderedDict[Any, Variant] = OrderedDict()  # the one used longest ago first
+        self.results: dict[Any, Ready | Refused] = {}
+        self.refusal: str | None = None
+        self.building = False
+        self.calls = 0
+        self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
+        self.numbers: dict[Any, set[Any]] = {}
+        self.baked: list[int] = []  # inputs whose number is part of each step
+
+    def _follow(self, captured: Captured) -> None:
+        """Constants that are known to change are inputs from now on."""
+        self.captured = follow(captured, self.state.live)
+        self.inputs = _getter(self.captured.inputs)
+        self.frozen = Constants(self.captured.constants.values(), self.state.memory.stamps)
+
+    # --- what the state asks
+
+    def replaced(self) -> list[torch.Tensor]:
+        """The weights that steps in use hold in 8 bits."""
+        return [w for v in self.variants.values() if v.made is not None for w in v.made.replaced]
+
+    def reads(self) -> set[int]:
+        """ids of the constants that a step in use reads, or that the module's own precision needs at every call."""
+        if not self.variants:
+            return set()
+        if any(v.made is None for v in self.variants.values()) or self.refusal is not None:
+            return {id(p) for p in self.constants}
+        held = {id(w) for w in self.replaced()}
+        kept = {id(p) for v in self.variants.values() if v.made is not None for p in v.made.reads}
+        return {id(p) for p in self.constants if id(p) not in held or id(p) in kept}
+
+    def fits(self) -> bool:
+        """Whether the constants have the dtypes that they had when the graph was made."""
+        return all(p.dtype == dtype for p, dtype in zip(self.constants, self.dtypes, strict=True))
+
+    def clear(self) -> None:
+        self.variants.clear()
+        self.results.clear()
+
+    @property
+    def status(self) -> str:
+        if self.building:
+            return BUILDING
+        if any(v.made is not None for v in self.variants.values()):
+            return READY
+        if self.refusal is not None or self.state.refusal is not None:
+            return REFUSED
+        return CALIBRATING if self.state.recipe is None else BUILDING  # by the next call
+
+    @property
+    def name(self) -> str:
+        """What its layers have in common, for a report of several graphs; "" where it is the only one."""
+        if len({u.frame for u in self.state.units}) == 1 and len({u.ids for u in self.state.units}) == 1:
+            return ""
+        paths = [layer.name for layer in self.captured.layers]
+        return os.path.commonpath([p.replace(".", "/") for p in paths]).replace("/", ".") if paths else ""
+
+    def reports(self) -> list[Report]:
+        return [made.report(self.status) for made in self.results.values()]
+
+    # --- a call
+
+    def owns(self, args: Sequence[Any]) -> bool:
+        """Whether ``args`` carry this unit's own constants."""
+        if args[self.first] is not self.constants[0] or any(args[i] is not p for i, p in self.single):
+            return False
+        try:  # tuples look whether their elements are identical, ten times as fast as we can, and compare only others
+            return self.pick(args) == self.constants
+        except RuntimeError:  # the truth of a tensor of several elements
+            return False
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        if self.state.drift.waiting:  # first: what has arrived may end the steps, or make inputs of constants
+            try:
+                self.state.drift.look()
+            except Exception as error:
+                return self._failed(error, "looking at what was watched", self._key(self.inputs(args), args), args)
+        if self.state.slept and self.constants[0].is_cuda:
+            self.state.woken()
+        inputs = self.inputs(args)
+        key = self._key(inputs, args)
+        variant = self.variants.get(key)
+        if variant is None or self.frozen.written():
+            return self._slow(key, args, inputs)
+        try:
+            if len(self.variants) > 1:
+                with contextlib.suppress(KeyError):  # another thread has just let it go
+                    self.variants.move_to_end(key)
+            return self._run(variant, args)
+        except Exception as error:
+            return self._failed(error, "running the step", key, args)
+
+    def _key(self, inputs: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+        """See ``signature``; with the numbers that became part of steps."""
+        key = signature(inputs)
+        return (*key, *((i, float(args[i])) for i in self.baked)) if self.baked else key
+
+    def _bake(self, baked: frozenset[str], key: Any, args: Sequence[Any]) -> Any:
+        """The key of a step whose graph holds the numbers of these inputs."""
+        new = [i for i, n in enumerate(self.captured.placeholders()) if n.name in baked and i not in self.baked]
+        if not new:
+            return key
+        self.baked += new
+        self.variants.clear()
+        return self._key(self.inputs(args), args)
+
+    def _run(self, variant: Variant, args: Sequence[Any]) -> Any:
+        self.calls += 1
+        frozen, elements = self.frozen, None
+        if self.calls % frozen.every == 0:
+            addresses = frozen.elements.addresses()
+            if self._follow_moved(variant, addresses):
+                return self(args)
+            elements = frozen.elements(addresses) if frozen.tensors else None
+        tensors = tensor_inputs(variant.captured, args)
+        result = variant.step(*tensors)
+        if elements is None and variant.watch is None:
+            return result
+        return self._watched(variant, args, tensors, result, elements)
+
+    def _slow(self, key: Any, args: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        """A call that is not served by what is built."""
+        state = self.state
+        if self.frozen.written():
+            self.renew(state.memory.stamps.changed(self.frozen.tensors))
+            self.clear()
+            self.frozen.accept()
+        if state.recipe is None and state.refusal is None and self.refusal is None:
+            self._tell_the_time(args)
+        if state.refusal is not None or self.refusal is not None:
+            return self._own_precision(key, args)
+        if not state.lock.acquire(blocking=False):
+            return self.own(args)
+        try:
+            if state.recipe is None:
+                return self._calibrate(args)
+            if key in self.failures and self.calls < self.failures[key][1]:
+                self.calls += 1
+                return self.own(args)
+            if self._another_number(key, inputs):
+                return self._own_precision(key, args)
+            if state.closed or not BUILDING_ALONE.acquire(blocking=False):
+                return self.own(args)
+            try:
+                key = self._build(key, args)
+                if key in self.variants:  # the first run, in which Inductor tunes what it compiled
+                    return self._run(self.variants[key], args)
+            finally:
+                BUILDING_ALONE.release()
+            return self._own_precision(key, args) if self.refusal is not None else self.own(args)
+        except Exception as error:
+            return self._failed(error, "building the 8-bit step", key, args)
+        finally:
+            state.lock.release()
+
+    def own(self, args: Sequence[Any]) -> Any:
+        """The module's own result, operation by operation."""
+        return self.captured.graph(*args)
+
+    # --- while calibrating
+
+    def _tell_the_time(self, args: Sequence[Any]) -> None:
+        captured, root = self.captured, None if self.state.root is None else self.state.root()
+        if root is not None and self.state.clock.inside(root):
+            return
+        at = None if captured.timestep is None else args[captured.timestep]
+        self.state.clock.called(self.frame, at, {i: args[i] for i in captured.inputs})
+
+    def _calibrate(self, args: Sequence[Any]) -> Any:
+        calibration = self.state.calibration
+        parameters = {layer.name: layer.weight for layer in self.captured.layers}
+        failure: list[Exception] = []
+
+        def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
+            if not failure:
+                try:
+                    calibration.observe(name, op, arguments[0], parameters[name], channel_axis)
+                except Exception as error:  # ours, and none of the user's call
+                    failure.append(error)
+
+        result = Observer(self.captured.graph, {node: name for node, name in self.captured.layer_names().items()
+                                                if not fnmatchcase(name, SIDE_BRANCH)}, see).run(*args)
+        if failure:
+            self._say_failure(failure[0], "calibrating")
+        return result
+
+    # --- building
+
+    def _build(self, key: Any, args: Sequence[Any]) -> Any:
+        """Build a step for ``args``, or refuse; returns its key."""
+        state = self.state
+        assert state.recipe is not None
+        changed = state.memory.stamps.changed(self.frozen.tensors)
+        if changed:
+            self.renew(changed)
+        work = concrete(self.captured, args), tuple(s for s in key if isinstance(s, tuple)), _autocast(self.constants[0].device)
+        made = state.memory.made.get(work)
+        if made is None:
+            log.info("sd_%s: building the 8-bit step", state.options.precision)
+            self.building, start = True, time.perf_counter()
+            state.memory.wake(self.constants[0].device)
+            try:
+                with weights.borrowed(self.constants), torch.cuda.device_of(self.constants[0]):
+                    made = build(Request(self.captured, args, state.recipe, state.options, state.memory))
+            finally:
+                self.building = False
+            made = made.timed(cold_start_s=time.perf_counter() - start)
+            for note in made.notes:
+                state.say(state.notes, note)
+        if state.closed:
+            return key
+        key = self._bake(made.baked, key, args)
+        self.results[key] = made
+        self.failures.pop(key, None)
+        if isinstance(made, Refused):
+            self._refused(key, args, made)
+        else:
+            state.memory.made[work] = made
+            self.variants[key] = Variant(made.step, self.captured, made)
+            if made.watch is not None:
+                state.drift.expect(made.watch)
+        state.memory.stamps.add(self.frozen.tensors)
+        self.frozen.accept()
+        self._let_go()
+        state.place_weights()
+        if self.constants[0].is_cuda:  # whose memory waits for nothing: what led to this step may hold tensors in cycles
+            gc.collect()
+        return key
+
+    def _let_go(self) -> None:
+        """Of the steps beyond SIZES_HELD."""
+        while len(self.variants) > SIZES_HELD:
+            oldest, _ = self.variants.popitem(last=False)
+            self.results.pop(oldest, None)
+            self.state.drop_unused()
+            self.state.say(self.state.notes, f"steps for {SIZES_HELD} sizes are held; one that was used longest ago goes for "
+                                             "each new one, and is built again when it is needed")
+
+    def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
+        state = self.state
+        if self._in_use() or made.for_now:
+            sizes = sizes_of(tensor_inputs(self.captured, args))
+            state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
+            self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.captured)
+            return
+        self.refuse(made.reason)
+        if made.fallback is not None:
+            self.variants[key] = Variant(made.fallback, self.captured)
+
+    def _in_use(self) -> bool:
+        """Whether 8-bit steps of the same parameters serve other sizes."""
+        return any(v.made is not None for unit in self.state.units if unit.ids == self.ids for v in unit.variants.values())
+
+    def refuse(self, reason: str) -> None:
+        """From now on this graph runs in the user's precision."""
+        self.refusal = reason
+        for key in [k for k, v in self.variants.items() if v.made is not None]:
+            del self.variants[key]
+        whole = all(unit.ids == self.ids for unit in self.state.units)
+        part = "the module" if whole else f"the part with {self.captured.layers[0].name}"
+        self.state.say(self.state.fallbacks, f"{reason}; {part} runs in its own precision")
+        self.state.place_weights()
+
+    def _own_precision(self, key: Any, args: Sequence[Any]) -> Any:
+        """The captured graph through Inductor, or as it is where that fails."""
+        if key not in self.variants:
+            if not BUILDING_ALONE.acquire(blocking=False):
+                return self.own(args)
+            try:
+                variant, baked = self._compiled(args)
+                key = self._bake(baked, key, args)
+                result = variant.step(*tensor_inputs(variant.captured, args))
+                self.variants[key] = variant
+                self._let_go()
+                return result
+            except Exception as error:
+                self._say_failure(error, "compiling the module in its own precision")
+                self.variants[key] = self._as_it_is(args)
+                return self.own(args)
+            finally:
+                BUILDING_ALONE.release()
+        return self._run(self.variants[key], args)
+
+    def _compiled(self, args: Sequence[Any]) -> tuple[Variant, frozenset[str]]:
+        whole = follow_all(self.captured)  # it reads the constants at every call, whatever becomes of them
+        step, baked = unquantized(whole, args)
+        return Variant(step, whole), baked
+
+    def _as_it_is(self, args: Sequence[Any]) -> Variant:
+        """The captured graph itself, in place of a compiled one."""
+        whole = follow_all(self.captured)
+        numbers = {i: args[i] for i in whole.inputs if not isinstance(args[i], torch.Tensor)}
+
+        def run(*tensors: torch.Tensor) -> Any:
+            left = iter(tensors)
+            return whole.graph(*(numbers[i] if i in numbers else next(left) for i in range(len(args))))
+
+        return Variant(run, whole)
+
+    def _another_number(self, key: Any, inputs: Sequence[Any]) -> bool:
+        """Whether a Python number takes too many values for a step of each; the unit is refused then."""
+        numbers = (*(v for v in inputs if not isinstance(v, torch.Tensor)), *key[len(key) - len(self.baked):])
+        sizes = {s for v in inputs if isinstance(v, torch.Tensor) for s in v.shape}
+        free = tuple(n for n in numbers if n not in sizes)
+        if not free:
+            return False
+        seen = self.numbers.setdefault(tuple(k for k in key if isinstance(k, tuple)), set())
+        seen.add(free)
+        if len(seen) <= MANY_VALUES:
+            return False
+        self.refuse(f"a Python number that the module is given took {len(seen)} values on the same sizes, each of which is a "
+                    "step of its own: pass a tensor")
+        return True
+
+    # --- failures
+
+    def _failed(self, error: Exception, what: str, key: Any, args: Sequence[Any]) -> Any:
+        """The module's own result after a failure of ours."""
+        self.building = False
+        self.variants.pop(key, None)
+        sentence = self._say_failure(error, what, say=False)
+        if transient(error):
+            times = self.failures.get(key, (0, 0))[0]
+            self.failures[key] = times + 1, self.calls + RETRY * 2**times
+            sizes = sizes_of(tensor_inputs(self.captured, args))
+            self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision, and it is "
+                                                 "tried again later")
+        elif self._in_use() and what.startswith("building"):
+            sizes = sizes_of(tensor_inputs(self.captured, args))
+            self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision")
+            self.variants[key] = self._as_it_is(args)
+        else:
+            self.refuse(sentence)
+        return self.own(args)
+
+    def _say_failure(self, error: Exception, what: str, say: bool = True) -> str:
+        """The sentence; the traceback goes to the log once."""
+        sentence = f"{what} failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if sentence not in self.state.notes:
+            log.info("%s", sentence, exc_info=error)
+        if say:
+            self.state.say(self.state.notes, sentence)
+        return sentence
+
+    # --- changed values
+
+    def renew(self, changed: Sequence[torch.Tensor], what: str = "values") -> None:
+        """What was built from other values of these constants goes: the next call builds from what they are now. Constants that
+        no layer holds in 8 bits become inputs of that step, which then follows them by itself."""
+        state = self.state
+        ids = {id(p) for p in changed}
+        units = [unit for unit in state.units if any(id(p) in ids for p in unit.frozen.tensors)]
+        of_layers = {k for unit in units for k in unit.of_layers}
+        for p in changed:
+            if id(p) not in of_layers and state.memory.stamps.alike(p):
+                state.live[p] = True
+        for unit in units:
+            unit.clear()
+            unit._follow(unit.captured)
+        if not changed:
+            return
+        state.memory.forget(ids)
+        how = "changed" if what == "values" else "moved to other memory"
+        why = "an adapter merged or swapped, a checkpoint loaded" if what == "values" else "offloading"
+        state.say(state.notes, f"constants of the module were {how} after the 8-bit step was built ({why}?): it is built again "
+                               f"from the new {what}")
+
+    def _follow_moved(self, variant: Variant, addresses: list[int] | None) -> bool:
+        """Constants whose memory was replaced, as moving and offloading do it, become inputs: a step that holds the memory that
+        they had would keep it for ever. A CUDA graph is left: what it reads is a small part, and a move to another device wakes
+        it anew. Returns whether there were any."""
+        made = variant.made
+        if made is None or isinstance(variant.step, Graphed):
+            return False
+        moved = self.frozen.moved(made.reads, made.read_from, addresses)
+        for p in moved:
+            self.state.live[p] = True
+        if moved:
+            self.renew(moved, "memory")
+        return bool(moved)
+
+    def _watched(self, variant: Variant, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any,
+                 elements: torch.Tensor | None) -> Any:
+        """``result`` of the 8-bit step, or the module's own where that one is not to be used and it is known already. elements:
+        of the constants, where it is time to look at them."""
+        state, watch, frozen = self.state, variant.watch, None if elements is None else self.frozen
+        drift, mine, given = state.drift, [], []
+        call = next(drift.calls)
+        if watch is not None:
+            drift.called = call
+            if watch.due(call):
+                drift.sample(watch, tensors)
+            device = self.constants[0].device
+            mine = [t for t in outputs(result) if t.device == device]
+            given = [t for t in outputs(tensors) if t.device == device] if mine else []
+        numbers = [peaks(mine, given)] if mine else []
+        if elements is not None:
+            numbers.append(elements)
+        if not numbers:
+            return result
+        later = Later(numbers[0] if len(numbers) == 1 else torch.cat(numbers))
+        if later.ready():
+            values = later.values()
+            if frozen is None and math.isfinite(sum(values)) and any(values[:len(mine)]):
+                return result  # as nearly always
+            own = self._examine(call, args, len(mine), len(given), frozen, values)
+            return result if own is None else own
+        kept = args if sum(t.numel() * t.element_size() for t in given) <= KEPT_BYTES else None
+        me = weakref.ref(self)
+
+        def when_there(values: list[float]) -> None:
+            unit = me()
+            if unit is not None:
+                unit._examine(call, kept, len(mine), len(given), frozen, values, late=True)
+
+        drift.waiting.append((later, when_there))
+        return result
+
+    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, ins: int, looked: Constants | None,
+                 values: Sequence[float], late: bool = False) -> Any:
+        """The module's own result where the 8-bit step is to blame for a bad one, else None.
+
+        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs, and an element of each of the
+        constants that were ``looked`` at. args: None where they were not kept.
+        """
+        state, what = self.state, trouble(values[:outs])
+        since = "; results since that call are to be made again" if late else ""
+        if state.refusal is not None or self.refusal is not None or state.closed:
+            return None
+        changed = [] if looked is None else looked.differing(values[outs + ins:])
+        if changed:
+            self.renew(changed)
+            if late:
+                state.say(state.notes, f"it was noticed on call {call}{since}")
+            return None if not args or late else self.own(args)
+        if not all(v == v and v != float("inf") for v in values[outs:outs + ins]):
+            state.say(state.notes, "the module was given NaN or infinite inputs, so its outputs mean nothing, even where 8-bit "
+                                   "codes made them finite; the 8-bit step goes on")
+            return None
+        if what is None or (what == ZEROS and state.drift.own_zeros):
+            return None
+        own, whose, at = None, "from finite inputs", ""
+        if args:
+            with torch.no_grad():
+                own = self.own(args)
+            if trouble(peaks(outputs(own)).tolist()) == what:
+                state.drift.own_zeros = what == ZEROS
+                state.say(state.notes, f"the module gave {what}, and gives the same in its own precision; the 8-bit step goes on")
+                return None
+            whose = "the module's own precision does not"
+            at = "" if self.captured.timestep is None else f" at timestep {timestep_value(args[self.captured.timestep]):g}"
+        self.refuse(f"the 8-bit step gave {what} on call {call}{at}, {whose}{since}")
+        return own
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same may succeed later: memory was short, or a lock was held."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | TimeoutError):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in ("out of memory", "ALLOC_FAILED"))
+
+
+def _getter(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Those elements of a sequence, as a tuple also where it is one or none."""
+    if len(indices) == 1:
+        (one,) = indices
+        return lambda args: (args[one],)
+    return operator.itemgetter(*indices) if indices else lambda args: ()
+
+
+def signature(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What a built step is valid for: sizes, dtypes and devices of tensor inputs, strides unless a CUDA graph copies them,
+    numbers, and the precision that autocast imposes."""
+    key = tuple([(a.shape, None if a.is_cuda else a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a
+                 for a in inputs])
+    return (*key, *_autocast(torch.device("cuda"))) if torch.is_autocast_enabled("cuda") else (
+        (*key, *_autocast(torch.device("cpu"))) if torch.is_autocast_enabled("cpu") else key)
+
+
+def _autocast(device: torch.device) -> tuple[Any, ...]:
+    return ((device.type, torch.get_autocast_dtype(device.type)),) if torch.is_autocast_enabled(device.type) else ()
