@@ -6,10 +6,10 @@
 
 A module of many layers of width 32 has the parameters and inputs of the graph of a published model. It is compiled, calibrated
 and built as a user's is; then the built step gives way to a function that returns a fixed tensor, and so does the counter of the
-drift watch, so that no kernel is left. Timed is ``step(*args)`` with the arguments that Dynamo gave, on the CPU, with the watch
-on, in time of the processor. Each version is one process; they take turns in rounds of ``--calls`` calls. A figure is the median
-over the rounds of the mean of a round, as some calls do what others do not. What a GPU adds, copying the watch's numbers to the
-host, is not in it.
+drift watch, so that no kernel is left. Timed is ``step(*args)`` with the arguments that Dynamo gave, with the watch on, in time
+of the processor. Each version is one process; they take turns in rounds of ``--calls`` calls. A figure is the median
+over the rounds of the mean of a round, as some calls do what others do not; the ratio is the median over the rounds too. On the
+CPU, what a GPU adds is not in it: ``--device cuda``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Stand(nn.Module):
 
 # one version, in a process of its own
 
-def ready(counts: Counts) -> tuple[Any, tuple[Any, ...], nn.Module]:
+def ready(counts: Counts, device: str) -> tuple[Any, tuple[Any, ...], nn.Module]:
     """(what Dynamo calls for such a module, the arguments that it gives, the module, with which the step dies); nothing that is
     built computes."""
     import sdtrt_backend
@@ -87,7 +87,7 @@ def ready(counts: Counts) -> tuple[Any, tuple[Any, ...], nn.Module]:
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    module = Stand(counts).eval().requires_grad_(False)
+    module = Stand(counts).eval().requires_grad_(False).to(device)
     made: list[Any] = []
     given: list[tuple[Any, ...]] = []
 
@@ -101,10 +101,11 @@ def ready(counts: Counts) -> tuple[Any, tuple[Any, ...], nn.Module]:
         return call
 
     compiled = torch.compile(module, backend=backend)
-    sample, others = torch.randn(2, ROWS, WIDTH), [torch.randn(1, WIDTH) for _ in range(counts.inputs - 2)]
+    sample = torch.randn(2, ROWS, WIDTH, device=device)
+    others = [torch.randn(1, WIDTH, device=device) for _ in range(counts.inputs - 2)]
     with torch.no_grad():
         for t in (900.0, 100.0, 900.0, 100.0):
-            result = compiled(sample, torch.tensor(t), others)
+            result = compiled(sample, torch.tensor(t, device=device), others)
     report = sdtrt_backend.explain(compiled)
     assert (report.state, len(made)) == ("ready", 1), f"{report.state}, {len(made)} graphs: {report}"
     parameters = sum(isinstance(a, nn.Parameter) for a in given[0])
@@ -119,7 +120,7 @@ def without_kernels(step: Any, result: torch.Tensor) -> None:
         return (result,)
 
     def unsampled(watch: Any) -> Any:
-        shares = torch.zeros(len(watch.counter.groups))
+        shares = torch.zeros(len(watch.counter.groups), device=result.device)
         return replace(watch, counter=replace(watch.counter, shares=lambda *_: shares))
 
     if hasattr(step, "variants"):  # run.Step, until 20ca304
@@ -153,7 +154,7 @@ def serve() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if "graph" in asked:
-            step, args, module = ready(GRAPHS[asked["graph"]])
+            step, args, module = ready(GRAPHS[asked["graph"]], asked["device"])
             answer: dict[str, Any] = {"layers": len(module.layers)}
         elif asked.get("profile"):
             profile(step, args)
@@ -230,14 +231,16 @@ def measured(versions: dict[str, Version], graph: str, given: argparse.Namespace
     """Version -> microseconds of a call."""
     for name, version in versions.items():
         start = time.perf_counter()
-        version.ask(graph=graph)
+        version.ask(graph=graph, device=given.device)
         print(f"{graph}: {name} is ready after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         version.ask(calls=given.calls)
     taken = [{name: version.ask(calls=given.calls)["us"] for name, version in versions.items()} for _ in range(given.rounds)]
     if given.profile:
         for version in versions.values():
             version.ask(profile=True)
-    return {name: statistics.median(t[name] for t in taken) for name in versions}
+    found = {name: statistics.median(t[name] for t in taken) for name in versions}
+    first, *others = versions
+    return found | {"ratio": statistics.median(t[first] / t[other] for t in taken) for other in others}
 
 
 def table(found: dict[str, dict[str, float]], names: list[str]) -> None:
@@ -246,7 +249,7 @@ def table(found: dict[str, dict[str, float]], names: list[str]) -> None:
     for graph, us in found.items():
         counts = GRAPHS[graph]
         print(f"{graph:28}{counts.parameters:11}{counts.inputs:8}" + "".join(f"{us[n]:14.1f}" for n in names)
-              + (f"{us[names[0]] / us[names[1]]:8.2f}" if len(names) > 1 else ""))
+              + (f"{us['ratio']:8.2f}" if len(names) > 1 else ""))
 
 
 # what the counts are from
@@ -285,6 +288,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="REV", help="a commit to measure in the same run")
     parser.add_argument("--graphs", nargs="+", choices=tuple(GRAPHS), default=tuple(GRAPHS))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="JSON")

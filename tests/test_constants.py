@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdtrt_backend import weights
-from sdtrt_backend.constants import Constants, Elements, Stamps, elements
+from sdtrt_backend.constants import Constants, Part, Stamps, elements
 
 
 def middle(t):
@@ -17,8 +17,8 @@ def middle(t):
 
 
 def again(constants):
-    elements = Elements(constants)
-    return lambda: elements(elements.addresses())
+    part = Part(constants)
+    return lambda: part.elements(part.addresses())
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_constant_that_is_nan_has_not_changed():
 
 
 def test_what_was_written_is_known_until_it_is_accepted(constants):
-    frozen = Constants(constants, Stamps())
+    frozen = Constants(constants)
     assert not frozen.written()
     constants[3].mul_(2)
     assert frozen.written()
@@ -94,24 +94,24 @@ def test_what_was_written_is_known_until_it_is_accepted(constants):
 def test_a_difference_is_found_again_after_equal_values(constants):
     stamps = Stamps()
     stamps.add(constants)
-    frozen = Constants(constants, stamps)
+    part = Part(constants)
     values = elements(constants).tolist()
-    assert frozen.differing(values) == []
+    assert part.differing(values, stamps) == []
     other = [*values[:2], values[2] + 1, *values[3:]]
-    assert [id(t) for t in frozen.differing(other)] == [id(constants[2])]
-    assert frozen.differing(values) == []
+    assert [id(t) for t in part.differing(other, stamps)] == [id(constants[2])]
+    assert part.differing(values, stamps) == []
 
 
 def test_what_a_step_reads_from_memory_that_was_replaced_has_moved(constants):
-    frozen = Constants(constants, Stamps())
+    part = Part(constants)
     reads, read_from = constants[:3], [weights.key(t) for t in constants[:3]]
     for _ in range(2):
-        assert frozen.moved(reads, read_from, frozen.elements.addresses()) == []
+        assert part.moved(reads, read_from, part.addresses()) == []
     held = constants[1].data
     constants[1].data = held.clone()
     constants[5].data = constants[5].clone()  # which the step does not read
     for _ in range(2):
-        assert [id(t) for t in frozen.moved(reads, read_from, frozen.elements.addresses())] == [id(constants[1])]
+        assert [id(t) for t in part.moved(reads, read_from, part.addresses())] == [id(constants[1])]
 
 
 class Wrapped(torch.Tensor):
@@ -119,7 +119,20 @@ class Wrapped(torch.Tensor):
 
 
 def test_constants_of_a_class_of_their_own_are_looked_at_without_addresses(constants):
-    frozen = Constants([constants[0].as_subclass(Wrapped), constants[2]], Stamps())
-    assert frozen.elements.addresses() is None
-    assert frozen.elements(None).tolist() == [middle(constants[0]), middle(constants[2])]
-    assert frozen.moved(constants[:1], [weights.key(constants[0])], None) == []
+    part = Part([constants[0].as_subclass(Wrapped), constants[2]])
+    assert part.addresses() is None
+    assert part.elements(None).tolist() == [middle(constants[0]), middle(constants[2])]
+    assert part.moved(constants[:1], [weights.key(constants[0])], None) == []
+
+
+@pytest.mark.parametrize(("count", "every", "parts"), [(0, 1, 0), (1, 1, 1), (63, 1, 2), (128, 4, 1), (277, 4, 3), (600, 4, 5),
+                                                       (1680, 4, 7)])
+def test_all_constants_are_looked_at_in_turn_and_a_change_of_many_at_the_next_look(count, every, parts):
+    frozen = Constants([torch.zeros(1) for _ in range(count)])
+    assert (frozen.every, len(frozen.parts)) == (every, parts)
+    looks = [part for call in range(1, every * parts + 1) if (part := frozen.due(call)) is not None]
+    assert sorted(id(t) for part in looks for t in part.tensors) == sorted(map(id, frozen.tensors))
+    for period in (2, 4, 7, 26):  # parameters of a block
+        for first in range(period):
+            ids = {id(t) for t in frozen.tensors[first::period]}
+            assert len(ids) < 24 or all(ids & {id(t) for t in part.tensors} for part in looks)

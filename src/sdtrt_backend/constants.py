@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import weights
 
-CHECKED = 32, 16  # constants whose values a call may look at on average; calls between two looks at all of them, at most
+CHECKED = 32  # constants whose values a call may look at on average, of models with no more than a thousand
+EVERY = 4  # calls from one look to the next, at most
+PARTS = 7  # in which they are looked at, at most
 _VERSION = operator.attrgetter("_version")
 
 
@@ -56,16 +59,20 @@ class Stamps:
 
 
 class Constants:
-    """Those of one graph. Dynamo sees to it that sizes, strides and dtypes are the same in every call."""
+    """Those of one graph. Dynamo sees to it that sizes, strides and dtypes are the same in every call.
 
-    def __init__(self, tensors: Iterable[torch.Tensor], stamps: Stamps) -> None:
-        self.tensors, self.stamps = tuple(tensors), stamps
+    They are looked at in parts, in turn, each of which has some of every region of the model: what changes many, as an adapter
+    does that is swapped, is noticed by the next look, and what changes one after as many looks as there are parts.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.tensors = tuple(tensors)
         self.counted = [p for p in self.tensors if not p.is_inference()]  # those cannot be written, and count nothing
         self.version = self._version()
-        self.every = max(1, min(CHECKED[1], len(self.tensors) // CHECKED[0]))
-        self.elements = Elements(self.tensors)
-        self.same: list[float] | None = None  # elements that were what the steps were built from
-        self.placed: tuple[Sequence[torch.Tensor], list[int] | None] = (), None  # what a step reads, addresses that were right
+        self.every = max(1, min(EVERY, len(self.tensors) // CHECKED))
+        count = min(PARTS, math.ceil(len(self.tensors) / (CHECKED * self.every)))
+        mixed = random.Random(0).sample(self.tensors, len(self.tensors))  # layers that repeat do not fall into one part
+        self.parts = [Part(mixed[i::count]) for i in range(count)] if mixed else []
 
     def _version(self) -> int:
         return sum(map(_VERSION, self.counted))
@@ -78,24 +85,10 @@ class Constants:
         """A step was built from what they are now, or none is left."""
         self.version = self._version()
 
-    def differing(self, values: Sequence[float]) -> list[torch.Tensor]:
-        """Those that have another value than a step was built from. values: their elements."""
-        if values == self.same:
-            return []
-        changed = self.stamps.differing(self.tensors, values)
-        if not changed:
-            self.same = list(values)
-        return changed
-
-    def moved(self, reads: Sequence[torch.Tensor], read_from: Sequence[int], addresses: list[int] | None) -> list[torch.Tensor]:
-        """Those that a step ``reads`` which are in other memory than it reads, of which ``read_from`` has the keys. addresses: of
-        all constants now."""
-        if addresses is not None and reads is self.placed[0] and addresses == self.placed[1]:
-            return []  # the step holds what it read from, so that nothing else is there
-        moved = [p for p, memory in zip(reads, read_from, strict=True) if weights.key(p) != memory]
-        if not moved:
-            self.placed = reads, addresses
-        return moved
+    def due(self, call: int) -> Part | None:
+        """Those to be looked at in this call."""
+        look, rest = divmod(call, self.every)
+        return None if rest or not self.parts else self.parts[look % len(self.parts)]
 
 
 def version(p: torch.Tensor) -> int:
@@ -132,22 +125,24 @@ def _read(tensors: Sequence[torch.Tensor], scalar: Callable[[torch.Tensor, int],
     return read
 
 
-class Elements:
-    """``elements`` of the same tensors time and again, which takes a tenth of the time while they stay where they are. It knows
+class Part:
+    """Constants whose elements are read time and again, which takes a tenth of the time while they stay where they are. It knows
     their addresses and keeps none of their memory: a module that is moved gives it back."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.tensors = tuple(tensors)
         self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in self.tensors)
         self.known: tuple[list[int], Callable[[], torch.Tensor] | None] = [], None
+        self.same: list[float] | None = None  # elements that were what the steps were built from
+        self.placed: tuple[Sequence[torch.Tensor], list[int] | None] = (), None  # what a step reads, addresses that were right
 
     def addresses(self) -> list[int] | None:
         """Where they are now; None where a tensor of a library's own class is among them, which may have none."""
         return list(map(torch.Tensor.data_ptr, self.tensors)) if self.plain else None
 
     @torch.no_grad()
-    def __call__(self, addresses: list[int] | None) -> torch.Tensor:
-        """The elements now. addresses: of this call."""
+    def elements(self, addresses: list[int] | None) -> torch.Tensor:
+        """See ``elements``. addresses: theirs at this moment."""
         known, read = self.known
         if addresses is None:
             return elements(self.tensors)
@@ -158,6 +153,25 @@ class Elements:
             read = _read(self.tensors, _unowned)
             self.known = addresses, read
         return read()
+
+    def differing(self, values: Sequence[float], stamps: Stamps) -> list[torch.Tensor]:
+        """Those that have another value than a step was built from. values: their elements."""
+        if values == self.same:
+            return []
+        changed = stamps.differing(self.tensors, values)
+        if not changed:
+            self.same = list(values)
+        return changed
+
+    def moved(self, reads: Sequence[torch.Tensor], read_from: Sequence[int], addresses: list[int] | None) -> list[torch.Tensor]:
+        """Of the constants that a step ``reads`` those that are in other memory than it reads, of which ``read_from`` has the
+        keys; none while the part's own ``addresses`` are those that were right."""
+        if addresses is not None and reads is self.placed[0] and addresses == self.placed[1]:
+            return []  # the step holds what it read from, so that nothing else is there
+        moved = [p for p, memory in zip(reads, read_from, strict=True) if weights.key(p) != memory]
+        if not moved:
+            self.placed = reads, addresses
+        return moved
 
 
 def _unowned(t: torch.Tensor, middle: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from . import weights
 from .build import Ready, Refused, Request, build, sizes_of, unquantized
 from .calibrate import Observer
 from .capture import Captured, concrete, follow, follow_all, tensor_inputs
-from .constants import Constants
+from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, peaks, trouble
 from .graphs import Graphed
 from .measure import outputs
@@ -86,7 +86,7 @@ class Unit:
         """Constants that are known to change are inputs from now on."""
         self.captured = follow(captured, self.state.live)
         self.inputs = _getter(self.captured.inputs)
-        self.frozen = Constants(self.captured.constants.values(), self.state.memory.stamps)
+        self.frozen = Constants(self.captured.constants.values())
 
     # --- what the state asks
 
@@ -181,17 +181,17 @@ class Unit:
 
     def _run(self, variant: Variant, args: Sequence[Any]) -> Any:
         self.calls += 1
-        frozen, elements = self.frozen, None
-        if self.calls % frozen.every == 0:
-            addresses = frozen.elements.addresses()
-            if self._follow_moved(variant, addresses):
+        part, elements = self.frozen.due(self.calls), None
+        if part is not None:
+            addresses = part.addresses()
+            if self._follow_moved(variant, part, addresses):
                 return self(args)
-            elements = frozen.elements(addresses) if frozen.tensors else None
+            elements = part.elements(addresses)
         tensors = tensor_inputs(variant.captured, args)
         result = variant.step(*tensors)
-        if elements is None and variant.watch is None:
+        if part is None and variant.watch is None:
             return result
-        return self._watched(variant, args, tensors, result, elements)
+        return self._watched(variant, args, tensors, result, part, elements)
 
     def _slow(self, key: Any, args: Sequence[Any], inputs: Sequence[Any]) -> Any:
         """A call that is not served by what is built."""
@@ -440,25 +440,25 @@ class Unit:
         state.say(state.notes, f"constants of the module were {how} after the 8-bit step was built ({why}?): it is built again "
                                f"from the new {what}")
 
-    def _follow_moved(self, variant: Variant, addresses: list[int] | None) -> bool:
+    def _follow_moved(self, variant: Variant, part: Part, addresses: list[int] | None) -> bool:
         """Constants whose memory was replaced, as moving and offloading do it, become inputs: a step that holds the memory that
         they had would keep it for ever. A CUDA graph is left: what it reads is a small part, and a move to another device wakes
         it anew. Returns whether there were any."""
         made = variant.made
         if made is None or isinstance(variant.step, Graphed):
             return False
-        moved = self.frozen.moved(made.reads, made.read_from, addresses)
+        moved = part.moved(made.reads, made.read_from, addresses)
         for p in moved:
             self.state.live[p] = True
         if moved:
             self.renew(moved, "memory")
         return bool(moved)
 
-    def _watched(self, variant: Variant, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any,
+    def _watched(self, variant: Variant, args: Sequence[Any], tensors: Sequence[torch.Tensor], result: Any, part: Part | None,
                  elements: torch.Tensor | None) -> Any:
         """``result`` of the 8-bit step, or the module's own where that one is not to be used and it is known already. elements:
-        of the constants, where it is time to look at them."""
-        state, watch, frozen = self.state, variant.watch, None if elements is None else self.frozen
+        of the ``part`` of the constants that is looked at."""
+        state, watch = self.state, variant.watch
         drift, mine, given = state.drift, [], []
         call = next(drift.calls)
         if watch is not None:
@@ -476,9 +476,9 @@ class Unit:
         later = Later(numbers[0] if len(numbers) == 1 else torch.cat(numbers))
         if later.ready():
             values = later.values()
-            if frozen is None and math.isfinite(sum(values)) and any(values[:len(mine)]):
+            if part is None and math.isfinite(sum(values)) and any(values[:len(mine)]):
                 return result  # as nearly always
-            own = self._examine(call, args, len(mine), len(given), frozen, values)
+            own = self._examine(call, args, len(mine), len(given), part, values)
             return result if own is None else own
         kept = args if sum(t.numel() * t.element_size() for t in given) <= KEPT_BYTES else None
         me = weakref.ref(self)
@@ -486,25 +486,25 @@ class Unit:
         def when_there(values: list[float]) -> None:
             unit = me()
             if unit is not None:
-                unit._examine(call, kept, len(mine), len(given), frozen, values, late=True)
+                unit._examine(call, kept, len(mine), len(given), part, values, late=True)
 
         drift.waiting.append((later, when_there))
         return result
 
-    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, ins: int, looked: Constants | None,
+    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, ins: int, part: Part | None,
                  values: Sequence[float], late: bool = False) -> Any:
         """The module's own result where the 8-bit step is to blame for a bad one, else None.
 
-        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs, and an element of each of the
-        constants that were ``looked`` at. args: None where they were not kept.
+        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs, and the elements of the ``part`` of
+        the constants that was looked at. args: None where they were not kept.
         """
         state, what = self.state, trouble(values[:outs])
         since = "; results since that call are to be made again" if late else ""
         if state.refusal is not None or self.refusal is not None or state.closed:
             return None
-        changed = [] if looked is None else looked.differing(values[outs + ins:])
-        if changed:
-            self.renew(changed)
+        changed = [] if part is None else part.differing(values[outs + ins:], state.memory.stamps)
+        if changed:  # others as well, most likely
+            self.renew(state.memory.stamps.changed(self.frozen.tensors) or changed)
             if late:
                 state.say(state.notes, f"it was noticed on call {call}{since}")
             return None if not args or late else self.own(args)
