@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -239,8 +240,9 @@ def measured(versions: dict[str, Version], graph: str, given: argparse.Namespace
         for version in versions.values():
             version.ask(profile=True)
     found = {name: statistics.median(t[name] for t in taken) for name in versions}
-    first, *others = versions
-    return found | {"ratio": statistics.median(t[first] / t[other] for t in taken) for other in others}
+    if len(found) > 1:
+        found["ratio"] = statistics.median(operator.truediv(*t.values()) for t in taken)
+    return found
 
 
 def table(found: dict[str, dict[str, float]], names: list[str]) -> None:

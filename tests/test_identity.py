@@ -145,7 +145,8 @@ def made_here():
 
 
 @pytest.mark.parametrize("nameless", [lambda x: x, made_here(), object(), Opaque(), torch.Generator(), [1, (object(),)],
-                                      functools.partial(made_here()), torch.zeros(2, device="meta")], ids=repr)
+                                      functools.partial(made_here()), torch.zeros(2, device="meta")],
+                         ids=lambda v: type(v).__name__)
 def test_what_has_no_lasting_text_is_an_error_that_says_so(nameless):
     with pytest.raises(GraphError, match=r"no name or text that is the same in another process; expected functions that can be"):
         value(nameless, str)
@@ -157,7 +158,8 @@ def test_a_call_of_a_submodule_is_an_error():
         text(gm.graph)
 
 
-@pytest.mark.parametrize("module", [torch, F, operator, math, torch._C._nn, torch.Tensor, torch.linalg, torch.fft], ids=str)
+@pytest.mark.parametrize("module", [torch, F, operator, math, torch._C._nn, torch.Tensor, torch.linalg, torch.fft],
+                         ids=lambda m: m.__name__)
 def test_every_function_of_torch_has_a_name_of_its_own(module):
     names = {}
     for name in dir(module):
