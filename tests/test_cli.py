@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdtrt_backend import cli, demo
+from sdtrt_backend import cli, demo, demo_pipeline
 from sdtrt_backend.enginecache import EngineCache
 from sdtrt_backend.errors import SdtrtError
 from sdtrt_backend.recipe import digest
@@ -77,6 +77,43 @@ def test_generate_draws_a_picture(tmp_path):
                            "--out", str(tmp_path / "a.png")])
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "a.png").size[0] > 128
+
+
+@pytest.fixture
+def img2img(tmp_path):
+    """The folder of an image-to-image pipeline, a picture, and a folder of two."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    folder, photos = tmp_path / "img2img", tmp_path / "photos"
+    StableDiffusionImg2ImgPipeline(**demo_pipeline().components).save_pretrained(folder)
+    photos.mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (60 * i, 90, 120)).save(photos / f"{i}.png")
+    return folder, photos / "0.png", photos
+
+
+def test_an_image_to_image_pipeline_gets_its_pictures(img2img, prompts, tmp_path):
+    folder, photo, photos = img2img
+    for given in (photo, photos):
+        result = run(cli.app, ["calibrate", str(prompts), "--model", str(folder), "--steps", "4", "--input", f"image={given}",
+                               "--input", "strength=0.5", "--out", str(tmp_path / "recipe")])
+        assert result.exit_code == 0, (result.output, result.exception)
+    body = json.loads((tmp_path / "recipe" / "recipe.json").read_text())
+    assert (body["provenance"]["pipeline"], body["provenance"]["prompts"]) == ("StableDiffusionImg2ImgPipeline", 2)
+    result = run(cli.app, ["generate", "owl", "--full", "--model", str(folder), "--steps", "4", "--count", "1",
+                           "--input", f"image={photo}", "--out", str(tmp_path / "a.png")])
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    (["image"], "expects NAME=VALUE"), (["image=missing.png"], "no file or folder missing.png"),
+    (["strength=1", "strength=2"], "strength is given twice"), (["image={photos}"], "holds 2 pictures, and there are 1 prompts"),
+    (["image={prompts}"], "cannot identify image file")])
+def test_inputs_that_cannot_be_used_are_named(img2img, prompts, given, says):
+    values = [g.format(photos=img2img[2], prompts=prompts) for g in given]
+    result = run(cli.app, ["generate", "owl", "--full", *(a for v in values for a in ("--input", v))])
+    assert isinstance(result.exception, SdtrtError)
+    assert says in str(result.exception)
 
 
 @pytest.mark.parametrize("arguments", [["calibrate", "missing.txt"], ["demo", "--model", "nowhere"],

@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from .rules import MODULES
 from .values import Decision, Layer
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 JUDGES = (2, 8)  # prompts that judge: a quarter of all, at least and at most
 PICTURES = 8  # of theirs at least, from as many noises as that takes: what is sure depends on their number
 OWN_SHARE = 0.5  # of the variance is taken to be a prompt's own, which more noises do not average out
@@ -72,7 +73,7 @@ class Part:
         return f"kept for min_psnr={target:g}: in 8 bits {self.name} {price}"
 
 
-def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+def split(prompts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
     """(prompts that calibrate, those that judge). Raises CalibrationError when they are too few."""
     judges = min(JUDGES[1], max(JUDGES[0], len(prompts) // 4))
     if len(prompts) < 2 * judges:

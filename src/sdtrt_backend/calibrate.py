@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from . import budget, names, weights
 from .errors import CalibrationError, ModelError
 from .observe import Calibration, InputStats, Observer, observed
 from .options import Options
+from .pictures import asked
 from .recipe import Recipe
 from .resume import ResumeFolder, settings_of
 from .rules import BY_CALL
@@ -60,27 +61,26 @@ def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def calibrate(pipe: Any, prompts: Iterable[str], *, num_inference_steps: int = 25, guidance_scale: float | None = None,
+def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: int = 25, guidance_scale: float | None = None,
               seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, progress: bool = True,
               resume: str | os.PathLike[str] | None = None, **pipe_kwargs: Any) -> Recipe:
     """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe.
 
-    pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer`` and a call that takes prompts).
-    prompts: a list or anything else that yields them in order, but no set or dict.
+    pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer``, and a call); it gets everything by keyword.
+    prompts: a list or anything else that yields them in order, but no set or dict; None for a pipeline that takes none.
     guidance_scale: None for the pipeline's default; seed: prompt i starts from noise of seed + i, so the same call
     gives the same recipe to the byte; options: as for torch.compile (``rule``, ``percentile``, ``alpha``, ``min_psnr``: the last
     quarter of the prompts then judges what the others calibrate);
     resume: a folder that keeps the statistics after every batch of prompts, so that the same call goes on after Ctrl-C or a
     crash, to the same recipe to the byte. They stay there: once all prompts are done, the call observes nothing and makes the
     recipe, also with another ``rule``, ``percentile``, ``alpha`` or ``alpha_conv``. Of another call, or damaged: an error.
-    pipe_kwargs: anything else the pipeline takes (height, width, image, ...).
+    pipe_kwargs: anything else the pipeline takes (height, width, image, mask_image, control_image, ...). Of prompts, images,
+    masks, videos and audio a list as long as ``prompts`` is one for each, anything else one for all.
     Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
     """
-    if isinstance(prompts, str | bytes | Mapping | Set) or not isinstance(prompts, Iterable):  # a set has no order to repeat
-        raise CalibrationError.no_prompts(prompts)
-    prompts = list(prompts)
-    if not prompts:
-        raise CalibrationError.no_prompts(prompts)
+    if guidance_scale is not None:
+        pipe_kwargs["guidance_scale"] = guidance_scale
+    ask = asked(pipe, prompts, pipe_kwargs)
     for what, number, least in (("num_inference_steps", num_inference_steps, 1), ("batch_size", batch_size, 1)):
         if not _integer(number) or number < least:
             raise CalibrationError.no_number(what, f"an integer >= {least}", number)
@@ -91,27 +91,25 @@ def calibrate(pipe: Any, prompts: Iterable[str], *, num_inference_steps: int = 2
     denoiser = getattr(pipe, name)
     if any(p.is_meta for p in denoiser.parameters()):
         raise ModelError.on_meta(name)
-    prompts, judging = (prompts, []) if parsed.min_psnr is None else budget.split(prompts)
-    if guidance_scale is not None:
-        pipe_kwargs["guidance_scale"] = guidance_scale
+    drawn, judging = (list(range(ask.count)), []) if parsed.min_psnr is None else budget.split(range(ask.count))
     calibration, done, kept = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0), 0, None
     if resume is not None:
-        kept = ResumeFolder(Path(resume), settings_of(
-            pipe, denoiser, prompts, pipe_kwargs, calibration.total_step, seed=seed, num_inference_steps=num_inference_steps,
-            batch_size=batch_size))
+        texts = [ask.prompts[i] if ask.prompts else "" for i in drawn]
+        kept = ResumeFolder(Path(resume), settings_of(pipe, denoiser, texts, pipe_kwargs, calibration.total_step, seed=seed,
+                                                      num_inference_steps=num_inference_steps, batch_size=batch_size))
         calibration, done = kept.load()
 
-    def draw(texts: Sequence[str], first: int, steps: int, output_type: str) -> Any:
-        """Pictures of prompts, which are the first-th and those behind it."""
-        noise = [torch.Generator("cpu").manual_seed(seed + first + i) for i in range(len(texts))]
-        return pipe(list(texts), num_inference_steps=steps, generator=noise, output_type=output_type, **pipe_kwargs)
+    def draw(which: Sequence[int], first: int, steps: int, output_type: str) -> Any:
+        """Pictures of the prompts with these indices, from noise of seed + first and on."""
+        noise = [torch.Generator("cpu").manual_seed(seed + first + i) for i in range(len(which))]
+        return ask.draw(which, num_inference_steps=steps, generator=noise, output_type=output_type)
 
-    total = len(range(0, len(prompts), batch_size)) * num_inference_steps
+    total = len(range(0, len(drawn), batch_size)) * num_inference_steps
     with _progress("calibrating", "step", progress, total, calibration.trajectories.calls) as bar:
         try:
             with torch.no_grad(), quiet(pipe), uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
-                for start in range(done, len(prompts), batch_size):
-                    part = prompts[start : start + batch_size]
+                for start in range(done, len(drawn), batch_size):
+                    part = drawn[start : start + batch_size]
                     draw(part, start, num_inference_steps, "latent")
                     if kept is not None:
                         kept.save(calibration, start + len(part))
@@ -119,11 +117,11 @@ def calibrate(pipe: Any, prompts: Iterable[str], *, num_inference_steps: int = 2
         except KeyboardInterrupt as stop:
             stop.add_note(f"calibration interrupted after {calibration.trajectories.calls} steps: no recipe was made, "
                           "the hooks are removed and the pipeline is as it was; " + (
-                              f"{kept.path} holds {done} of {len(prompts)} prompts, the same call goes on from there" if kept else
+                              f"{kept.path} holds {done} of {len(drawn)} prompts, the same call goes on from there" if kept else
                               "with resume='a folder' (--resume) the finished prompts would be kept"))
             raise
     seen = len(calibration.buckets.values)
-    provenance: dict[str, Any] = {"prompts": len(prompts), "seed": seed, "num_inference_steps": num_inference_steps,
+    provenance: dict[str, Any] = {"prompts": len(drawn), "seed": seed, "num_inference_steps": num_inference_steps,
                                   "guidance_scale": guidance_scale, "scheduler": type(getattr(pipe, "scheduler", None)).__name__,
                                   "pipeline": type(pipe).__name__, "front_door": "calibrate"}
     if seen < num_inference_steps:
@@ -136,7 +134,7 @@ def calibrate(pipe: Any, prompts: Iterable[str], *, num_inference_steps: int = 2
 
     def judge(which: Sequence[int], steps: int, output_type: str) -> Any:
         batches = [which[i : i + batch_size] for i in range(0, len(which), batch_size)]
-        made = [draw([judging[i % len(judging)] for i in batch], len(prompts) + batch[0], steps, output_type)
+        made = [draw([judging[i % len(judging)] for i in batch], len(drawn) + batch[0], steps, output_type)
                 for batch in batches]
         if not hasattr(made[0], "images"):
             raise CalibrationError(f"min_psnr compares pictures, and {type(pipe).__name__} gives none: leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import sys
 from datetime import datetime
@@ -28,6 +29,9 @@ CHATTY = ("torchao", "torch.utils._pytree")  # warn, on being imported, of what 
 
 Model = Annotated[Path | None, typer.Option(help="A diffusers pipeline folder; the bundled model when omitted.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="NAME=VALUE", help="What else the pipeline takes, as often "
+                                                  "as needed: image=photo.png, strength=0.6, control_image=edges/ (a folder: its "
+                                                  "pictures in the order of their names, one for each prompt).")]
 Seed = Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")]
 
 
@@ -67,7 +71,9 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Folder for recipe.json and its tensors.")] = Path("recipe"),
     model: Model = None,
     steps: Steps = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own when omitted, of the bundled model "
+                                                        "5.")] = None,
+    inputs: Inputs = None,
     seed: Seed = 0,
     rule: Annotated[str, typer.Option(help="Range rule over timesteps.")] = Options.rule,
     min_psnr: Annotated[float | None, typer.Option(help="dB to full precision that new prompts are to have: layers get a "
@@ -77,11 +83,14 @@ def calibrate(
 ) -> None:
     """Run the pipeline over your prompts and save the recipe for options={"recipe": ...}."""
     from .calibrate import calibrate as run
+    from .demo import GUIDANCE
     from .report import budget_table
 
+    texts = _read_prompts(prompts)
     try:
-        recipe = run(_load(model), _read_prompts(prompts), num_inference_steps=steps, guidance_scale=guidance, seed=seed,
-                     options={"rule": rule, "min_psnr": min_psnr}, resume=resume)
+        recipe = run(_load(model), texts, num_inference_steps=steps, seed=seed, resume=resume,
+                     guidance_scale=GUIDANCE if guidance is None and model is None else guidance,
+                     options={"rule": rule, "min_psnr": min_psnr}, **_inputs(inputs, len(texts)))
     except KeyboardInterrupt as stop:
         console.print(*getattr(stop, "__notes__", ()), sep="\n", highlight=False, markup=False, soft_wrap=True)
         raise
@@ -114,6 +123,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     recipe: Annotated[Path | None, typer.Option(help="A saved recipe; without one the first pictures calibrate.")] = None,
     model: Model = None,
+    inputs: Inputs = None,
     steps: Steps = 25,
     seed: Seed = 0,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 4,
@@ -140,6 +150,7 @@ def generate(
         raise SdtrtError("--onnx-dir and --engine-dir are for --int8 and --fp8, not for --full")
     if out.suffix.lower() not in Image.registered_extensions():
         raise SdtrtError(f"--out expects the file of a picture, such as picture.png, got {out}")
+    given = _inputs(inputs, 1)
     pipe = _load(model)
     backend = None if full else "sd_fp8" if fp8 else "sd_int8"
     if onnx_dir:
@@ -158,7 +169,7 @@ def generate(
         # neither a picture that calibrates or builds nor the first one tells how long a picture takes
         warm.append(i > 0 and (backend is None or explain(pipe).state in ("ready", "refused")))
         with watch.picture():
-            pictures.append(draw(pipe, [prompt], steps, seed + i, watch.tick))
+            pictures.append(draw(pipe, [prompt], steps, seed + i, watch.tick, given))
     watch.close()
     out.parent.mkdir(parents=True, exist_ok=True)
     comparison_picture([(backend or "full precision", np.concatenate(pictures))], [prompt] * count).save(out)
@@ -314,6 +325,44 @@ def _load(model: Path | None) -> Any:
     from .pipeline import demo_pipeline, load_pipeline
 
     return load_pipeline(model) if model else demo_pipeline()
+
+
+def _inputs(given: list[str] | None, prompts: int) -> dict[str, Any]:
+    """name=value pairs of ``--input`` as arguments of the pipeline."""
+    found: dict[str, Any] = {}
+    for pair in given or ():
+        name, equals, value = pair.partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise SdtrtError(f"--input expects NAME=VALUE, such as image=photo.png or strength=0.6, got {pair!r}")
+        if name in found:
+            raise SdtrtError(f"--input {name} is given twice: for one picture for each prompt name a folder of them")
+        found[name] = _input(name, value, prompts)
+    return found
+
+
+def _input(name: str, value: str, prompts: int) -> Any:
+    """A picture, a folder's pictures, a number, true or false, else the text itself."""
+    from PIL import Image, UnidentifiedImageError
+
+    path = Path(value)
+    if not path.exists():
+        if path.suffix.lower() in Image.registered_extensions() or "/" in value:
+            raise SdtrtError(f"--input {name}: there is no file or folder {value}")
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    try:
+        if path.is_file():
+            return Image.open(path).convert("RGB")
+        pictures = [Image.open(f).convert("RGB") for f in sorted(path.iterdir())
+                    if f.suffix.lower() in Image.registered_extensions()]
+    except UnidentifiedImageError as error:
+        raise SdtrtError(f"--input {name}: {error}") from error
+    if len(pictures) != prompts:
+        raise SdtrtError(f"--input {name}: the folder {value} holds {len(pictures)} pictures, and there are {prompts} prompts; "
+                         "expected one for each, or a single file for all")
+    return pictures
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from . import metrics
 from .calibrate import denoiser_name
 from .measure import step_ms
+from .pictures import asked
 from .pipeline import explain
 from .recipe import versions
 from .report import comparison_picture, summary_table, write_result
@@ -36,17 +38,19 @@ AMPLIFIED = 8  # differences of a few levels in 255 are not seen otherwise
 NOISE_TIMESTEPS = 13  # of a picture's: each costs about five steps of the model
 
 
-def draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int, tick: Callable[[], None] = lambda: None) -> metrics.Pictures:
-    """One picture per prompt, each from noise of seed + its index; float32 [N, height, width, 3] in 0..1."""
+def draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int, tick: Callable[[], None] = lambda: None,
+         given: Mapping[str, Any] = MappingProxyType({})) -> metrics.Pictures:
+    """One picture per prompt, each from noise of seed + its index; float32 [N, height, width, 3] in 0..1. given: what else the
+    pipeline takes, as ``calibrate`` does."""
     def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         tick()
         return tensors
 
-    pictures = []
-    for i, prompt in enumerate(prompts):
+    pictures, ask = [], asked(pipe, prompts, given)
+    how = {"guidance_scale": GUIDANCE, "callback_on_step_end": on_step, "num_inference_steps": steps, "output_type": "np"}
+    for i in range(ask.count):
         noise = torch.Generator("cpu").manual_seed(seed + i)
-        pictures.append(pipe(prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise, output_type="np",
-                             callback_on_step_end=on_step).images[0])
+        pictures.append(ask.draw([i], **{k: v for k, v in how.items() if k not in given}, generator=noise).images[0])
     return np.stack(pictures)
 
 

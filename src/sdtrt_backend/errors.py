@@ -155,6 +155,10 @@ class CalibrationError(SdtrtError):
         return cls(f"calibrate expects a non-empty list of prompts, got {given!r}; pass for example 8 of your own")
 
     @classmethod
+    def no_argument(cls, pipeline: str, name: str, known: Iterable[str]) -> CalibrationError:
+        return cls(f"{pipeline} takes no argument {name!r}: leave it out, or did you mean {', '.join(known)}?")
+
+    @classmethod
     def no_number(cls, name: str, expected: str, given: object) -> CalibrationError:
         return cls(f"calibrate expects {name} to be {expected}, got {given!r} ({type(given).__name__}); change or omit it")
 

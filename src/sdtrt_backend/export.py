@@ -21,6 +21,7 @@ from .calibrate import denoiser_name, uncompiled
 from .capture import bind, trace
 from .errors import ExportError, ModelError
 from .lower import onnx
+from .pictures import asked
 from .quantize import for_engine, insert, plan
 from .recipe import Recipe, fingerprint, write_atomically
 from .rules import ENGINE_MIN_SM, LEVELS, MODULES
@@ -171,7 +172,8 @@ def _call(pipe: Any, module: torch.nn.Module, size: Size) -> dict[str, Any]:
     try:
         with torch.no_grad():
             noise = [torch.Generator("cpu").manual_seed(i) for i in range(size.batch)]  # the user's own stays where it is
-            pipe([""] * size.batch, num_inference_steps=1, generator=noise, output_type="latent", **pixels)
+            asked(pipe, [""] * size.batch, pixels).draw(range(size.batch), num_inference_steps=1, generator=noise,
+                                                        output_type="latent")
     finally:
         handle.remove()
     if not seen:
