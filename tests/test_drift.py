@@ -226,7 +226,7 @@ class Slow(drift.Later):
 @pytest.fixture
 def slow(monkeypatch):
     monkeypatch.setattr(drift, "Later", Slow)
-    monkeypatch.setattr("sdtrt_backend.step.Later", Slow)
+    monkeypatch.setattr("sdtrt_backend.unit.Later", Slow)
     monkeypatch.setattr(Slow, "arrived", False)
 
 
