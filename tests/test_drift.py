@@ -253,7 +253,7 @@ def test_the_report_looks_at_numbers_that_arrived_after_the_last_call(slow, brok
 
 
 def test_inputs_too_large_to_keep_are_judged_by_being_finite(slow, broken, ready, monkeypatch):
-    monkeypatch.setattr("sdtrt_backend.step.KEPT_BYTES", 0)
+    monkeypatch.setattr("sdtrt_backend.unit.KEPT_BYTES", 0)
     compiled = ready()
     broken.spoil = lambda y: y * float("nan")
     call(compiled, sample=float("nan"))
