@@ -7,11 +7,14 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	@$(BIN)/sdtrt demo --out out
 
+# two processes, whole files each, as fixtures are shared in a file; one thread in each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 quick: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(PYTEST) -m "not slow and not gpu"
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest benchmarks

@@ -141,8 +141,9 @@ def test_the_folder_is_for_its_owner_only_and_holds_no_prompt(finished):
 
 def test_statistics_survive_the_disk_to_the_bit_in_their_order(finished, tmp_path):
     settings = json.loads((finished / JSON_NAME).read_text())["settings"]
-    calibration, done = ResumeFolder(finished, settings).load()
-    ResumeFolder(tmp_path, settings).save(calibration, done)
+    calibrations, done = ResumeFolder(finished, settings).load("unet")
+    calibration = calibrations["unet"]
+    ResumeFolder(tmp_path, settings).save(calibrations, done)
     assert contents(tmp_path) == contents(finished)
     facts, tensors = pack(calibration)
     assert list(facts["timesteps"]) != sorted(facts["timesteps"])
@@ -275,16 +276,16 @@ def test_a_file_in_the_place_of_the_folder_is_refused(pipe, tmp_path):
 def test_a_save_that_stops_half_way_leaves_the_one_before(finished, tmp_path, killed_before):
     settings = json.loads((finished / JSON_NAME).read_text())["settings"]
     folder = ResumeFolder(tmp_path, settings)
-    calibration, _ = ResumeFolder(finished, settings).load()
-    folder.save(calibration, 1)
+    calibrations, _ = ResumeFolder(finished, settings).load("unet")
+    folder.save(calibrations, 1)
     before = contents(tmp_path)
-    next(iter(calibration.weight_amax.values())).add_(1)  # other tensors
+    next(iter(calibrations["unet"].weight_amax.values())).add_(1)  # other tensors
     with killed_before(JSON_NAME):
-        folder.save(calibration, 2)
-    assert folder.load()[1] == 1
+        folder.save(calibrations, 2)
+    assert folder.load("unet")[1] == 1
     assert before.items() < contents(tmp_path).items()
-    folder.save(calibration, 3)
-    assert folder.load()[1] == 3
+    folder.save(calibrations, 3)
+    assert folder.load("unet")[1] == 3
     assert sorted(contents(tmp_path)) == [tensors(tmp_path).name, JSON_NAME]
 
 

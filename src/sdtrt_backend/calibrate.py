@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .recipe import Recipe
 from .resume import ResumeFolder, settings_of
 from .rules import BY_CALL
 
-__all__ = ["Calibration", "InputStats", "Observer", "calibrate", "denoiser_name", "observed", "quiet", "uncompiled"]
+__all__ = ["Calibration", "InputStats", "Observer", "calibrate", "denoiser_name", "denoisers", "observed", "quiet", "uncompiled"]
 
 log = logging.getLogger(__name__)
 DENOISERS = ("unet", "transformer", "prior", "decoder")
@@ -37,6 +38,22 @@ def denoiser_name(pipe: Any) -> str:
         if isinstance(getattr(pipe, name, None), torch.nn.Module):
             return name
     raise ModelError.no_denoiser(pipe, DENOISERS)
+
+
+def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
+    """Attribute -> module, unwrapped, of all that the pipeline calls at every timestep: its denoiser first, then a second one,
+    ControlNets, priors. Raises ModelError when there is no denoiser."""
+    parts = {name: getattr(pipe, name) for name in (denoiser_name(pipe), *_components(pipe))}
+    modules = {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    first = denoiser_name(pipe)
+    once = {id(module): name for name, module in reversed(modules.items())}  # one that has two names has the first
+    return {name: module for name, module in modules.items()
+            if once[id(module)] == name and (name == first or names.takes_a_timestep(module))}
+
+
+def _components(pipe: Any) -> list[str]:
+    """Names of the pipeline's parts; of one that is no diffusers pipeline, of all that it holds."""
+    return list(pipe.components if hasattr(type(pipe), "components") else vars(pipe))
 
 
 @contextlib.contextmanager
@@ -64,7 +81,8 @@ def _integer(value: Any) -> bool:
 def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: int = 25, guidance_scale: float | None = None,
               seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, progress: bool = True,
               resume: str | os.PathLike[str] | None = None, **pipe_kwargs: Any) -> Recipe:
-    """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe.
+    """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe, with ``parts`` for what else than
+    its denoiser it calls at every timestep.
 
     pipe: a diffusers pipeline (anything with a ``unet`` or ``transformer``, and a call); it gets everything by keyword.
     prompts: a list or anything else that yields them in order, but no set or dict; None for a pipeline that takes none.
@@ -87,17 +105,21 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
     if not _integer(seed):
         raise CalibrationError.no_number("seed", "an integer, as prompt i starts from noise of seed + i", seed)
     parsed = Options.parse(options)
-    name = denoiser_name(pipe)
-    denoiser = getattr(pipe, name)
-    if any(p.is_meta for p in denoiser.parameters()):
-        raise ModelError.on_meta(name)
+    modules = denoisers(pipe)
+    first, denoiser = next(iter(modules.items()))
+    for name, module in modules.items():
+        if any(p.is_meta for p in module.parameters()):
+            raise ModelError.on_meta(name)
     drawn, judging = (list(range(ask.count)), []) if parsed.min_psnr is None else budget.split(range(ask.count))
-    calibration, done, kept = Calibration(num_inference_steps if parsed.rule in BY_CALL else 0), 0, None
+    steps_by_call = num_inference_steps if parsed.rule in BY_CALL else 0
+    calibrations, done, kept = {name: Calibration(steps_by_call) for name in modules}, 0, None
     if resume is not None:
         texts = [ask.prompts[i] if ask.prompts else "" for i in drawn]
-        kept = ResumeFolder(Path(resume), settings_of(pipe, denoiser, texts, pipe_kwargs, calibration.total_step, seed=seed,
+        kept = ResumeFolder(Path(resume), settings_of(pipe, denoiser, texts, pipe_kwargs, steps_by_call, seed=seed,
                                                       num_inference_steps=num_inference_steps, batch_size=batch_size))
-        calibration, done = kept.load()
+        loaded, done = kept.load(first)
+        calibrations |= loaded
+    calibration = calibrations[first]
 
     def draw(which: Sequence[int], first: int, steps: int, output_type: str) -> Any:
         """Pictures of the prompts with these indices, from noise of seed + first and on."""
@@ -107,12 +129,15 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
     total = len(range(0, len(drawn), batch_size)) * num_inference_steps
     with _progress("calibrating", "step", progress, total, calibration.trajectories.calls) as bar:
         try:
-            with torch.no_grad(), quiet(pipe), uncompiled(pipe, name) as module, observed(module, calibration, bar.update):
+            with torch.no_grad(), quiet(pipe), contextlib.ExitStack() as stack:
+                for name in modules:
+                    module = stack.enter_context(uncompiled(pipe, name))
+                    stack.enter_context(observed(module, calibrations[name], bar.update if name == first else lambda: None))
                 for start in range(done, len(drawn), batch_size):
                     part = drawn[start : start + batch_size]
                     draw(part, start, num_inference_steps, "latent")
                     if kept is not None:
-                        kept.save(calibration, start + len(part))
+                        kept.save(calibrations, start + len(part))
                     done = start + len(part)
         except KeyboardInterrupt as stop:
             stop.add_note(f"calibration interrupted after {calibration.trajectories.calls} steps: no recipe was made, "
@@ -128,7 +153,8 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
         provenance["note"] = (f"asked for {num_inference_steps} steps, the denoiser saw {seen} different timesteps; "
                               "the ranges cover those only")
         log.warning("calibrate: %s", provenance["note"])
-    recipe = calibration.recipe(parsed, provenance)
+    parts = {name: c.recipe(parsed, provenance) for name, c in calibrations.items() if name != first and c.ops}
+    recipe = replace(calibration.recipe(parsed, provenance), parts=parts)
     if parsed.min_psnr is None:
         return recipe
 
@@ -141,7 +167,7 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
         made = [output.images for output in made]
         return torch.cat(made) if isinstance(made[0], torch.Tensor) else np.concatenate(made)
 
-    with quiet(pipe), uncompiled(pipe, name) as module, _progress("trying parts in 8 bits", "part", progress) as bar:
+    with quiet(pipe), uncompiled(pipe, first) as module, _progress("trying parts in 8 bits", "part", progress) as bar:
         return budget.fit(module, recipe, parsed, judge, len(judging), num_inference_steps, bar)
 
 

@@ -142,7 +142,7 @@ def generate(
     from .demo import draw
     from .latency import Stopwatch
     from .pipeline import accelerate, explain
-    from .report import comparison_picture
+    from .report import NOT_YET, comparison_picture
 
     if int8 + fp8 + full > 1:
         raise SdtrtError("name one of --int8, --fp8 and --full, not several")
@@ -167,7 +167,7 @@ def generate(
     pictures: list[Any] = []
     for i in range(count):
         # neither a picture that calibrates or builds nor the first one tells how long a picture takes
-        warm.append(i > 0 and (backend is None or explain(pipe).state in ("ready", "refused")))
+        warm.append(i > 0 and (backend is None or explain(pipe).state not in NOT_YET))
         with watch.picture():
             pictures.append(draw(pipe, [prompt], steps, seed + i, watch.tick, given))
     watch.close()

@@ -41,7 +41,7 @@ def root_of(tensors: Iterable[torch.Tensor]) -> torch.nn.Module | None:
     """
     wanted = {id(t) for t in tensors}
     owners = [m for m in _called() if wanted <= paths(m).keys()]
-    for fits in (lambda m: m in _NAMED, _takes_a_timestep, _is_compiled, lambda m: True):
+    for fits in (lambda m: m in _NAMED, takes_a_timestep, _is_compiled, lambda m: True):
         found = [m for m in owners if fits(m)]
         if found:
             return found[-1]
@@ -61,7 +61,8 @@ def _called() -> Iterator[torch.nn.Module]:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _takes_a_timestep(module: torch.nn.Module) -> bool:
+def takes_a_timestep(module: torch.nn.Module) -> bool:
+    """Whether it is called at every timestep: a denoiser, or a ControlNet beside one."""
     return not inspect.signature(module.forward).parameters.keys().isdisjoint(TIMESTEP_NAMES)
 
 

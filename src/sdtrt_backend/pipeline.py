@@ -8,6 +8,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 
 from . import names, weights
 from .backend import check_made_for
-from .calibrate import denoiser_name
+from .calibrate import denoisers
 from .errors import ModelError, OptionError
 from .options import Options
 from .recipe import Recipe
+from .report import of_parts
 from .state import forget, report, states
 from .step import fingerprints
 from .store import cache_folder
@@ -37,10 +39,11 @@ ASSETS = Path(__file__).parent / "assets"
 
 def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = None, backend: str = "sd_int8",
                **options: Any) -> Any:
-    """Compile the pipeline's denoiser in place with ``backend``, "sd_int8" or "sd_fp8", and return the pipeline.
+    """Compile in place what the pipeline calls at every timestep, its denoisers and ControlNets, with ``backend``, "sd_int8" or
+    "sd_fp8", and return the pipeline.
 
-    recipe: a Recipe, which is also saved in the user's cache directory, or the folder of a saved one; without one the pipeline
-    calibrates itself during its next pictures.
+    recipe: a Recipe, which is also saved in the user's cache directory, or the folder of a saved one; without one, and of what it
+    has no part for, the pipeline calibrates itself during its next pictures.
     options: any of ``Options`` (``calibration_runs``, ``rule``, ``alpha``, ``max_error``, ``exclude``, ...). On a GPU
     ``weights`` is "release" unless given: the 16-bit weights of quantised layers wait on the CPU.
     Only this instance changes: the module object stays the same, and ``restore(pipe)`` undoes it to the bit.
@@ -55,28 +58,41 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     parsed = Options.parse(options)
     loaded = recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_made_for(parsed, loaded)
-    module = _denoiser(pipe)
-    if any(p.is_meta for p in module.parameters()):
-        raise ModelError.offloaded(module) if names.offloads(module) else ModelError.on_meta(type(module).__name__)
-    names.named(module)
+    modules = _modules(pipe)
+    for module in modules.values():
+        if any(p.is_meta for p in module.parameters()):
+            raise ModelError.offloaded(module) if names.offloads(module) else ModelError.on_meta(type(module).__name__)
+    given = dict.fromkeys(modules, options)
     if recipe is not None and loaded is not None:
-        with weights.borrowed(module.parameters()):
-            loaded.check_model(fingerprints(module))
-        options["recipe"] = os.fspath(_kept(recipe) if isinstance(recipe, Recipe) else recipe)
-    named = [n for n, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        known = loaded if len(modules) == 1 else replace(loaded, parts={n: p for n, p in loaded.parts.items() if n in modules})
+        first = next(iter(modules))
+        for name, of in {first: known, **known.parts}.items():
+            with weights.borrowed(modules[name].parameters()):
+                found = fingerprints(modules[name])
+                (of.fitting(found) if name == first else of).check_model(found)
+        folder = os.fspath(_kept(recipe) if isinstance(recipe, Recipe) else recipe)
+        given |= {name: {**options, "recipe": folder} for name in (first, *known.parts)}
+    named = [n for module in modules.values() for n, m in module.named_modules()
+             if any(True for _ in m.parameters(recurse=False))]
     for pattern in parsed.exclude:
         if not any(fnmatchcase(names.layer_name(n), pattern) for n in named):
-            log.warning("exclude: %r matches no layer of %s, whose paths are like %s", pattern, type(module).__name__, named[-3:])
-    if module in _WATCHED:
-        restore(pipe)
-    # a new callable each time: Dynamo takes equal backends for the same one and would go on with a restored step
+            kinds = ", ".join(type(m).__name__ for m in modules.values())
+            log.warning("exclude: %r matches no layer of %s, whose paths are like %s", pattern, kinds, named[-3:])
     compiler: Any = lookup_backend(backend)
+    for name, module in modules.items():
+        names.named(module)
+        _restore(module)
+        # a new callable each time: Dynamo takes equal backends for the same one and would go on with a restored step
+        _compile(module, partial(compiler, options=given[name]))
+    return pipe
+
+
+def _compile(module: torch.nn.Module, backend: Any) -> None:
     known, own = inspect.signature(torch.compile).parameters, module._compiled_call_impl
     # where this PyTorch can: other modules of the class, and pipelines before this one, do not use up this one's recompilations
     limits = {"isolate_recompiles": True, "recompile_limit": RECOMPILATIONS}
-    module.compile(backend=partial(compiler, options=options), **{k: v for k, v in limits.items() if k in known})
+    module.compile(backend=backend, **{k: v for k, v in limits.items() if k in known})
     _watch(module, own)
-    return pipe
 
 
 def _kept(recipe: Recipe) -> Path:
@@ -85,15 +101,19 @@ def _kept(recipe: Recipe) -> Path:
 
 
 def restore(pipe: Any) -> Any:
-    """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit. Returns the pipeline.
+    """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit, and so does what else was
+    accelerated. Returns the pipeline. Waits for a build in another thread."""
+    for module in _modules(pipe).values():
+        forget(module)
+        _restore(module)
+    return pipe
 
-    Waits for a build in another thread."""
-    module = _denoiser(pipe)
-    forget(module)
+
+def _restore(module: torch.nn.Module) -> None:
     if module in _WATCHED:
+        forget(module)
         module._compiled_call_impl = _WATCHED.pop(module)
         del module._apply
-    return pipe
 
 
 def _watch(module: torch.nn.Module, own: Any) -> None:
@@ -124,14 +144,15 @@ def accelerated(pipe: Any, **options: Any) -> Iterator[Any]:
 
 
 def explain(module_or_pipe: Any) -> Report:
-    """The report of a compiled module or pipeline: a value with a readable ``str``.
+    """The report of a compiled module or pipeline: a value with a readable ``str``. Of a pipeline with several denoisers, or with
+    ControlNets, it is one of them all; what is not of the first has the name of its part before it.
 
     Raises ModelError when ``sd_int8`` has not seen it yet.
     """
-    found = report(_denoiser(module_or_pipe))
-    if found is None:
+    found = {name: of for name, module in _modules(module_or_pipe).items() if (of := report(module)) is not None}
+    if not found:
         raise ModelError.not_compiled(module_or_pipe)
-    return found
+    return of_parts(found)
 
 
 def demo_pipeline(dtype: torch.dtype = torch.float32) -> Any:
@@ -171,7 +192,6 @@ def _quiet() -> Iterator[None]:
                 module.enable_progress_bar()
 
 
-def _denoiser(what: Any) -> torch.nn.Module:
-    """The module to compile: the pipeline's denoiser, unwrapped, or the module itself."""
-    module = what if isinstance(what, torch.nn.Module) else getattr(what, denoiser_name(what))
-    return getattr(module, "_orig_mod", module)
+def _modules(what: Any) -> dict[str, torch.nn.Module]:
+    """Name -> what to compile, unwrapped: the parts of a pipeline, its denoiser first, or the module itself."""
+    return {"": getattr(what, "_orig_mod", what)} if isinstance(what, torch.nn.Module) else denoisers(what)

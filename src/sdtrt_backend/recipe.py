@@ -32,7 +32,8 @@ class Recipe:
     """What calibration found. ``smoothing``: group -> divisor per input channel, fp32 [in].
 
     ``amax_by_timestep``: group -> fp32 [T, 4] (max, min, sum, count of the unsmoothed amax), rows in the order of
-    ``timesteps``, noisiest first; a row of zeros where the layer did not run.
+    ``timesteps``, noisiest first; a row of zeros where the layer did not run. ``parts``: those of a pipeline's other modules that
+    are called at every timestep, by their names in it: a second denoiser, ControlNets, priors.
     """
 
     model_hash: str
@@ -41,6 +42,7 @@ class Recipe:
     amax_by_timestep: Mapping[str, torch.Tensor] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Recipe] = field(default_factory=dict)
 
     def input_of(self, name: str, free_convs: bool) -> tuple[float, torch.Tensor | None]:
         """(clipping value, divisor per channel [in] or None) of a layer's input. free_convs: see ``rules.FREE_CONVS``."""
@@ -48,6 +50,14 @@ class Recipe:
         if layer.op == "conv2d" and layer.plain_amax is not None and not free_convs:
             return layer.plain_amax, None
         return layer.amax, self.smoothing.get(layer.group)
+
+    def fitting(self, fingerprints: Mapping[str, str]) -> Recipe:
+        """This recipe, or the part of it that is of the model with these weights."""
+        def shared(recipe: Recipe) -> int:
+            return sum(name in fingerprints and one_weight(fingerprints[name], layer.fingerprint)
+                       for name, layer in recipe.layers.items())
+
+        return max((self, *self.parts.values()), key=shared) if self.parts else self
 
     def check_model(self, fingerprints: Mapping[str, str]) -> None:
         """Raise RecipeError unless every layer of the recipe that the model has carries the recipe's weight."""
@@ -76,11 +86,31 @@ class Recipe:
         return modelopt.from_modelopt(cls, module, original)
 
     def _content(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """The body of the JSON, and the tensors."""
-        body = {"model_hash": self.model_hash, "timesteps": list(self.timesteps), "provenance": dict(self.provenance),
-                "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
-        return body, {**{f"smoothing/{k}": v for k, v in self.smoothing.items()},
-                      **{f"amax/{k}": v for k, v in self.amax_by_timestep.items()}}
+        """The body of the JSON, and the tensors; those of a part have its name before theirs."""
+        body: dict[str, Any] = {
+            "model_hash": self.model_hash, "timesteps": list(self.timesteps), "provenance": dict(self.provenance),
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+        tensors = {**{f"smoothing/{k}": v for k, v in self.smoothing.items()},
+                   **{f"amax/{k}": v for k, v in self.amax_by_timestep.items()}}
+        for name, part in self.parts.items():
+            inner, more = part._content()
+            body.setdefault("parts", {})[name] = inner
+            tensors |= {f"{name}:{k}": v for k, v in more.items()}
+        return body, tensors
+
+    @classmethod
+    def _of(cls, body: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Recipe:
+        """What ``_content`` took apart."""
+        return cls(
+            model_hash=body["model_hash"],
+            layers={name: LayerRecipe(**layer) for name, layer in body["layers"].items()},
+            smoothing={k.removeprefix("smoothing/"): v for k, v in tensors.items() if k.startswith("smoothing/")},
+            amax_by_timestep={k.removeprefix("amax/"): v for k, v in tensors.items() if k.startswith("amax/")},
+            timesteps=tuple(body["timesteps"]),
+            provenance=dict(body["provenance"]),
+            parts={name: cls._of(inner, {k.removeprefix(f"{name}:"): v for k, v in tensors.items() if k.startswith(f"{name}:")})
+                   for name, inner in body.get("parts", {}).items()},
+        )
 
     def content_hash(self) -> str:
         """Of all that ``save`` writes: 32 hexadecimal digits. What ``load`` gives has the hash of what was saved."""
@@ -108,11 +138,4 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise RecipeError.unreadable(folder, f"expected the folder of a saved recipe ({error})") from None
         with FORMAT.shaped(folder):
-            return cls(
-                model_hash=body["model_hash"],
-                layers={name: LayerRecipe(**layer) for name, layer in body["layers"].items()},
-                smoothing={k.removeprefix("smoothing/"): v for k, v in tensors.items() if k.startswith("smoothing/")},
-                amax_by_timestep={k.removeprefix("amax/"): v for k, v in tensors.items() if k.startswith("amax/")},
-                timesteps=tuple(body["timesteps"]),
-                provenance=dict(body["provenance"]),
-            )
+            return cls._of(body, tensors)

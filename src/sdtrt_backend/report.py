@@ -22,9 +22,10 @@ if TYPE_CHECKING:  # a compiled module has a report, and need not be able to dra
     from .metrics import Pictures
 
 __all__ = ["Chart", "Report", "Watched", "budget_table", "charts_html", "comparison_picture", "kept_layers", "layer_table",
-           "merged", "numbered", "render_text", "result_html", "result_json", "save_charts", "summary_table", "write_result"]
+           "merged", "numbered", "of_parts", "render_text", "result_html", "result_json", "save_charts", "summary_table",
+           "write_result"]
 
-REFUSED = "refused"
+REFUSED, NOT_YET = "refused", ("calibrating", "building")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,22 @@ def merged(reports: Sequence[Report], names: Sequence[str]) -> Report:
     return Report(_state(each), _rows(pieces), _union(r.fallbacks for r in each), _union(r.notes for r in each), _timings(pieces),
                   error, share if shares else None, _agreed([r.provenance for r in each]),
                   _watched([r.watched for r in each if r.watched is not None]), work, "", pieces)
+
+
+def of_parts(reports: Mapping[str, Report]) -> Report:
+    """One report of a pipeline's parts, by name, the denoiser first: rows and sentences of the others carry their name. The state
+    is that of all parts; where one is not ready yet, its; "partly refused" where some are refused."""
+    (_, first), *others = reports.items()
+    if not others:
+        return first
+    named = [replace(first, pieces=())]  # its sentences are of the whole, and not in a piece
+    for part, report in others:
+        rows = tuple(replace(row, name=f"{part}.{row.name}") for row in report.layers)
+        fallbacks, notes = ([f"{part}: {sentence}" for sentence in said] for said in (report.fallbacks, report.notes))
+        named.append(replace(report, layers=rows, fallbacks=tuple(fallbacks), notes=tuple(notes), pieces=()))
+    found = merged(named, list(reports))
+    waiting = [report.state for report in named if report.state in NOT_YET]
+    return replace(found, state=waiting[0] if waiting else found.state, provenance=first.provenance)
 
 
 def _pieces(report: Report, name: str) -> tuple[tuple[str, Report], ...]:

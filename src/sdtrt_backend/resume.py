@@ -37,28 +37,39 @@ class ResumeFolder:
     path: Path
     settings: Mapping[str, Any]
 
-    def save(self, calibration: Calibration, done: int) -> None:
-        """Replace what is kept with the statistics after ``done`` prompts. Stopped anywhere, one of the two can be loaded."""
-        facts, tensors = pack(calibration)
-        make_private(self.path)
-        FORMAT.save(self.path, {"done": done, "settings": dict(self.settings), "calibration": facts}, tensors)
+    def save(self, calibrations: Mapping[str, Calibration], done: int) -> None:
+        """Replace what is kept with the statistics after ``done`` prompts. Stopped anywhere, one of the two can be loaded.
 
-    def load(self) -> tuple[Calibration, int]:
-        """(statistics, finished prompts); empty ones where nothing is kept, and the folder is made, for its owner only.
+        calibrations: by the denoiser's name in the pipeline, the first one first."""
+        packed = {name: pack(calibration) for name, calibration in calibrations.items()}
+        (_, (facts, tensors)), *others = packed.items()
+        body = {"done": done, "settings": dict(self.settings), "calibration": facts,
+                "parts": {name: more for name, (more, _) in others}}
+        for name, (_, more) in others:
+            tensors |= {f"{name}:{key}": t for key, t in more.items()}
+        make_private(self.path)
+        FORMAT.save(self.path, body, tensors)
+
+    def load(self, first: str) -> tuple[dict[str, Calibration], int]:
+        """(statistics by the denoiser's name, finished prompts); none where nothing is kept, and the folder is made, for its
+        owner only. first: name of the first denoiser.
 
         Raises CalibrationError for a file that is missing, truncated or edited, and for other settings.
         """
         total_step = self.settings[COUNTED]
         if not self.path.exists() or (self.path.is_dir() and not (self.path / FORMAT.json_name).exists()):
             make_private(self.path)
-            return Calibration(total_step), 0
+            return {}, 0
         body, tensors = FORMAT.load(self.path)
         with FORMAT.shaped(self.path):
             different = differences(body["settings"], self.settings)
         if different:
             raise CalibrationError.kept_differs(self.path, different)
         with FORMAT.shaped(self.path):
-            return unpack(body["calibration"], tensors, total_step), int(body["done"])
+            parts = {name: unpack(facts, {key.removeprefix(f"{name}:"): t for key, t in tensors.items()
+                                          if key.startswith(f"{name}:")}, total_step)
+                     for name, facts in body.get("parts", {}).items()}
+            return {first: unpack(body["calibration"], tensors, total_step), **parts}, int(body["done"])
 
 
 def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

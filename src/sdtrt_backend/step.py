@@ -101,8 +101,10 @@ def state_with_recipe(root: torch.nn.Module | None, captured: Captured, step: St
     state = state_of(root, captured.constants.values(), step.options, step.recipe_hash)
     if step.recipe is not None and state.recipe is None:
         with weights.borrowed(captured.constants.values()):
-            step.recipe.check_model(captured.fingerprints() if root is None else fingerprints(root))
-        state.recipe = step.recipe
+            found = captured.fingerprints() if root is None else fingerprints(root)
+        recipe = step.recipe.fitting(found)
+        recipe.check_model(found)
+        state.recipe = recipe
     return state
 
 
