@@ -106,11 +106,9 @@ class Ready(_Made):
 
 @dataclass(frozen=True)
 class Refused(_Made):
-    """Why no step is used. fallback: the module's own precision, compiled, where the comparison has made it; for_now: whether the
-    reason is one of this call, as autocast is, and not of the module."""
+    """Why no step is used. fallback: the module's own precision, compiled, where the comparison has made it."""
 
     reason: str = ""
-    for_now: bool = False
     fallback: Callable[..., Any] | None = None
 
 
@@ -137,9 +135,6 @@ def build(request: Request) -> Ready | Refused:
     lowering, refusal = choose(options, tensors[0].device if tensors else _device(captured))
     if lowering is None:
         return _refused(made, refusal or "")
-    if lowering.compiled and tensors and torch.is_autocast_enabled(tensors[0].device.type):
-        return replace(_refused(made, "8-bit kernels do not follow autocast, which is enabled around this call: convert the "
-                                      "module with .to(dtype) instead"), for_now=True)
     with _progress(options) as bar:
         graph, nodes = bind(captured, args)
         made = replace(made, baked=graph.meta["baked"])
@@ -226,6 +221,7 @@ def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequenc
         full = captured.graph(*args)
         with measure.CountInt8() as counted:
             first = step(*tensors)
+    step = _in_dtypes(step, first, full)
     error = measure.compare(first, full)
     made = replace(made, layers=layers, error=error, measured=lowering.counts,
                    eight_bit_flops=lowering.flops(counted.flops, layers, decisions))
@@ -244,6 +240,14 @@ def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequenc
     if slower is not None:
         return _refused(made, slower, compiled)
     return Ready(**{f.name: getattr(made, f.name) for f in fields(_Made)}, step=step)
+
+
+def _in_dtypes(step: Callable[..., Any], first: Sequence[Any], full: Sequence[Any]) -> Callable[..., Any]:
+    """``step`` with outputs in the dtypes of the module's own: under autocast 8-bit kernels write the dtype of the weights."""
+    dtypes = [y.dtype if isinstance(y, torch.Tensor) else None for y in full]
+    if dtypes == [y.dtype if isinstance(y, torch.Tensor) else None for y in first]:
+        return step
+    return lambda *tensors: [y if dtype is None else y.to(dtype) for y, dtype in zip(step(*tensors), dtypes, strict=True)]
 
 
 def _raced(request: Request, tensors: Sequence[torch.Tensor], step: Callable[..., Any], lowering: Lowering,

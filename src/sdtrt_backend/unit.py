@@ -313,7 +313,7 @@ class Unit:
 
     def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
         state = self.state
-        if self._in_use() or made.for_now:
+        if self._in_use() or _autocast(self.constants[0].device):  # which may be why
             sizes = sizes_of(tensor_inputs(self.captured, args))
             state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.captured)
@@ -400,7 +400,7 @@ class Unit:
             sizes = sizes_of(tensor_inputs(self.captured, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision, and it is "
                                                  "tried again later")
-        elif self._in_use() and what.startswith("building"):
+        elif (self._in_use() or _autocast(self.constants[0].device)) and what.startswith("building"):
             sizes = sizes_of(tensor_inputs(self.captured, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._as_it_is(args)
