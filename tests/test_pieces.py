@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from small import Offload, SmallPipeline, small_unet
 from torch import nn
 
 import sdtrt_backend
@@ -258,3 +259,17 @@ def test_a_convolution_in_three_dimensions_is_named_with_its_work():
     assert flops == {"first": 2 * 16 * 64 * 64, "over_time": 2 * 16 * 64 * 64 * 3}
     assert in_8_bits(report) == {"first"}
     assert "over_time" in str(report)
+
+
+def test_a_module_whose_forward_is_wrapped_while_it_calibrates_is_told_the_time_all_the_same():
+    torch._dynamo.reset()
+    unet = small_unet(0)
+    pipe = SmallPipeline(unet)
+    sdtrt_backend.accelerate(pipe, engine="reference", calibration_runs=1, max_error=0.3)
+    pipe.draw()
+    offload = Offload(unet, whole=True)  # takes *args, **kwargs
+    for _ in range(2):
+        pipe.draw()
+    report = sdtrt_backend.explain(pipe)
+    assert (report.state, report.fallbacks) == ("ready", ())
+    offload.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -43,7 +42,7 @@ class Clock:
         call = names.call_of(root)
         if call is None:
             return False
-        signature = inspect.signature(root.forward)
+        signature = names.call_signature(root)
         if signature.parameters.keys().isdisjoint(TIMESTEP_NAMES) and names.runs_compiled(root):
             return False
         args, keywords = call

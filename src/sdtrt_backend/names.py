@@ -7,6 +7,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -63,7 +64,15 @@ def _called() -> Iterator[torch.nn.Module]:
 
 def takes_a_timestep(module: torch.nn.Module) -> bool:
     """Whether it is called at every timestep: a denoiser, or a ControlNet beside one."""
-    return not inspect.signature(module.forward).parameters.keys().isdisjoint(TIMESTEP_NAMES)
+    return not call_signature(module).parameters.keys().isdisjoint(TIMESTEP_NAMES)
+
+
+def call_signature(module: torch.nn.Module) -> inspect.Signature:
+    """Of the module's forward; of its class's where what was put in its place, as hooks for offloading are, names no timestep."""
+    own = inspect.signature(module.forward)
+    if "forward" not in vars(module) or not own.parameters.keys().isdisjoint(TIMESTEP_NAMES):
+        return own
+    return inspect.signature(MethodType(type(module).forward, module))
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -202,7 +201,7 @@ class Observer(torch.fx.Interpreter):
 @contextlib.contextmanager
 def observed(module: torch.nn.Module, calibration: Calibration, tick: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Forward hooks on every quantisable submodule while the context is open; removed however it ends."""
-    signature = inspect.signature(module.forward)
+    signature = names.call_signature(module)
 
     def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}  # kwargs: a forward may collect them
