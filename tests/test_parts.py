@@ -113,6 +113,18 @@ def test_a_part_that_the_recipe_does_not_have_calibrates_itself(pipe, recipe):
     assert sdtrt_backend.explain(pipe).state == "ready"
 
 
+def test_a_recipe_of_both_serves_a_pipeline_that_has_one_of_them(pipe, recipe):
+    pipe.transformer = pipe.transformer_2
+    del pipe.transformer_2
+    pipe.transformer_2 = pipe.transformer  # one module, which draws all
+    sdtrt_backend.accelerate(pipe, recipe=recipe, **REFERENCE)
+    pipe("a")
+    report = sdtrt_backend.explain(pipe)
+    assert report.state == "ready"
+    amax = next(row.amax for row in report.layers if row.name == "to_out")
+    assert amax == pytest.approx(recipe.parts["transformer_2"].layers["to_out"].amax)
+
+
 def test_a_part_with_other_weights_is_refused_and_nothing_is_changed(pipe, recipe):
     with torch.no_grad():
         pipe.transformer_2.to_q.weight.mul_(1.5)

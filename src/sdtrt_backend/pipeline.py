@@ -8,7 +8,6 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -64,14 +63,14 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
             raise ModelError.offloaded(module) if names.offloads(module) else ModelError.on_meta(type(module).__name__)
     given = dict.fromkeys(modules, options)
     if recipe is not None and loaded is not None:
-        known = loaded if len(modules) == 1 else replace(loaded, parts={n: p for n, p in loaded.parts.items() if n in modules})
-        first = next(iter(modules))
-        for name, of in {first: known, **known.parts}.items():
+        first, *others = modules
+        covered = (first, *(name for name in others if name in loaded.parts))
+        for name in covered:
             with weights.borrowed(modules[name].parameters()):
                 found = fingerprints(modules[name])
-                (of.fitting(found) if name == first else of).check_model(found)
+            (loaded.fitting(found) if name == first else loaded.parts[name]).check_model(found)
         folder = os.fspath(_kept(recipe) if isinstance(recipe, Recipe) else recipe)
-        given |= {name: {**options, "recipe": folder} for name in (first, *known.parts)}
+        given |= {name: {**options, "recipe": folder} for name in covered}
     named = [n for module in modules.values() for n, m in module.named_modules()
              if any(True for _ in m.parameters(recurse=False))]
     for pattern in parsed.exclude:
