@@ -7,8 +7,9 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	@$(BIN)/sdtrt demo --out out
 
-# two processes, whole files each, as fixtures are shared in a file; one thread in each
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# two processes, one thread in each, whole files, as fixtures are shared in a file; in the order of their names, as those of few
+# tests, which are the longest, would come last
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	@$(PYTEST)

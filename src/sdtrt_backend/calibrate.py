@@ -96,9 +96,6 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
     masks, videos and audio a list as long as ``prompts`` is one for each, anything else one for all.
     Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
     """
-    if guidance_scale is not None:
-        pipe_kwargs["guidance_scale"] = guidance_scale
-    ask = asked(pipe, prompts, pipe_kwargs)
     for what, number, least in (("num_inference_steps", num_inference_steps, 1), ("batch_size", batch_size, 1)):
         if not _integer(number) or number < least:
             raise CalibrationError.no_number(what, f"an integer >= {least}", number)
@@ -110,6 +107,9 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
     for name, module in modules.items():
         if any(p.is_meta for p in module.parameters()):
             raise ModelError.on_meta(name)
+    if guidance_scale is not None:
+        pipe_kwargs["guidance_scale"] = guidance_scale
+    ask = asked(pipe, prompts, pipe_kwargs)
     drawn, judging = (list(range(ask.count)), []) if parsed.min_psnr is None else budget.split(range(ask.count))
     steps_by_call = num_inference_steps if parsed.rule in BY_CALL else 0
     calibrations, done, kept = {name: Calibration(steps_by_call) for name in modules}, 0, None
