@@ -32,8 +32,7 @@ class Lowering:
     refusal: why it cannot be used on a device, or None; refine: the plan for what its kernels take; lower: graph with Q/DQ,
     example tensors, options -> Lowered; none_left: the sentence where ``refine`` left nothing in 8 bits, from its last decision;
     graphed: whether the step becomes a CUDA graph on a GPU; free_convs: whether its convolutions may be smoothed and have a zero
-    point; timed: whether its time counts; compiled: whether it runs other calls than the graph's; may_be_slower: whether it must
-    be raced against the compiled 16-bit step; counts: whether executed 8-bit FLOPs can be counted; flops: counted FLOPs -> those
+    point; timed: whether its time counts; may_be_slower: whether it must be raced against the compiled 16-bit step; counts: whether executed 8-bit FLOPs can be counted; flops: counted FLOPs -> those
     of the model's own work.
     """
 
@@ -45,7 +44,6 @@ class Lowering:
     graphed: bool = True
     free_convs: bool = True
     timed: bool = True
-    compiled: bool = True
     may_be_slower: Callable[[Any], bool] = lambda t: t.eager_ms < CLEARLY_FASTER * t.step_ms
     counts: bool = True
     flops: Callable[[int, Sequence[LayerReport], Sequence[Decision]], int] = lambda counted, layers, decisions: counted
@@ -131,7 +129,7 @@ def _with_engines(counted: int, layers: Sequence[LayerReport], decisions: Sequen
 
 LOWERINGS = {row.name: row for row in (
     Lowering("reference", lambda options, device: None, _for_the_reference, reference.lower, graphed=False, timed=False,
-             compiled=False, counts=False),
+             counts=False),
     Lowering("inductor", _on_the_cpu, _measured, inductor_cpu.lower, graphed=False, flops=_once,
              none_left=lambda d: f"no 8-bit kernel is faster than the one in the user's precision on these shapes ({d.reason})"),
     Lowering("inductor-cuda", _on_a_gpu, _measured, inductor_cuda.lower,
