@@ -32,8 +32,8 @@ class Lowering:
     refusal: why it cannot be used on a device, or None; refine: the plan for what its kernels take; lower: graph with Q/DQ,
     example tensors, options -> Lowered; none_left: the sentence where ``refine`` left nothing in 8 bits, from its last decision;
     graphed: whether the step becomes a CUDA graph on a GPU; free_convs: whether its convolutions may be smoothed and have a zero
-    point; timed: whether its time counts; may_be_slower: whether it must be raced against the compiled 16-bit step; counts: whether executed 8-bit FLOPs can be counted; flops: counted FLOPs -> those
-    of the model's own work.
+    point; timed: whether its time counts; may_be_slower: whether it must be raced against the compiled 16-bit step; counts:
+    whether executed 8-bit FLOPs can be counted; flops: counted FLOPs -> those of the model's own work.
     """
 
     name: str
