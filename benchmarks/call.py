@@ -111,12 +111,13 @@ def ready(counts: Counts, device: str) -> tuple[Any, tuple[Any, ...], nn.Module]
     assert (report.state, len(made)) == ("ready", 1), f"{report.state}, {len(made)} graphs: {report}"
     parameters = sum(isinstance(a, nn.Parameter) for a in given[0])
     assert (parameters, len(given[0]) - parameters) == (counts.parameters, counts.inputs), f"{len(given[0])} arguments"
-    without_kernels(made[0], result)
+    without_kernels(made[0], result, given[0])
     return made[0], given[0], module
 
 
-def without_kernels(step: Any, result: torch.Tensor) -> None:
-    """The step returns ``result`` and samples nothing, in the objects of the version that is imported."""
+def without_kernels(step: Any, result: torch.Tensor, args: tuple[Any, ...]) -> None:
+    """The step returns ``result`` and samples nothing, in the objects of the version that is imported. What tells NaN and black is
+    a part of the step now, and of its CUDA graph; on the CPU it is computed."""
     def fixed(*_: torch.Tensor) -> tuple[torch.Tensor]:
         return (result,)
 
@@ -133,9 +134,13 @@ def without_kernels(step: Any, result: torch.Tensor) -> None:
     unit = step.last()
     assert unit.variants
     assert all(variant.watch is not None for variant in unit.variants.values())
+    from sdtrt_backend.drift import with_peaks
+
+    watched = with_peaks(fixed)
+    seen = watched(*(a for a in args if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter)))
     for key, variant in unit.variants.items():
         made = replace(variant.made, watch=unsampled(variant.watch))
-        unit.variants[key] = replace(variant, step=fixed, made=made)
+        unit.variants[key] = replace(variant, step=watched if result.is_cpu else lambda *_: seen, made=made)
 
 
 @torch.no_grad()
@@ -203,7 +208,9 @@ class Version:
 
 
 def source_of(revision: str, stack: ExitStack) -> Path:
-    """Its src folder, in a worktree that goes with ``stack``."""
+    """Its src folder, in a worktree that goes with ``stack``; or the revision is a folder that holds the package."""
+    if (Path(revision) / "sdtrt_backend").is_dir():
+        return Path(revision).resolve()
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "worktree"
     worktree = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*worktree, "add", "--detach", str(folder), revision], check=True, capture_output=True)
@@ -288,7 +295,7 @@ def count() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", metavar="REV", help="a commit to measure in the same run")
+    parser.add_argument("--against", metavar="REV", help="a commit to measure in the same run, or a folder that holds the package")
     parser.add_argument("--graphs", nargs="+", choices=tuple(GRAPHS), default=tuple(GRAPHS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--calls", type=int, default=200)

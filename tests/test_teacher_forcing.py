@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from choosers import Reference
 from models import FAMILIES, bundled_unet
-from tolerances import ROUNDINGS, TOLERANCES, UNIT
+from tolerances import FP8_CUT, ROUNDINGS, TOLERANCES, UNIT, WALK
 from torch import fx
 from torch.utils import _pytree
 
@@ -127,7 +127,11 @@ class Paths:
         y = exact(run(args, kwargs))
         if target in OPS:
             terms = math.prod(node_weight(args, kwargs).shape[1:])
-            return y, run(sizes, size_kwargs), ROUNDINGS["sum"] * math.sqrt(terms) + call
+            m = run(sizes, size_kwargs)
+            if y.is_cuda and node.args[0].target is ops.dequantize_fp8:
+                walk = run(*_pytree.tree_map(lambda t: t.square() if isinstance(t, torch.Tensor) else t, (args, kwargs))).sqrt()
+                m = m + (y.abs() + WALK * walk) * (FP8_CUT / UNIT[torch.float32])
+            return y, m, ROUNDINGS["sum"] * math.sqrt(terms) + call
         if target in (F.group_norm, F.layer_norm):
             m, terms = self.norm_sizes(node, args, kwargs, sizes)
             return y, m, ROUNDINGS["sum"] * math.sqrt(terms) + call

@@ -48,4 +48,8 @@ ROUNDINGS = {
     # a factor, its reciprocal, a cast, exp, tanh, erf or rsqrt of a library, which are good to about two units each
     "call": 4.0,
 }
+# fp8 products on a GPU: Hopper's tensor cores add at 14 bits (DeepSeek-V3 report, section 3.3.2), in fp32 numbers only: each of K
+# terms is cut at 2**-13 of the largest number in sight, which is a partial sum or a term. Partial sums of terms of either sign
+# go as far as the result and some deviations of a random walk, whose square is the sum of the squared terms
+FP8_CUT, WALK = 2.0**-13, 3.0
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}

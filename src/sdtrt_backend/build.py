@@ -93,8 +93,8 @@ class _Made:
 class Ready(_Made):
     """A step on tensor inputs, which may be used.
 
-    replaced: the module's weights that it holds in 8 bits and does not read; reads: constants that it does read; read_from: keys
-    of their memory; watch: what its drift is noticed by.
+    step: its last output is ``drift.peaks`` where there is a ``watch``, what its drift is noticed by; replaced: the module's
+    weights that it holds in 8 bits and does not read; reads: constants that it does read; read_from: keys of their memory.
     """
 
     step: Callable[..., Any] = lambda *_: None
@@ -159,7 +159,7 @@ def build(request: Request) -> Ready | Refused:
             lowered = replace(lowered, constants=(*lowered.constants, *counter.constants))
         made = replace(made, timings=replace(made.timings, build_s=time.perf_counter() - start))
         bar("comparing with full precision")
-        judged = _judge(request, tensors, planned.decisions, lowered, lowering, {n: nodes[n].name for n in nodes}, made)
+        judged = _judge(request, tensors, planned.decisions, lowered, lowering, {n: nodes[n].name for n in nodes}, made, watched)
     if isinstance(judged, Refused):
         return _within_max_error(request, planned, judged)
     device = tensors[0].device.type
@@ -211,7 +211,7 @@ def _progress(options: Options) -> Iterator[Callable[[str], None]]:
 
 
 def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequence[Decision], lowered: Lowered, lowering: Lowering,
-           names: Mapping[str, str], made: _Made) -> Ready | Refused:
+           names: Mapping[str, str], made: _Made, watched: bool) -> Ready | Refused:
     """Use the step only if its first output is finite and inside ``max_error``, and its time beats the 16-bit step."""
     captured, args, options = request.captured, request.args, request.options
     where = {d.layer.node: lowered.engines.get(names.get(d.layer.node, ""), lowering.name) for d in decisions}
@@ -222,6 +222,8 @@ def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequenc
         with measure.CountInt8() as counted:
             first = step(*tensors)
     step = _in_dtypes(step, first, full)
+    if watched:
+        step = drift.with_peaks(step)
     error = measure.compare(first, full)
     made = replace(made, layers=layers, error=error, measured=lowering.counts,
                    eight_bit_flops=lowering.flops(counted.flops, layers, decisions))
@@ -234,7 +236,7 @@ def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequenc
                               f"{options.max_error}")
     if lowering.graphed and tensors[0].is_cuda:
         step = Graphed(step, tensors, request.memory, lowered.constants)
-        if not measure.compare(step(*tensors), full) <= options.max_error:
+        if not measure.compare(step(*tensors)[:len(full)], full) <= options.max_error:
             return _refused(made, "the CUDA graph of the 8-bit step does not give what the step gives")
     made, slower, compiled = _raced(request, tensors, step, lowering, made)
     if slower is not None:

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import weights
 
-CHECKED = 32  # constants whose values a call may look at on average, of models with no more than a thousand
+CHECKED = 18  # constants whose values a call may look at on average, of models with no more than five hundred
 EVERY = 4  # calls from one look to the next, at most
 PARTS = 7  # in which they are looked at, at most
 _VERSION = operator.attrgetter("_version")

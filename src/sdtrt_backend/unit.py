@@ -29,7 +29,7 @@ from .build import Ready, Refused, Request, build, sizes_of, unquantized
 from .calibrate import Observer
 from .capture import Captured, concrete, follow, follow_all, tensor_inputs
 from .constants import Constants, Part
-from .drift import KEPT_BYTES, ZEROS, Later, Watch, peaks, trouble
+from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
 from .graphs import Graphed
 from .measure import outputs
 from .rules import SIDE_BRANCH
@@ -49,11 +49,12 @@ MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its ow
 @dataclass(frozen=True)
 class Variant:
     """A step for one set of inputs. captured: the graph whose tensor inputs it takes; made: what was built, None where the step
-    is the module's own precision."""
+    is the module's own precision; input_bytes: of the inputs."""
 
     step: Callable[..., Any]
     captured: Captured
     made: Ready | None = None
+    input_bytes: int = 0
 
     @property
     def watch(self) -> Watch | None:
@@ -291,7 +292,8 @@ class Unit:
             self._refused(key, args, made)
         else:
             state.memory.made[work] = made
-            self.variants[key] = Variant(made.step, self.captured, made)
+            held = sum(t.numel() * t.element_size() for t in tensor_inputs(self.captured, args))
+            self.variants[key] = Variant(made.step, self.captured, made, held)
             if made.watch is not None:
                 state.drift.expect(made.watch)
         state.memory.stamps.add(self.frozen.tensors)
@@ -459,16 +461,15 @@ class Unit:
         """``result`` of the 8-bit step, or the module's own where that one is not to be used and it is known already. elements:
         of the ``part`` of the constants that is looked at."""
         state, watch = self.state, variant.watch
-        drift, mine, given = state.drift, [], []
+        drift, outs, numbers = state.drift, 0, []
         call = next(drift.calls)
         if watch is not None:
             drift.called = call
             if watch.due(call):
                 drift.sample(watch, tensors)
-            device = self.constants[0].device
-            mine = [t for t in outputs(result) if t.device == device]
-            given = [t for t in outputs(tensors) if t.device == device] if mine else []
-        numbers = [peaks(mine, given)] if mine else []
+            *result, seen = result
+            outs, numbers = len(looked_at(result)), [seen] if len(seen) else []
+        peaked = sum(map(len, numbers))
         if elements is not None:
             numbers.append(elements)
         if not numbers:
@@ -476,39 +477,39 @@ class Unit:
         later = Later(numbers[0] if len(numbers) == 1 else torch.cat(numbers))
         if later.ready():
             values = later.values()
-            if part is None and math.isfinite(sum(values)) and any(values[:len(mine)]):
+            if part is None and math.isfinite(sum(values)) and any(values[:outs]):
                 return result  # as nearly always
-            own = self._examine(call, args, len(mine), len(given), part, values)
+            own = self._examine(call, args, outs, peaked, part, values)
             return result if own is None else own
-        kept = args if sum(t.numel() * t.element_size() for t in given) <= KEPT_BYTES else None
+        kept = args if variant.input_bytes <= KEPT_BYTES else None
         me = weakref.ref(self)
 
         def when_there(values: list[float]) -> None:
             unit = me()
             if unit is not None:
-                unit._examine(call, kept, len(mine), len(given), part, values, late=True)
+                unit._examine(call, kept, outs, peaked, part, values, late=True)
 
         drift.waiting.append((later, when_there))
         return result
 
-    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, ins: int, part: Part | None,
+    def _examine(self, call: int, args: Sequence[Any] | None, outs: int, peaked: int, part: Part | None,
                  values: Sequence[float], late: bool = False) -> Any:
         """The module's own result where the 8-bit step is to blame for a bad one, else None.
 
-        values: peaks of the call's outputs, of which there are ``outs``, and of its inputs, and the elements of the ``part`` of
-        the constants that was looked at. args: None where they were not kept.
+        values: ``peaked`` peaks, of the call's outputs, of which there are ``outs``, and of its inputs, and the elements of the
+        ``part`` of the constants that was looked at. args: None where they were not kept.
         """
         state, what = self.state, trouble(values[:outs])
         since = "; results since that call are to be made again" if late else ""
         if state.refusal is not None or self.refusal is not None or state.closed:
             return None
-        changed = [] if part is None else part.differing(values[outs + ins:], state.memory.stamps)
+        changed = [] if part is None else part.differing(values[peaked:], state.memory.stamps)
         if changed:  # others as well, most likely
             self.renew(state.memory.stamps.changed(self.frozen.tensors) or changed)
             if late:
                 state.say(state.notes, f"it was noticed on call {call}{since}")
             return None if not args or late else self.own(args)
-        if not all(v == v and v != float("inf") for v in values[outs:outs + ins]):
+        if not all(v == v and v != float("inf") for v in values[outs:peaked]):
             state.say(state.notes, "the module was given NaN or infinite inputs, so its outputs mean nothing, even where 8-bit "
                                    "codes made them finite; the 8-bit step goes on")
             return None

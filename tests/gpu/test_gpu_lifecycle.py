@@ -242,6 +242,24 @@ def test_a_tensor_on_the_cpu_inside_the_module_is_no_obstacle():
     assert sdtrt_backend.explain(compiled).state == "ready"
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_a_module_in_fp32_inside_autocast_and_outside(engine, dtype):
+    torch._dynamo.reset()
+    pipe = SmallPipeline(small_unet().to(GPU))
+    plain = copy.deepcopy(pipe.unet)
+    sdtrt_backend.accelerate(pipe, engine=engine, calibration_runs=1, max_error=BOUND)
+    for inside in (False, True) * 3:
+        with torch.autocast(GPU, dtype, enabled=inside):
+            mine, theirs = pipe.draw(), own(plain)
+        assert [y.dtype for y in mine] == [y.dtype for y in theirs]
+        assert max(compare(y, e) for y, e in zip(mine, theirs, strict=True)) < BOUND
+    report = sdtrt_backend.explain(pipe)
+    assert (report.state, report.fallbacks) == ("ready", ())
+    assert all(any(row.precision == "int8" for row in piece.layers) for _, piece in report.pieces)
+    sdtrt_backend.restore(pipe)
+
+
 def test_threads_that_need_the_plain_weights_on_streams_of_their_own(accelerated):
     """One thread runs in 8 bits, the others read weights that are away, each on its stream."""
     pipe, plain = accelerated
