@@ -8,7 +8,7 @@ torch.compile; moved to the CPU and back; copied; ten weights written as a fused
 is a row of the table with its error, and the others go on. The bundled model goes first: a failure shows in a minute.
 
 Memory is what the allocator holds after gc.collect() and empty_cache(), less what it held before the case; the workspaces of
-cuBLAS, which stay for good, are made before. The UNet of SDXL has random fp16 weights (``gpu.py`` says why), batch 2, 1024x1024.
+cuBLAS and cuBLASLt, which stay for good, are made before. The UNet of SDXL has random fp16 weights (``gpu.py`` says why), batch 2, 1024x1024.
 """
 
 from __future__ import annotations
@@ -234,12 +234,12 @@ def _graphed(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _workspaces() -> None:
-    """cuBLAS makes one for each stream at the first product there."""
+    """cuBLAS makes one for each stream at the first product there, and cuBLASLt at the first with a bias."""
     if gpu.DEVICE.type == "cuda":
         x = torch.ones(256, 256, device=gpu.DEVICE, dtype=torch.float16)
-        x @ x
+        torch.addmm(x[0], x @ x, x)
         with side_stream() as stream, torch.cuda.stream(stream):
-            x @ x
+            torch.addmm(x[0], x @ x, x)
         torch.cuda.synchronize()
 
 

@@ -130,7 +130,7 @@ class Paths:
             m = run(sizes, size_kwargs)
             if y.is_cuda and node.args[0].target is ops.dequantize_fp8:
                 walk = run(*_pytree.tree_map(lambda t: t.square() if isinstance(t, torch.Tensor) else t, (args, kwargs))).sqrt()
-                m = m + (y.abs() + WALK * walk) * (FP8_CUT / UNIT[torch.float32])
+                m = m + ROUNDINGS["cut"] * (y.abs() + WALK * walk) * (FP8_CUT / UNIT[torch.float32])
             return y, m, ROUNDINGS["sum"] * math.sqrt(terms) + call
         if target in (F.group_norm, F.layer_norm):
             m, terms = self.norm_sizes(node, args, kwargs, sizes)
