@@ -116,8 +116,8 @@ def ready(counts: Counts, device: str) -> tuple[Any, tuple[Any, ...], nn.Module]
 
 
 def without_kernels(step: Any, result: torch.Tensor, args: tuple[Any, ...]) -> None:
-    """The step returns ``result`` and samples nothing, in the objects of the version that is imported. What tells NaN and black is
-    a part of the step now, and of its CUDA graph; on the CPU it is computed."""
+    """The step returns ``result`` and samples nothing, in the objects of the version that is imported. What tells NaN and black
+    is a part of the step now, and of its CUDA graph; on the CPU it is computed."""
     def fixed(*_: torch.Tensor) -> tuple[torch.Tensor]:
         return (result,)
 
@@ -295,7 +295,7 @@ def count() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", metavar="REV", help="a commit to measure in the same run, or a folder that holds the package")
+    parser.add_argument("--against", metavar="REV", help="a commit to measure too, or a folder that holds the package")
     parser.add_argument("--graphs", nargs="+", choices=tuple(GRAPHS), default=tuple(GRAPHS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--calls", type=int, default=200)

@@ -8,7 +8,8 @@ torch.compile; moved to the CPU and back; copied; ten weights written as a fused
 is a row of the table with its error, and the others go on. The bundled model goes first: a failure shows in a minute.
 
 Memory is what the allocator holds after gc.collect() and empty_cache(), less what it held before the case; the workspaces of
-cuBLAS and cuBLASLt, which stay for good, are made before. The UNet of SDXL has random fp16 weights (``gpu.py`` says why), batch 2, 1024x1024.
+cuBLAS and cuBLASLt, which stay for good, are made before. The UNet of SDXL has random fp16 weights (``gpu.py`` says why), batch
+2, 1024x1024.
 """
 
 from __future__ import annotations

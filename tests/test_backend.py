@@ -122,6 +122,7 @@ def test_a_saved_recipe_skips_calibration(denoiser, make_denoiser, tmp_path):
     assert sdtrt_backend.explain(again).state == "ready"
 
 
+@pytest.mark.slow
 def test_nan_weights_are_refused_with_the_layer_named(denoiser):
     with torch.no_grad():
         denoiser.conv1.weight[3] = float("nan")
@@ -193,6 +194,7 @@ def test_a_call_that_is_no_candidate_is_named_with_its_reason(denoiser):
     assert any("conv1 stays in its own precision: its padding is given as 'same'" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_gradients_run_unquantised_and_say_why(denoiser):
     compiled = torch.compile(denoiser.train(), backend="sd_int8")
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 64)
@@ -204,6 +206,7 @@ def test_gradients_run_unquantised_and_say_why(denoiser):
     assert "gradients" in sdtrt_backend.explain(compiled).fallbacks[0]
 
 
+@pytest.mark.slow
 def test_gradients_of_inputs_are_those_of_the_module_with_frozen_weights(denoiser):
     """Guidance by gradients, inversion."""
     compiled = calibrated(denoiser.requires_grad_(False))
@@ -217,6 +220,7 @@ def test_gradients_of_inputs_are_those_of_the_module_with_frozen_weights(denoise
     assert sdtrt_backend.explain(compiled).state == "ready"
 
 
+@pytest.mark.slow
 def test_a_call_with_gradients_finds_the_weights_that_were_away(denoiser, weights_leave_the_cpu_too):
     compiled = calibrated(denoiser, engine="inductor", weights="release")
     first = call(compiled, 999)
@@ -240,6 +244,7 @@ def test_an_error_beyond_the_bound_is_refused_and_the_module_keeps_its_numbers(d
     torch.testing.assert_close(mine, call(denoiser, 999), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_slower_8_bit_step_is_refused_with_both_times(denoiser, monkeypatch):
     monkeypatch.setattr(measure, "step_ms", lambda *steps, **_: [1.0, 2.0])
     compiled = calibrated(denoiser, engine="auto")
@@ -265,6 +270,7 @@ def test_sd_fp8_runs_its_reference_anywhere_and_is_refused_without_kernels(make_
     assert "use sd_int8 on the CPU" in report.fallbacks[0]
 
 
+@pytest.mark.slow
 def test_other_batches_and_sizes_reuse_the_statistics(denoiser):
     compiled = calibrated(denoiser)
     call(compiled, 999)
@@ -276,6 +282,7 @@ def test_other_batches_and_sizes_reuse_the_statistics(denoiser):
     assert sdtrt_backend.explain(compiled).provenance["calls"] == 2 * len(STEPS)
 
 
+@pytest.mark.slow
 def test_a_shape_that_is_refused_leaves_the_others_in_8_bits(denoiser, monkeypatch):
     compiled = torch.compile(denoiser, backend="sd_int8", options=REFERENCE, dynamic=False)
     for seed in (0, 1):
@@ -306,6 +313,7 @@ def test_a_size_is_built_once_also_when_another_graph_of_dynamos_takes_it(denois
     assert (report.state, report.fallbacks) == ("ready", ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_mode", [torch.inference_mode, torch.no_grad])
 def test_a_step_serves_inference_mode_and_no_grad(denoiser, first_mode, caplog):
     """Dynamo makes a graph for each, since their tensors differ."""
@@ -357,6 +365,7 @@ def test_threads_calling_during_the_swap_get_full_precision_or_8_bit_results(den
     assert sdtrt_backend.explain(compiled).state == "ready"
 
 
+@pytest.mark.slow
 def test_two_modules_built_in_two_threads_while_a_third_calls_compiled_modules(make_denoiser):
     """PyTorch traces one graph at a time, and then patches what every thread calls."""
     mine = [torch.compile(make_denoiser(seed), backend="sd_int8", options={"engine": "inductor"}) for seed in (1, 2)]
@@ -470,6 +479,7 @@ def test_timesteps_that_are_numbers_are_refused_or_served(make_denoiser, kind):
         assert "pass a tensor, torch.tensor(t)" in report.fallbacks[0]
 
 
+@pytest.mark.slow
 def test_a_layer_that_one_call_reads_in_16_bits_keeps_its_weight(denoiser, weights_leave_the_cpu_too):
     """Its other call reads codes."""
     class Twice(torch.nn.Module):
@@ -530,6 +540,7 @@ def test_inference_mode_works(denoiser):
     assert measure.compare(output, call(denoiser, 999, seed=2)) < TOLERANCES["int8_step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_module_keeps_its_precision(make_denoiser, dtype):
     denoiser = make_denoiser().to(dtype)

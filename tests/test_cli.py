@@ -92,6 +92,7 @@ def img2img(tmp_path):
     return folder, photos / "0.png", photos
 
 
+@pytest.mark.slow
 def test_an_image_to_image_pipeline_gets_its_pictures(img2img, prompts, tmp_path):
     folder, photo, photos = img2img
     for given in (photo, photos):

@@ -125,8 +125,8 @@ def test_constants_of_a_class_of_their_own_are_looked_at_without_addresses(const
     assert part.moved(constants[:1], [weights.key(constants[0])], None) == []
 
 
-@pytest.mark.parametrize(("count", "every", "parts"), [(0, 1, 0), (1, 1, 1), (35, 1, 2), (63, 3, 2), (128, 4, 2), (277, 4, 4), (600, 4, 7),
-                                                       (1680, 4, 7)])
+@pytest.mark.parametrize(("count", "every", "parts"), [(0, 1, 0), (1, 1, 1), (35, 1, 2), (63, 3, 2), (128, 4, 2), (277, 4, 4),
+                                                       (600, 4, 7), (1680, 4, 7)])
 def test_all_constants_are_looked_at_in_turn_and_a_change_of_many_at_the_next_look(count, every, parts):
     frozen = Constants([torch.zeros(1) for _ in range(count)])
     assert (frozen.every, len(frozen.parts)) == (every, parts)

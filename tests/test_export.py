@@ -21,6 +21,7 @@ from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import insert
 from sdtrt_backend.rules import ENGINE_KEEP
 
+pytestmark = pytest.mark.slow  # the fixtures export the bundled UNet
 PROMPTS = ["red apple, noto style", "rocket, fluent style"]
 NEEDS_ONNX = "ONNX export needs pip install 'sdtrt_backend[onnx]'"
 RTX = "tensorrt_rtx"

@@ -286,6 +286,7 @@ def products_in_8_bits(module, size):
                for event in profile.profiler.kineto_results.events())  # ten times as fast as the profiler's own list of events
 
 
+@pytest.mark.slow
 def test_whatever_its_user_does_an_accelerated_module_stays_the_module(weights_leave_the_cpu_too, tmp_path, monkeypatch):
     monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))
     machine = Lifecycle

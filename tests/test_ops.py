@@ -45,6 +45,7 @@ def test_fake_implementations_agree_with_the_real_ones():
     torch.library.opcheck(ops.group_norm, (y, 8, torch.ones(32), torch.zeros(32), 1e-5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", ["float32", "bfloat16", "auto"])
 def test_the_compiled_graph_equals_the_reference_lowering_and_runs_int8_kernels(graph, recipe, rest):
     captured, args = graph

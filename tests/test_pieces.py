@@ -98,6 +98,18 @@ def test_a_module_of_many_graphs_is_told_the_time_by_its_own_call():
     assert not any("no timestep is known" in note for note in report.notes)
 
 
+def test_a_piece_whose_layers_all_stay_has_their_reasons_and_is_no_fallback():
+    module = Blocks((64, 72), broken=True)  # the second block's are no multiples of 16
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    report = sdtrt_backend.explain(module)
+    assert (report.state, report.fallbacks) == ("ready", ())
+    assert {row.name: row.reason.partition(":")[2].strip() for row in report.layers if row.precision != "int8"} == dict.fromkeys(
+        ("blocks.1.first", "blocks.1.last"), "not multiples of 16")
+    assert all(row.flops for row in report.layers)
+
+
 def test_the_timestep_is_read_from_the_call_where_no_graph_has_a_name_for_it():
     module = Blocks()
     forward = module.forward

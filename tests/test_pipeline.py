@@ -50,6 +50,7 @@ def test_the_bundled_pipeline_loads_without_a_warning(caplog, capfd):
     assert "Loading" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_restore_gives_the_same_picture_and_module_to_the_bit(pipe):
     before, module = draw(pipe, [PROMPT], 2, 0), pipe.unet
     with sdtrt_backend.accelerated(pipe, engine="reference", calibration_runs=1):
@@ -65,6 +66,7 @@ def test_restore_gives_the_same_picture_and_module_to_the_bit(pipe):
     assert "_apply" not in vars(pipe.unet)
 
 
+@pytest.mark.slow
 def test_accelerating_again_after_restore_starts_anew(pipe):
     for _ in range(2):
         with sdtrt_backend.accelerated(pipe, engine="reference", calibration_runs=1):
@@ -92,6 +94,7 @@ def toy(denoiser):
     return Toy(denoiser)
 
 
+@pytest.mark.slow
 def test_accelerating_again_finds_the_weights_that_were_away(toy, weights_leave_the_cpu_too):
     own = toy.draw()
     for level in (4, 3, 4):
@@ -104,6 +107,7 @@ def test_accelerating_again_finds_the_weights_that_were_away(toy, weights_leave_
     assert torch.equal(toy.draw(), own)
 
 
+@pytest.mark.slow
 def test_many_pipelines_of_one_class_are_all_accelerated(make_denoiser):
     first = make_denoiser()
     for seed in range(10):
@@ -121,6 +125,7 @@ def test_an_accelerated_denoiser_can_be_pickled_and_copied(toy):
         assert torch.equal(Toy(twin.to(torch.float64).float()).draw(), own)
 
 
+@pytest.mark.slow
 def test_restore_lets_go_of_the_8_bit_weights(toy):
     sdtrt_backend.accelerate(toy, engine="inductor", calibration_runs=1)
     toy.draw()
@@ -166,6 +171,7 @@ def calibrated(module):
     return calibration.recipe(sdtrt_backend.Options(), {})
 
 
+@pytest.mark.slow
 def test_the_recipe_of_another_model_is_refused_at_once_and_nothing_changes(
         toy, make_denoiser, tmp_path, monkeypatch, weights_leave_the_cpu_too):
     monkeypatch.setenv("SDTRT_CACHE", str(tmp_path / "cache"))
@@ -213,6 +219,7 @@ def test_accelerate_refuses_a_denoiser_on_meta(pipe):
         sdtrt_backend.accelerate(object())
 
 
+@pytest.mark.slow
 def test_calibrating_twice_with_one_seed_gives_the_same_bytes(pipe, recipe, tmp_path):
     again = sdtrt_backend.calibrate(pipe, [PROMPT, "rocket, fluent style"], num_inference_steps=4, seed=7, progress=False)
     first, second = recipe.save(tmp_path / "a"), again.save(tmp_path / "b")
@@ -262,6 +269,7 @@ def test_calibrate_refuses_a_single_string_and_nan_weights(pipe):
         sdtrt_backend.calibrate(broken, [PROMPT], num_inference_steps=2, progress=False)
 
 
+@pytest.mark.slow
 def test_the_one_line_runs_nine_tenths_of_the_flops_in_int8_for_every_shape(pipe, recipe, tmp_path):
     """Real oneDNN kernels: batch 2, then four pictures of 96x96, without recalibrating; close to the reference lowering."""
     torch._dynamo.reset()
@@ -284,6 +292,7 @@ def test_the_one_line_runs_nine_tenths_of_the_flops_in_int8_for_every_shape(pipe
     assert min(layer.sqnr_db for layer in report.layers if layer.precision == "int8") > 15
 
 
+@pytest.mark.slow
 def test_pictures_of_the_reference_lowering_stay_close(pipe, recipe, tmp_path):
     reference = draw(pipe, [PROMPT], 8, 0)
     with sdtrt_backend.accelerated(pipe, recipe=recipe.save(tmp_path), engine="reference"):

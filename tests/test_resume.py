@@ -91,6 +91,7 @@ def interrupt(pipe, folder, call, **settings):
     return caught.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_goes_on_to_the_same_bytes(pipe, uninterrupted, tmp_path):
     folder = tmp_path / "kept"
     assert f"{folder} holds 1 of 3 prompts" in interrupt(pipe, folder, STEPS + 2)
@@ -124,6 +125,7 @@ def test_batches_and_rules_that_count_calls_go_on_as_well(pipe, tmp_path, settin
     assert recipe_bytes(resumed, tmp_path / "a") == recipe_bytes(calibrate(pipe, **settings), tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_when_all_is_done_nothing_runs_and_other_rules_can_be_tried(pipe, uninterrupted, finished, tmp_path):
     options = {"rule": "max", "percentile": 0.5, "alpha": None, "alpha_conv": 0.3}
     with Calls(pipe) as calls:

@@ -42,7 +42,8 @@ def test_an_ordinary_layer_may_be_quantised():
     assert reason_to_keep(layer("up_blocks.0.attentions.1.proj_out"), ()) is None  # not the model's last projection
 
 
-@pytest.mark.parametrize("name", ["conv_in", "conv_out", "time_embedding.linear_1", "down_blocks.0.resnets.1.time_emb_proj"])
+@pytest.mark.parametrize("name", ["conv_in", "conv_out", "time_embedding.linear_1", "down_blocks.0.resnets.1.time_emb_proj",
+                                  "time_extra_emb.timestep_embedder.linear_1", "t_embedder.mlp.0", "p.text_embedder.linear"])
 def test_layers_of_the_table_stay_with_its_reason(name):
     assert reason_to_keep(layer(name), ()) in {why for _, why in KEEP}
 
@@ -60,7 +61,8 @@ def test_weights_that_are_not_finite_stay():
 
 
 @pytest.mark.parametrize("name", ["mid.conv_in", "conv_in.conv", "blocks.0.proj_out", "pos.x_embedder", "blocks.0.norm_out",
-                                  "time.conv1", "embedding.time"])
+                                  "time.conv1", "embedding.time", "context_embedder.token_refiner.0.to_q",
+                                  "context_embedder_2.linear_1"])
 def test_a_layer_deeper_in_the_model_does_not_match_the_name_of_an_outer_one(name):
     assert reason_to_keep(layer(name), ()) is None
 

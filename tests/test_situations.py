@@ -22,6 +22,7 @@ from sdtrt_backend.measure import compare  # also where a test puts another one 
 from sdtrt_backend.options import Options
 
 STEPS = (900, 500, 100)
+ENGINES = ["reference", pytest.param("inductor", marks=pytest.mark.slow)]
 REFERENCE = {"engine": "reference", "calibration_runs": 1}
 NOTICED = 8  # calls within which a weight that was written past its version counter is followed
 CLOSE = 0.12  # of two layers with 64 channels in 8 bits; what changes here changes the output by more than twice as much
@@ -149,7 +150,7 @@ def close(mine, theirs, bound=CLOSE):
 
 # numbers that change
 
-@pytest.mark.parametrize("engine", ["reference", "inductor"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_number_of_the_module_that_changes_between_calls_changes_the_output(block, engine):
     compiled = ready(block, engine=engine)
     for scale in (0.5, 0.7, 2.0, 1.0):
@@ -158,7 +159,7 @@ def test_a_number_of_the_module_that_changes_between_calls_changes_the_output(bl
     assert sdtrt_backend.explain(compiled).fallbacks == ()
 
 
-@pytest.mark.parametrize("engine", ["reference", "inductor"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_dynamic_sizes_in_one_whole_graph(block, engine):
     compiled = torch.compile(block, backend="sd_int8", options={**REFERENCE, "engine": engine}, dynamic=True, fullgraph=True)
     for batch in (2, 2, 2, 3):
@@ -167,7 +168,7 @@ def test_dynamic_sizes_in_one_whole_graph(block, engine):
     assert sdtrt_backend.explain(compiled).state == "ready"
 
 
-@pytest.mark.parametrize("engine", ["reference", "inductor"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_timesteps_that_are_floats(block, engine):
     def call(module, t):
         noise = torch.Generator().manual_seed(int(t))
@@ -181,6 +182,7 @@ def test_timesteps_that_are_floats(block, engine):
     assert report.state == "ready" or "pass a tensor" in report.fallbacks[0]
 
 
+@pytest.mark.slow
 def test_an_integer_that_is_another_one_at_every_call_does_not_build_at_every_call(fresh, caplog):
     class Counting(Block):
         def forward(self, x, timestep, position):
@@ -197,6 +199,7 @@ def test_an_integer_that_is_another_one_at_every_call_does_not_build_at_every_ca
     assert sdtrt_backend.explain(compiled).layers or sdtrt_backend.explain(compiled).fallbacks
 
 
+@pytest.mark.slow
 def test_a_server_that_meets_ever_more_sizes_does_not_keep_a_step_of_each(block):
     compiled = ready(block)
     kept = []
@@ -207,6 +210,7 @@ def test_a_server_that_meets_ever_more_sizes_does_not_keep_a_step_of_each(block)
     assert kept[1] - kept[0] < 10, f"20 sizes more, and {kept[1] - kept[0]} graphs more are alive"
 
 
+@pytest.mark.slow
 def test_a_function_that_calls_a_module_is_served_like_a_module(block):
     """No module is being called then that could hold what is known of it."""
     compiled = torch.compile(lambda x, timestep: block.forward(x, timestep), backend="sd_int8", options=REFERENCE)
@@ -222,7 +226,7 @@ def test_a_function_that_calls_a_module_is_served_like_a_module(block):
 # weights that change
 
 @pytest.mark.parametrize("which", ["last.weight", "lora_B.weight", "norm.weight", "norm.bias", "first.bias", "shift"])
-@pytest.mark.parametrize("engine", ["reference", "inductor"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_tensor_that_is_written_past_its_version_counter_is_followed(block, which, engine):
     """As hot swaps of adapters write them: ``parameter.data.copy_(other)``."""
     compiled = ready(block, engine=engine)
@@ -417,6 +421,7 @@ def test_weights_that_are_rebound_are_let_go(block):
     assert sdtrt_backend.explain(compiled).state == "ready"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restored", [False, True])
 def test_a_pipeline_that_is_gone_leaves_no_tensor(fresh, restored):
     others = live_codes()
@@ -677,7 +682,7 @@ def test_masks_of_minus_infinity_are_no_trouble(fresh):
     assert any("NaN" in sentence for sentence in sdtrt_backend.explain(compiled).notes)
 
 
-@pytest.mark.parametrize("engine", ["reference", "inductor"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("first", ["outside", "inside"])
 def test_autocast_inside_and_outside(block, first, engine):
     def inside(module, t):

@@ -502,7 +502,7 @@ HOW = {"operators": {}, "oneDNN": {"packed": True}, "operators in bf16": {"narro
 
 
 @pytest.mark.parametrize(("model", "how"), [
-    pytest.param(m, how, marks=[pytest.mark.slow] if m == "bundled_unet" and how.get("narrow") else [], id=f"{m}-{name}")
+    pytest.param(m, how, marks=[pytest.mark.slow] if m != "flux" else [], id=f"{m}-{name}")
     for m in MODELS for name, how in HOW.items()])
 def test_each_operation_for_the_cpu_gives_what_its_reference_gives(calibrated, model, how):
     case = for_the_cpu(calibrated(model), **how)
@@ -513,13 +513,8 @@ def test_each_operation_for_the_cpu_gives_what_its_reference_gives(calibrated, m
     assert any(d.two_codes for d in case.layers.values()) or model == "flux"
 
 
-# 16-bit convolutions take long on a CPU
-SLOW = [(m, p, d) for m in MODELS for p in ("int8", "fp8") for d in (torch.float16, torch.bfloat16) if m != "flux"]
-SLOW += [("bundled_unet", "fp8", torch.float32)]
-
-
 @pytest.mark.parametrize(("model", "precision", "dtype"), [
-    pytest.param(m, p, d, marks=[pytest.mark.slow] if (m, p, d) in SLOW else [], id=f"{m}-{p}-{str(d)[6:]}")
+    pytest.param(m, p, d, marks=[pytest.mark.slow] if m != "flux" else [], id=f"{m}-{p}-{str(d)[6:]}")
     for m in MODELS for p in ("int8", "fp8") for d in (torch.float32, torch.float16, torch.bfloat16)])
 def test_each_operation_for_cuda_gives_what_its_reference_gives(calibrated, model, precision, dtype):
     case = for_cuda(calibrated(model, dtype), precision)
@@ -656,6 +651,7 @@ def test_a_broken_operation_for_cuda_is_caught(calibrated, what):
     only_there(case, broken(case, target, mutate, where))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FOR_THE_CPU)
 def test_a_broken_operation_for_the_cpu_is_caught(calibrated, what):
     target, mutate, where, model = FOR_THE_CPU[what]

@@ -47,8 +47,9 @@ ROUNDINGS = {
     "sum": 1.0,
     # a factor, its reciprocal, a cast, exp, tanh, erf or rsqrt of a library, which are good to about two units each
     "call": 4.0,
-    # as "sum", of what tensor cores cut: they keep one partial sum, and of a million results the worst is five deviations out, each
-    # cut's being 1 / sqrt(3) of it at most; half of that, as most partial sums are smaller than the largest. 0.7 of it was seen
+    # as "sum", of what tensor cores cut: they keep one partial sum, and of a million results the worst is five deviations out,
+    # each cut's being 1 / sqrt(3) of it at most; half of that, as most partial sums are smaller than the largest. 0.7 of it was
+    # the most that was seen
     "cut": 2.0,
 }
 # fp8 products on a GPU: Hopper's tensor cores add at 14 bits (DeepSeek-V3 report, section 3.3.2), in fp32 numbers only: each of K

@@ -106,10 +106,12 @@ class Ready(_Made):
 
 @dataclass(frozen=True)
 class Refused(_Made):
-    """Why no step is used. fallback: the module's own precision, compiled, where the comparison has made it."""
+    """Why no step is used. fallback: the module's own precision, compiled, where the comparison has made it; by_rule: every layer
+    has its own reason, whatever 8 bits would have been worth."""
 
     reason: str = ""
     fallback: Callable[..., Any] | None = None
+    by_rule: bool = False
 
 
 def unquantized(captured: Captured, args: Sequence[Any],
@@ -141,13 +143,14 @@ def build(request: Request) -> Ready | Refused:
         planned = planned_of(request, lowering, nodes)
         if not planned.quantized:
             first = planned.decisions[0]
-            return _refused(made, f"no layer can be quantised ({first.layer.name}: {first.reason})")
+            why = f"no layer can be quantised ({first.layer.name}: {first.reason})"
+            return replace(_as_they_are(request, planned, made, why), by_rule=True)
         bar("measuring kernels")
         planned = lowering.refine(planned, graph, nodes, tensors, options)
         made = replace(made, plan=planned, timings=replace(made.timings, choice_s=time.perf_counter() - start,
                                                            **planned.measured))
         if not planned.quantized:
-            return _refused(made, lowering.none_left(planned.decisions[-1]))
+            return _as_they_are(request, planned, made, lowering.none_left(planned.decisions[-1]))
         bar("compiling")
         quantized = insert(graph, nodes, planned.decisions, request.memory.codes)
         by_node = {nodes[d.layer.node].name: d for d in planned.decisions if d.quantized}
@@ -186,6 +189,12 @@ def planned_of(request: Request, lowering: Lowering, nodes: Mapping[str, fx.Node
 
 def _refused(made: _Made, reason: str, fallback: Callable[..., Any] | None = None) -> Refused:
     return Refused(**{f.name: getattr(made, f.name) for f in fields(_Made)}, reason=reason, fallback=fallback)
+
+
+@torch.no_grad()
+def _as_they_are(request: Request, planned: Plan, made: _Made, reason: str) -> Refused:
+    """No layer is in 8 bits; each has a row with its reason."""
+    return _refused(replace(made, layers=_layer_reports(request.captured, request.args, planned.decisions, {})), reason)
 
 
 def _device(captured: Captured) -> torch.device:

@@ -49,12 +49,12 @@ KEEP: tuple[tuple[str, str], ...] = (
     ("*time_emb_proj*", "timestep projection: every layer depends on it, and it is a negligible share of the work"),
     ("*time_text_embed*", "timestep and text embedding: a negligible share of the work"),
     *((pattern, "timestep embedding and modulation: every layer depends on it, and it is a negligible share of the work")
-      for pattern in ("*time_embed*", "*t_embedder*", "*time_proj", "condition_embedder*", "adaln_single*", "*.img_mod.*",
-                      "*.txt_mod.*", "*adaLN_modulation*", "*stream_modulation*", "*guidance_embed*",
-                      "distilled_guidance_layer*")),
+      for pattern in ("*time_embed*", "t_embedder*", "*.t_embedder*", "*timestep_embedder*", "*time_proj", "condition_embedder*",
+                      "adaln_single*", "*.img_mod.*", "*.txt_mod.*", "*adaLN_modulation*", "*stream_modulation*",
+                      "*guidance_embed*", "distilled_guidance_layer*")),
     *((pattern, "first projection: its input is the latent or the text itself, and it is a small share of the work")
       for pattern in ("img_in", "txt_in", "proj_in", "all_x_embedder*", "cap_embedder*", "caption_projection*",
-                      "patch_embedding", "*text_embedder*", "all_final_layer*")),
+                      "patch_embedding", "text_embedder*", "*.text_embedder*", "all_final_layer*")),
     ("*add_embedding*", "added embedding: a negligible share of the work"),
     ("conv_in", "first convolution: few channels, and its input is the latent itself"),
     ("conv_out", "last convolution: few channels, and its error reaches the latent undamped"),

@@ -32,7 +32,7 @@ from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
 from .graphs import Graphed
 from .measure import outputs
-from .rules import SIDE_BRANCH
+from .rules import MODULES, SIDE_BRANCH
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State
 from .timesteps import timestep_value
 from .values import Report
@@ -320,7 +320,7 @@ class Unit:
             state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.captured)
             return
-        self.refuse(made.reason)
+        self.refuse(made.reason, quiet=made.by_rule and self._one_of_several())
         if made.fallback is not None:
             self.variants[key] = Variant(made.fallback, self.captured)
 
@@ -328,14 +328,20 @@ class Unit:
         """Whether 8-bit steps of the same parameters serve other sizes."""
         return any(v.made is not None for unit in self.state.units if unit.ids == self.ids for v in unit.variants.values())
 
-    def refuse(self, reason: str) -> None:
-        """From now on this graph runs in the user's precision."""
+    def _one_of_several(self) -> bool:
+        """Whether the module has layers that are not in this graph."""
+        root = None if self.state.root is None else self.state.root()
+        return root is not None and sum(type(m) in MODULES for m in root.modules()) > len(self.captured.layers)
+
+    def refuse(self, reason: str, quiet: bool = False) -> None:
+        """From now on this graph runs in the user's precision. quiet: its rows say why."""
         self.refusal = reason
         for key in [k for k, v in self.variants.items() if v.made is not None]:
             del self.variants[key]
         whole = all(unit.ids == self.ids for unit in self.state.units)
         part = "the module" if whole else f"the part with {self.captured.layers[0].name}"
-        self.state.say(self.state.fallbacks, f"{reason}; {part} runs in its own precision")
+        if not quiet:
+            self.state.say(self.state.fallbacks, f"{reason}; {part} runs in its own precision")
         self.state.place_weights()
 
     def _own_precision(self, key: Any, args: Sequence[Any]) -> Any:
