@@ -136,7 +136,7 @@ def without_kernels(step: Any, result: torch.Tensor, args: tuple[Any, ...]) -> N
     assert all(variant.watch is not None for variant in unit.variants.values())
     from sdtrt_backend.drift import with_peaks
 
-    watched = with_peaks(fixed)
+    watched = with_peaks(fixed, result.device)
     seen = watched(*(a for a in args if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter)))
     for key, variant in unit.variants.items():
         made = replace(variant.made, watch=unsampled(variant.watch))

@@ -232,7 +232,7 @@ def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequenc
             first = step(*tensors)
     step = _in_dtypes(step, first, full)
     if watched:
-        step = drift.with_peaks(step)
+        step = drift.with_peaks(step, tensors[0].device)
     error = measure.compare(first, full)
     made = replace(made, layers=layers, error=error, measured=lowering.counts,
                    eight_bit_flops=lowering.flops(counted.flops, layers, decisions))

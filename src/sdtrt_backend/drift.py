@@ -137,15 +137,14 @@ class Later:
         return self.host.tolist()
 
 
-def with_peaks(step: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+def with_peaks(step: Callable[..., Sequence[Any]], device: torch.device) -> Callable[..., Sequence[Any]]:
     """``step`` with one more output, the last: the peaks of its outputs and inputs. In a CUDA graph they cost no launches."""
-    return lambda *tensors: (*(result := step(*tensors)), peaks(looked_at(result), looked_at(tensors)))
+    return lambda *tensors: (*(result := step(*tensors)), peaks(looked_at(result, device), looked_at(tensors, device)))
 
 
-def looked_at(values: Sequence[Any]) -> list[torch.Tensor]:
-    """Of a step's outputs or inputs those that can be NaN, on one device."""
-    found = measure.outputs(values)
-    return [t for t in found if t.device == found[0].device]
+def looked_at(values: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
+    """Of a step's outputs or inputs those that can be NaN and are on its device."""
+    return [t for t in measure.outputs(values) if t.device == device]
 
 
 def peaks(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = ()) -> torch.Tensor:

@@ -474,7 +474,7 @@ class Unit:
             if watch.due(call):
                 drift.sample(watch, tensors)
             *result, seen = result
-            outs, numbers = len(looked_at(result)), [seen] if len(seen) else []
+            outs, numbers = len(looked_at(result, self.constants[0].device)), [seen] if len(seen) else []
         peaked = sum(map(len, numbers))
         if elements is not None:
             numbers.append(elements)
