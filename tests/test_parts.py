@@ -1,12 +1,14 @@
 """A pipeline with several modules that are called at every timestep: all are calibrated, accelerated, reported and restored."""
 
 import functools
+import types
 
 import pytest
 import torch
 from toy import ToyDenoiser
 
 import sdtrt_backend
+from sdtrt_backend import unit
 from sdtrt_backend.calibrate import denoisers
 from sdtrt_backend.errors import RecipeError
 from sdtrt_backend.measure import compare
@@ -61,6 +63,35 @@ def test_the_first_denoiser_comes_first_and_a_module_with_two_names_once(pipe):
     found = denoisers(pipe)
     assert list(found) == ["transformer", "transformer_2"]
     assert found["transformer_2"] is pipe.refiner
+
+
+class Scaled(ToyDenoiser):
+    """As a ControlNet: the strength is a Python float."""
+
+    def forward(self, sample, timestep, encoder_hidden_states, strength: float = 1.0):
+        return super().forward(sample, timestep, encoder_hidden_states) * strength
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_strength_builds_nothing_anew(dtype, monkeypatch):
+    torch._dynamo.reset()
+    built, build = [], unit.build
+    monkeypatch.setattr(unit, "build", lambda request: built.append(1) or build(request))
+    pipe = types.SimpleNamespace(transformer=Scaled().eval().to(dtype))
+    sdtrt_backend.accelerate(pipe, **REFERENCE)
+    torch.manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, dtype=dtype), torch.randn(2, 5, 64, dtype=dtype)
+    for strength in (1.0, 1.0, 1.0, 0.7, 0.0, 1.3, 1):
+        for t in (9.0, 5.0, 1.0):
+            with torch.no_grad():
+                mine = pipe.transformer(sample, torch.tensor(t), encoder_hidden_states=text, strength=strength)
+                own = pipe.transformer.forward(sample, torch.tensor(t), encoder_hidden_states=text, strength=strength)
+            assert mine.dtype is own.dtype
+            assert compare(mine, own) < 0.3 if strength else not mine.any()
+    assert (sdtrt_backend.explain(pipe).state, len(built)) == ("ready", 1)
+    assert sdtrt_backend.explain(pipe).fallbacks == ()
+    sdtrt_backend.restore(pipe)
+    assert pipe.transformer._compiled_call_impl is None
 
 
 def test_both_calibrate_themselves_and_are_right_and_restored_to_the_bit(pipe):

@@ -91,7 +91,17 @@ def _compile(module: torch.nn.Module, backend: Any) -> None:
     # where this PyTorch can: other modules of the class, and pipelines before this one, do not use up this one's recompilations
     limits = {"isolate_recompiles": True, "recompile_limit": RECOMPILATIONS}
     module.compile(backend=backend, **{k: v for k, v in limits.items() if k in known})
+    floats = {n for n, p in names.call_signature(module).parameters.items() if p.annotation is float}
+    if floats:
+        module._compiled_call_impl = partial(_with_tensors, module._compiled_call_impl, floats)
     _watch(module, own)
+
+
+def _with_tensors(compiled: Any, floats: set[str], *args: Any, **kwargs: Any) -> Any:
+    """What takes a Python float, as a ControlNet its strength, gets a tensor: Dynamo makes the first value of a float a part of
+    the graph, and the next one would be a graph and a build of its own. In fp64, as Dynamo passes a float that changes."""
+    return compiled(*args, **{n: torch.tensor(v, dtype=torch.float64) if n in floats and type(v) in (float, int) else v
+                              for n, v in kwargs.items()})
 
 
 def _kept(recipe: Recipe) -> Path:
