@@ -110,6 +110,28 @@ def test_a_piece_whose_layers_all_stay_has_their_reasons_and_is_no_fallback():
     assert all(row.flops for row in report.layers)
 
 
+def test_pieces_whose_layers_all_stay_are_said_where_nothing_else_is_in_8_bits():
+    module = Blocks((72, 72), broken=True)
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    report = sdtrt_backend.explain(module)
+    assert report.state == "refused"
+    assert "no layer can be quantised (blocks.1.first: 64 -> 72 channels: not multiples of 16)" in " ".join(report.fallbacks)
+
+
+def test_a_layer_that_no_call_reaches_does_not_silence_the_sentence():
+    module = Blocks((72,))
+    module.unused = nn.Linear(64, 64)
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    report = sdtrt_backend.explain(module)
+    assert report.state == "refused"
+    (said,) = report.fallbacks
+    assert "no layer can be quantised (blocks.0.first: 64 -> 72 channels" in said
+
+
 def test_the_timestep_is_read_from_the_call_where_no_graph_has_a_name_for_it():
     module = Blocks()
     forward = module.forward

@@ -32,7 +32,7 @@ from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
 from .graphs import Graphed
 from .measure import outputs
-from .rules import MODULES, SIDE_BRANCH
+from .rules import SIDE_BRANCH, reason_to_keep
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State
 from .timesteps import timestep_value
 from .values import Report
@@ -320,7 +320,7 @@ class Unit:
             state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.captured)
             return
-        self.refuse(made.reason, quiet=made.by_rule and self._one_of_several())
+        self.refuse(made.reason, quiet=made.by_rule and self._others_may_be_quantized())
         if made.fallback is not None:
             self.variants[key] = Variant(made.fallback, self.captured)
 
@@ -328,10 +328,12 @@ class Unit:
         """Whether 8-bit steps of the same parameters serve other sizes."""
         return any(v.made is not None for unit in self.state.units if unit.ids == self.ids for v in unit.variants.values())
 
-    def _one_of_several(self) -> bool:
-        """Whether the module has layers that are not in this graph."""
-        root = None if self.state.root is None else self.state.root()
-        return root is not None and sum(type(m) in MODULES for m in root.modules()) > len(self.captured.layers)
+    def _others_may_be_quantized(self) -> bool:
+        """Whether other graphs of the module run in 8 bits, or are to: if they do not, they say so themselves."""
+        options = self.state.options
+        return any(unit.status == READY or (unit.refusal is None and any(
+            reason_to_keep(layer, options.exclude, options.level) is None for layer in unit.captured.layers))
+            for unit in self.state.units if unit is not self)
 
     def refuse(self, reason: str, quiet: bool = False) -> None:
         """From now on this graph runs in the user's precision. quiet: its rows say why."""
