@@ -36,13 +36,13 @@ def normal(noise: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=noise)
 
 
-def flux() -> tuple[nn.Module, Draw]:
+def flux(in_channels: int = WIDTH, out_channels: int | None = None) -> tuple[nn.Module, Draw]:
     """Two double and two single blocks."""
     from diffusers import FluxTransformer2DModel
 
-    module = FluxTransformer2DModel(in_channels=WIDTH, num_layers=2, num_single_layers=2, attention_head_dim=16,
-                                    num_attention_heads=HEADS, joint_attention_dim=WIDTH, pooled_projection_dim=32,
-                                    guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+    module = FluxTransformer2DModel(in_channels=in_channels, out_channels=out_channels, num_layers=2, num_single_layers=2,
+                                    attention_head_dim=16, num_attention_heads=HEADS, joint_attention_dim=WIDTH,
+                                    pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
 
     def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
         ids = torch.zeros(TOKENS, 3)
@@ -54,14 +54,14 @@ def flux() -> tuple[nn.Module, Draw]:
     return awake(module), draw
 
 
-def sd3() -> tuple[nn.Module, Draw]:
-    """The first block with the second attention of SD3.5; RMS norms of q and k."""
+def sd3(dual_attention_layers: tuple[int, ...] = (0,), qk_norm: str | None = "rms_norm") -> tuple[nn.Module, Draw]:
+    """The first block with the second attention of SD3.5 medium; RMS norms of q and k."""
     from diffusers import SD3Transformer2DModel
 
     module = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=16,
                                    num_attention_heads=HEADS, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH,
-                                   pooled_projection_dim=32, out_channels=16, pos_embed_max_size=8, dual_attention_layers=(0,),
-                                   qk_norm="rms_norm")
+                                   pooled_projection_dim=32, out_channels=16, pos_embed_max_size=8, qk_norm=qk_norm,
+                                   dual_attention_layers=dual_attention_layers)
 
     def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
         return {"hidden_states": normal(noise, 2, 16, 8, 8), "encoder_hidden_states": normal(noise, 2, TEXT, WIDTH),
@@ -113,12 +113,13 @@ def ltx() -> tuple[nn.Module, Draw]:
     return awake(module), draw
 
 
-def qwen_image() -> tuple[nn.Module, Draw]:
+def qwen_image(zero_cond_t: bool = False) -> tuple[nn.Module, Draw]:
     """Its last block computes a text stream that nobody reads."""
     from diffusers import QwenImageTransformer2DModel
 
     module = QwenImageTransformer2DModel(in_channels=WIDTH, out_channels=16, num_layers=2, attention_head_dim=16,
-                                         num_attention_heads=HEADS, joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6))
+                                         num_attention_heads=HEADS, joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+                                         zero_cond_t=zero_cond_t)
 
     def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
         return {"hidden_states": normal(noise, 1, TOKENS, WIDTH), "encoder_hidden_states": normal(noise, 1, TEXT, WIDTH),
@@ -155,11 +156,12 @@ def sdxl_inputs(noise: torch.Generator, share: float) -> dict[str, Any]:
             "added_cond_kwargs": {"text_embeds": normal(noise, 2, 32), "time_ids": size}, "return_dict": False}
 
 
-def sdxl_unet() -> tuple[nn.Module, Draw]:
+def sdxl_unet(channels: tuple[int, int] = (32, 64)) -> tuple[nn.Module, Draw]:
     """Two levels, the second with transformer blocks, added text and sizes."""
     from diffusers import UNet2DConditionModel
 
-    module = UNet2DConditionModel(out_channels=4, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **SDXL)
+    module = UNet2DConditionModel(out_channels=4, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                                  **{**SDXL, "block_out_channels": channels})
     return awake(module), sdxl_inputs
 
 

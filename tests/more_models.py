@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import HEADS, TEXT, TOKENS, WIDTH, Draw, awake, normal
+from models import HEADS, TEXT, TOKENS, WIDTH, Draw, awake, flux, normal, qwen_image, sd3, sdxl_unet, wan
 from torch import nn
 
 
@@ -152,10 +152,11 @@ def hidream() -> tuple[nn.Module, Draw]:
 
 
 def mochi() -> tuple[nn.Module, Draw]:
-    """Video; text tokens are picked by their mask, so that Dynamo breaks its graph."""
+    """Video; text tokens are picked by their mask, so that Dynamo breaks its graph. Its feed-forwards are 8 / 3 as wide as what
+    they read, which is a multiple of 16 at 96 channels, as at the published 3072."""
     from diffusers import MochiTransformer3DModel
 
-    module = MochiTransformer3DModel(num_attention_heads=HEADS, attention_head_dim=16, num_layers=2, pooled_projection_dim=32,
+    module = MochiTransformer3DModel(num_attention_heads=6, attention_head_dim=16, num_layers=2, pooled_projection_dim=96,
                                      in_channels=4, text_embed_dim=WIDTH, time_embed_dim=32, max_sequence_length=TEXT)
 
     def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
@@ -236,7 +237,7 @@ def svd() -> tuple[nn.Module, Draw]:
     module = UNetSpatioTemporalConditionModel(
         sample_size=8, in_channels=8, out_channels=4, down_block_types=("CrossAttnDownBlockSpatioTemporal",
                                                                        "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), block_out_channels=(32, WIDTH),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), block_out_channels=(WIDTH, 2 * WIDTH),
         addition_time_embed_dim=32, projection_class_embeddings_input_dim=96, layers_per_block=1, cross_attention_dim=WIDTH,
         num_attention_heads=(2, 4), num_frames=2)
 
@@ -293,7 +294,172 @@ def kandinsky_prior() -> tuple[nn.Module, Draw]:
     return awake(module), draw
 
 
+def sd15() -> tuple[nn.Module, Draw]:
+    """Convolutions into and out of its transformer blocks, where SDXL has linears."""
+    from diffusers import UNet2DConditionModel
+
+    module = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(WIDTH, 2 * WIDTH),
+                                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
+                                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=WIDTH,
+                                  attention_head_dim=HEADS)
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        return {"sample": normal(noise, 2, 4, 8, 8), "timestep": torch.tensor(int(999 * share)),
+                "encoder_hidden_states": normal(noise, 2, TEXT, WIDTH), "return_dict": False}
+
+    return awake(module), draw
+
+
+def sdxl() -> tuple[nn.Module, Draw]:
+    """``sdxl_unet`` with no layer of fewer than 64 channels but its first and last."""
+    return sdxl_unet((WIDTH, 2 * WIDTH))
+
+
+def sd3_first() -> tuple[nn.Module, Draw]:
+    """As SD3 came first: no norms of q and k, one attention to a block."""
+    return sd3(dual_attention_layers=(), qk_norm=None)
+
+
+def sd35_large() -> tuple[nn.Module, Draw]:
+    """Norms of q and k, one attention to a block."""
+    return sd3(dual_attention_layers=())
+
+
+def flux_kontext() -> tuple[nn.Module, Draw]:
+    """The tokens of the picture to edit behind those of the latent; the first axis of the positions tells them apart."""
+    module, plain = flux()
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        given = plain(noise, share)
+        of_picture = given["img_ids"].clone()
+        of_picture[:, 0] = 1
+        return {**given, "hidden_states": normal(noise, 2, 2 * TOKENS, WIDTH),
+                "img_ids": torch.cat([given["img_ids"], of_picture])}
+
+    return module, draw
+
+
+def flux_fill() -> tuple[nn.Module, Draw]:
+    """The masked picture and its mask in further channels of every token: 64, 64 and 256."""
+    module, plain = flux(in_channels=6 * WIDTH, out_channels=WIDTH)
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        return {**plain(noise, share), "hidden_states": normal(noise, 2, TOKENS, 6 * WIDTH)}
+
+    return module, draw
+
+
+def kandinsky22() -> tuple[nn.Module, Draw]:
+    """Conditioned on an embedding of an image alone; attention over the picture and its condition at once."""
+    from diffusers import UNet2DConditionModel
+
+    module = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=8, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        block_out_channels=(WIDTH, 2 * WIDTH), layers_per_block=1, addition_embed_type="image", encoder_hid_dim=WIDTH,
+        encoder_hid_dim_type="image_proj", cross_attention_dim=WIDTH, attention_head_dim=16,
+        resnet_time_scale_shift="scale_shift")
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        return {"sample": normal(noise, 2, 4, 8, 8), "timestep": torch.tensor(int(999 * share)), "encoder_hidden_states": None,
+                "added_cond_kwargs": {"image_embeds": normal(noise, 2, WIDTH)}, "return_dict": False}
+
+    return awake(module), draw
+
+
+def kandinsky3() -> tuple[nn.Module, Draw]:
+    """Four levels, bottlenecks of half their channels, norms that read the timestep."""
+    from diffusers import Kandinsky3UNet
+
+    module = Kandinsky3UNet(time_embedding_dim=WIDTH, attention_head_dim=16, layers_per_block=2,
+                            block_out_channels=(2 * WIDTH,) * 4, cross_attention_dim=WIDTH, encoder_hid_dim=WIDTH)
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        return {"sample": normal(noise, 2, 4, 16, 16), "timestep": torch.tensor(int(999 * share)),
+                "encoder_hidden_states": normal(noise, 2, TEXT, WIDTH), "encoder_attention_mask": torch.ones(2, TEXT),
+                "return_dict": False}
+
+    return awake(module), draw
+
+
+def kandinsky5() -> tuple[nn.Module, Draw]:
+    """Video with its channels last; positions as an argument."""
+    from diffusers import Kandinsky5Transformer3DModel
+
+    module = Kandinsky5Transformer3DModel(in_visual_dim=4, out_visual_dim=4, in_text_dim=WIDTH, in_text_dim2=WIDTH, ff_dim=128,
+                                          time_dim=WIDTH, model_dim=WIDTH, num_text_blocks=1, num_visual_blocks=2,
+                                          axes_dims=(4, 6, 6))
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        return {"hidden_states": normal(noise, 1, 2, 8, 8, 4), "encoder_hidden_states": normal(noise, 1, TEXT, WIDTH),
+                "timestep": torch.full((1,), 1000 * share), "pooled_projections": normal(noise, 1, WIDTH),
+                "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)], "text_rope_pos": torch.arange(TEXT),
+                "return_dict": False}
+
+    return awake(module), draw
+
+
+def qwen_image_edit() -> tuple[nn.Module, Draw]:
+    """The tokens of the picture to edit behind those of the latent, modulated as at timestep 0."""
+    module, plain = qwen_image(zero_cond_t=True)
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        return {**plain(noise, share), "hidden_states": normal(noise, 1, 2 * TOKENS, WIDTH), "img_shapes": [[(1, 4, 4)] * 2]}
+
+    return module, draw
+
+
+def animatediff() -> tuple[nn.Module, Draw]:
+    """A UNet of pictures with a transformer over the frames behind each block."""
+    from diffusers import UNetMotionModel
+
+    module = UNetMotionModel(sample_size=8, down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+                             up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), block_out_channels=(WIDTH, 2 * WIDTH),
+                             layers_per_block=1, cross_attention_dim=WIDTH, num_attention_heads=HEADS,
+                             motion_num_attention_heads=HEADS, motion_max_seq_length=4)
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        return {"sample": normal(noise, 1, 4, 2, 8, 8), "timestep": torch.tensor(int(999 * share)),
+                "encoder_hidden_states": normal(noise, 2, TEXT, WIDTH), "return_dict": False}
+
+    return awake(module), draw
+
+
+def ltx2() -> tuple[nn.Module, Draw]:
+    """Video and sound, which look at each other."""
+    from diffusers import LTX2VideoTransformer3DModel
+
+    module = LTX2VideoTransformer3DModel(
+        in_channels=32, out_channels=32, num_attention_heads=HEADS, attention_head_dim=16, cross_attention_dim=WIDTH,
+        audio_in_channels=32, audio_out_channels=32, audio_num_attention_heads=HEADS, audio_attention_head_dim=16,
+        audio_cross_attention_dim=WIDTH, num_layers=2, caption_channels=WIDTH)
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        return {"hidden_states": normal(noise, 2, 2 * TOKENS, 32), "audio_hidden_states": normal(noise, 2, 8, 32),
+                "encoder_hidden_states": normal(noise, 2, TEXT, WIDTH), "audio_num_frames": 8,
+                "audio_encoder_hidden_states": normal(noise, 2, TEXT, WIDTH), "timestep": torch.full((2,), 1000 * share),
+                "encoder_attention_mask": torch.ones(2, TEXT), "audio_encoder_attention_mask": torch.ones(2, TEXT),
+                "num_frames": 2, "height": 4, "width": 4, "fps": 24.0, "return_dict": False}
+
+    return awake(module), draw
+
+
+def wan22() -> tuple[nn.Module, Draw]:
+    """A timestep for every token, as a picture that is made to move has it: the first frame is at 0."""
+    module, plain = wan()
+
+    def draw(noise: torch.Generator, share: float) -> dict[str, Any]:
+        at = torch.full((1, 2 * TOKENS), 1000 * share)
+        at[:, :TOKENS] = 0
+        return {**plain(noise, share), "timestep": at}
+
+    return module, draw
+
+
 MORE = {"chroma": chroma, "flux2": flux2, "auraflow": auraflow, "hunyuan_dit": hunyuan_dit, "cogview4": cogview4, "sana": sana,
         "lumina2": lumina2, "hidream": hidream, "mochi": mochi, "hunyuan_image": hunyuan_image, "hunyuan_video": hunyuan_video,
         "hunyuan_video15": hunyuan_video15, "cogvideox": cogvideox, "svd": svd, "stable_cascade": stable_cascade,
-        "cosmos": cosmos, "kandinsky_prior": kandinsky_prior}
+        "cosmos": cosmos, "kandinsky_prior": kandinsky_prior, "sd15": sd15, "sdxl": sdxl, "sd3_first": sd3_first,
+        "sd35_large": sd35_large, "flux_kontext": flux_kontext, "flux_fill": flux_fill, "kandinsky22": kandinsky22,
+        "kandinsky3": kandinsky3, "kandinsky5": kandinsky5, "qwen_image_edit": qwen_image_edit, "animatediff": animatediff,
+        "ltx2": ltx2, "wan22": wan22}
