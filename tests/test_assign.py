@@ -9,9 +9,9 @@ from fragments import PIXELS, TOKENS, Fragment, conv, linear, planned
 from torch import nn
 
 from sdtrt_backend import ops
-from sdtrt_backend.assign import assign, attentions_in_fp8, kernels_ms, quantization_ms
+from sdtrt_backend.assign import assign, attentions_in_fp8, kernels_ms, mark_negligible, quantization_ms
 from sdtrt_backend.capture import bind, tensor_inputs
-from sdtrt_backend.fx import propagate
+from sdtrt_backend.fx import plain_attention, propagate
 from sdtrt_backend.kernels import Choice, Unsteady
 from sdtrt_backend.quantize import plan
 from sdtrt_backend.rules import TWO_CODES_REASON
@@ -22,17 +22,22 @@ class Measured:
 
     place, gain, joins, names_kernels, opaque = "GPU", 1.0, True, True, ()
 
-    def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5, attention_fp8=None):
-        self.attention_fp8 = attention_fp8
+    def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5, attention_fp8=None, full_rate=False):
+        self.attention_fp8, self.full_rate = attention_fp8, full_rate
+        self.asked = set()
         self.times = {"int8": int8, "fp8": fp8}
         self.wide, self.quantize = wide, quantize
 
     def best(self, problem, precision):
+        self.asked.add(precision)
         ms = self.times[precision]
         return None if ms is None else Choice("reference", ms)
 
     def reasons(self, problem, precision):
         return ("made here: it is refused", "another one too") if self.times[precision] is None else ()
+
+    def at_full_rate(self, problem, precision):
+        return self.full_rate and self.times[precision] is not None
 
     def wide_ms(self, problem):
         return self.wide
@@ -98,6 +103,35 @@ def test_sd_fp8_takes_int8_where_that_is_faster(bound):
     assert run(bound, Measured(int8=1.0, fp8=0.9), "fp8")["conv1"].precision == "fp8"
     assert run(bound, Measured(int8=1.0, fp8=None), "fp8")["conv1"].precision == "int8"
     assert run(bound, Measured(int8=1.0, fp8=0.9), "int8")["conv1"].precision == "int8"
+
+
+def test_where_fp8_has_nothing_to_lose_no_int8_kernel_is_asked_for(bound):
+    chooser = Measured(int8=0.1, fp8=1.0, full_rate=True)
+    assert run(bound, chooser, "fp8")["conv1"].precision == "fp8"
+    assert chooser.asked == {"fp8"}
+    assert run(bound, Measured(int8=0.1, fp8=None, full_rate=True), "fp8")["conv1"].precision == "int8"
+
+
+def test_a_layer_of_next_to_no_work_is_in_fp8_unless_only_int8_takes_it(bound, monkeypatch):
+    gm, _, _ = bound
+    monkeypatch.setattr("sdtrt_backend.assign.LEAST_SHARE", 0.05)
+    mark_negligible(gm)
+    layers = run(bound, Measured(int8=0.1, fp8=1.0), "fp8")
+    # 2x64x8x8 by 64x64x3x3 is most of the work; the text of 2x3 tokens is next to none
+    assert (layers["conv1"].precision, layers["context_k"].precision) == ("int8", "fp8")
+    assert run(bound, Measured(int8=0.1, fp8=None), "fp8")["context_k"].precision == "int8"
+
+
+def test_nothing_is_measured_for_an_attention_of_next_to_no_work(attending, monkeypatch):
+    gm, _ = attending
+    (attention,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    mark_negligible(gm)
+    assert plain_attention(attention) is not None
+    products = kernels_ms(gm, Measured()) - 3.0
+    monkeypatch.setattr("sdtrt_backend.assign.LEAST_SHARE", 1.0)
+    mark_negligible(gm)
+    assert plain_attention(attention) is None
+    assert kernels_ms(gm, Measured()) == products
 
 
 def test_where_every_layer_is_wanted_in_8_bits_time_does_not_matter(bound):

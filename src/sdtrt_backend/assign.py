@@ -12,7 +12,7 @@ from torch import fx
 
 from . import ops
 from .calls import call_arguments, name_of, rearranges
-from .fx import ATTENTION, pair, plain_attention
+from .fx import ATTENTION, NEGLIGIBLE, pair, plain_attention
 from .kernels import Problem, Timed, Unsteady
 from .rules import OPS
 from .stats import relative_error
@@ -24,6 +24,25 @@ OPAQUE = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d
           "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention")
 # besides views: what takes a part of a tensor, and conversions, which are fused into the pass
 PARTS = ("chunk", "split", "unbind", "getitem", "to", "float", "half", "bfloat16")
+
+
+# of a graph's products and attentions: what is less than that is not worth seconds of compiling candidates
+LEAST_SHARE = 1e-3
+
+
+def mark_negligible(gm: fx.GraphModule) -> None:
+    """Tell those products and attentions that are too small a share of the graph's work to measure candidates for."""
+    work = {n: _flops(n) for n in gm.graph.nodes if n.target in OPS or n.target is ATTENTION}
+    for node, flops in work.items():
+        node.meta[NEGLIGIBLE] = flops < LEAST_SHARE * sum(work.values())
+
+
+def _flops(node: fx.Node) -> int:
+    if node.target is not ATTENTION:
+        given = call_arguments(node)
+        return int(2 * node.meta["val"].numel() * math.prod(given["weight"].meta["val"].shape[1:]))
+    query, key = (operand.meta["val"] for operand in node.all_input_nodes[:2])
+    return int(4 * query.numel() * key.shape[-2])
 
 
 def assign(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node], chooser: Timed, precision: str,
@@ -78,7 +97,10 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
     problems = [problem([c]) for c in calls if c not in linears] + ([problem(linears)] if linears else [])
     if always and not chooser.names_kernels:
         return precisions[0], ""
-    refusals = {precision: _refusal(problems, chooser, precision) for precision in precisions}
+    refusals = {precisions[0]: _refusal(problems, chooser, precisions[0])}
+    if refusals[precisions[0]] or not (all(c.meta.get(NEGLIGIBLE) for c in calls)
+                                       or all(chooser.at_full_rate(p, precisions[0]) for p in problems)):
+        refusals |= {other: _refusal(problems, chooser, other) for other in precisions[1:]}  # takes seconds to compile
     taken = [precision for precision, refusal in refusals.items() if refusal is None]
     if not taken:
         return "16-bit", f"no {' or '.join(precisions)} kernel takes {refusals[precisions[0]]}"

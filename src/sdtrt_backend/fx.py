@@ -15,11 +15,12 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .calls import arguments, call_arguments, changes, inputs_changed, written
 
-__all__ = ["ATTENTION", "add_constant", "alive", "arguments", "call_arguments", "changes", "drop_dead", "finish", "inductor",
-           "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate", "read_through_copies",
-           "written"]
+__all__ = ["ATTENTION", "NEGLIGIBLE", "add_constant", "alive", "arguments", "call_arguments", "changes", "drop_dead", "finish",
+           "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate",
+           "read_through_copies", "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
+NEGLIGIBLE = "negligible"  # key of ``meta``: the call is so small a share of the graph's work that nothing is measured for it
 
 
 def module_path(node: fx.Node) -> str:
@@ -35,8 +36,8 @@ def module_path(node: fx.Node) -> str:
 
 def plain_attention(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
     """(query, key, value, factor of the scores) of a call of ATTENTION without mask, dropout or anything broadcast, keys and
-    values of one width; else None."""
-    if node.target is not ATTENTION:
+    values of one width, of which it matters how they are computed (``NEGLIGIBLE``); else None."""
+    if node.target is not ATTENTION or node.meta.get(NEGLIGIBLE):
         return None
     given = arguments(node)
     if given["attn_mask"] is not None or any(given[name] for name in ("dropout_p", "is_causal", "enable_gqa")):

@@ -1,6 +1,8 @@
 """The measured choice, with clocks and kernels made here."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,6 +223,54 @@ def test_torchs_own_attention_is_a_candidate_that_pays_for_its_quantisation(cloc
     assert chooser.attention_times((1, 2, 8, 16), 8, torch.float32, torch.float32) == {"torch": 5.0}
     assert chooser.attention_times((1, 2, 8, 16), 8, torch.float32, torch.int8) == {"torch": 12.0}
     assert chooser.attention_kernel((1, 2, 8, 16), 8, torch.float32, torch.int8) is None
+
+
+@pytest.fixture
+def attentions(clock, monkeypatch):
+    """Sets the milliseconds of variants "s1" and "s2" of a Triton attention; returns (setter, names that ran, in order)."""
+    times, ran = {}, []
+
+    def run(q, *arguments):
+        *arguments, variant = arguments
+        ran.append((variant, arguments[-1]))
+        return ops.KERNELS["attention8", "reference"](q, *arguments)
+
+    def graph_ms(calls):
+        calls[0]()
+        return times.get((getattr(calls[0], "args", None) or (None,))[-1], 5.0)
+
+    monkeypatch.setitem(ops.KERNELS, ("attention8", "triton"), run)
+    monkeypatch.setattr(timing, "graph_ms", graph_ms)
+    monkeypatch.setattr(providers, "attention_variants", lambda tokens, width: ("s1", "s2"))
+    monkeypatch.setattr(MeasuredChooser, "quantize_ms", lambda *_: 1.0)
+    return times.update, ran
+
+
+@pytest.mark.parametrize(("ms", "wide", "narrow"), [
+    ({"s1": 4.0, "s2": 3.0}, ["s1", "s2"], ["s1", "s2"]),  # faster than torch's 5.0
+    ({"s1": 6.1, "s2": 5.9}, ["s1", "s2"], ["s2"]),  # one is faster than torch's and its pass of 1.0
+    ({"s1": 7.0, "s2": 4.0}, ["s1"], []),  # far from torch's: no other configuration is compiled for 16 bits
+])
+def test_of_a_slow_attention_kernel_few_configurations_are_compiled(attentions, ms, wide, narrow):
+    set_times, ran = attentions
+    set_times(ms)
+    query, half = (1, 2, 32, 16), torch.float16
+    times = MeasuredChooser(CPU).attention_times(query, 32, half, half)
+    assert list(times) == ["torch", *(f"triton:{v}" for v in wide)]
+    assert [v for v, _ in dict.fromkeys(ran)] == wide
+    ran.clear()
+    MeasuredChooser(CPU).attention_times(query, 32, half, torch.int8)
+    assert [v for v, dtype in dict.fromkeys(ran)] == narrow
+
+
+def test_a_product_at_the_rate_of_the_fastest_one_has_nothing_to_win(clock, monkeypatch):
+    monkeypatch.setattr(providers, "PROVIDERS", rows("linear8"))
+    chooser, small = MeasuredChooser(CPU), replace(LINEAR, x=(LINEAR.x[0] // 2, LINEAR.x[1]))
+    assert small.flops == LINEAR.flops / 2
+    assert not chooser.at_full_rate(LINEAR, "int8")  # nothing to compare it with
+    assert not chooser.at_full_rate(small, "int8")  # as slow as one of twice its work
+    assert chooser.at_full_rate(LINEAR, "int8")
+    assert CONV.flops == 2 * CONV.x[0] * CONV.x[2] * CONV.x[3] * math.prod(CONV.weight)
 
 
 @pytest.mark.parametrize(("precision", "capability", "says"), [

@@ -18,6 +18,11 @@ from .timing import Refusal
 
 ATTENTION_BOUND = 2e-2  # ERROR_BOUND of attention written in 8 bits: a rounding tie is a step of 1/32 of a standard deviation
 ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
+# A kernel's configurations were never this far apart: where one is so much slower than torch's attention, no other is tried
+ATTENTION_SPREAD = 1.25
+# Of the best rate that a product reached on this GPU: beyond it no other kernel has enough to win for the seconds that its
+# candidates take to compile
+FULL_RATE = 0.95
 ATTENTION_FP8_CAPABILITY = (9, 0)  # of cuDNN's kernel
 
 
@@ -32,6 +37,7 @@ class MeasuredChooser:
         providers.register()
         self.device = device
         self.measurements = Measurements(device)
+        self.rate = 0.0  # FLOPs per millisecond, the highest of the products that were asked for
 
     def _known(self, name: str, measure: Callable[[], Mapping[str, float | Refusal]]) -> dict[str, Any]:
         with torch.cuda.device(-1 if self.device.index is None else self.device.index):
@@ -42,7 +48,14 @@ class MeasuredChooser:
 
     def best(self, problem: Problem, precision: str) -> Choice | None:
         """The fastest kernel of ``precision`` inside the error bound; None when there is none."""
-        return None if problem.dilation != (1, 1) else fastest(self._times(problem, precision))
+        best = None if problem.dilation != (1, 1) else fastest(self._times(problem, precision))
+        self.rate = max(self.rate, 0.0 if best is None else problem.flops / best.ms)
+        return best
+
+    def at_full_rate(self, problem: Problem, precision: str) -> bool:
+        """See ``Timed``."""
+        before, best = self.rate, self.best(problem, precision)
+        return best is not None and before > 0 and problem.flops / best.ms >= FULL_RATE * before
 
     def reasons(self, problem: Problem, precision: str) -> tuple[str, ...]:
         """See ``Timed``."""
@@ -71,6 +84,8 @@ class MeasuredChooser:
 
     def attention_times(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> dict[str, float]:
         """See ``Timed``."""
+        wide = {} if out.itemsize > 1 else self.attention_times(query, tokens, dtype, dtype)
+
         def measure() -> dict[str, float | Refusal]:
             noise = torch.Generator(self.device).manual_seed(0)
             shapes = (query, *[(*query[:-2], tokens, query[-1])] * 2)
@@ -78,16 +93,20 @@ class MeasuredChooser:
             q, k, v = (torch.randn((s[0], s[2], s[1], s[3]), generator=noise, device=self.device, dtype=dtype).transpose(1, 2)
                        for s in shapes)
             own = timing.graph_ms([lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)])
-            times: dict[str, float | Refusal] = {"torch": own}
-            if out.itemsize == 1:
-                times["torch"] = own + self.quantize_ms(q.numel(), dtype)
+            least = own + (self.quantize_ms(q.numel(), dtype) if out.itemsize == 1 else 0.0)
+            times: dict[str, float | Refusal] = {"torch": least}
             scale = torch.full((1,), 32.0, device=self.device) if out.itemsize == 1 else None
             arguments = (q, k, v, query[-1] ** -0.5, scale, out)
             expected = ops.KERNELS["attention8", "reference"](*arguments)
             taken = providers.installed("triton") and dtype in NARROW
             for variant in providers.attention_variants(tokens, query[-1]) if taken else ():
+                if out.itemsize == 1 and least < wide.get(f"triton:{variant}", math.inf):
+                    continue  # what it writes is the least of its work: it was slower in 16 bits than both passes are together
                 run = partial(ops.KERNELS["attention8", "triton"], q)
-                times[f"triton:{variant}"] = timing.timed(run, [k], (*arguments[2:], variant), expected, ATTENTION_BOUND)
+                found = timing.timed(run, [k], (*arguments[2:], variant), expected, ATTENTION_BOUND)
+                times[f"triton:{variant}"] = found
+                if not isinstance(found, Refusal) and found > ATTENTION_SPREAD * least:
+                    break
             return times
 
         name = f"attention {'x'.join(map(str, query))} over {tokens} {str(dtype)[6:]} to {str(out)[6:]}"

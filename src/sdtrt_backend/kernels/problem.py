@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,15 @@ class Problem:
     padding: tuple[int, int]
     dtype: torch.dtype
     dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def flops(self) -> int:
+        """Of the product."""
+        rows = self.x[0]
+        if self.op == "conv2d":
+            rows *= math.prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(
+                self.x[2:], self.padding, self.dilation, self.weight[2:], self.stride, strict=True))
+        return 2 * rows * math.prod(self.weight)
 
     def __str__(self) -> str:
         """The name that measurements are kept under."""

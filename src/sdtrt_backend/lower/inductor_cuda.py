@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import ops
+from .. import ops, regions
 from ..assign import problem
-from ..fx import add_constant, call_arguments, drop_dead, finish, inductor, propagate, read_through_copies
+from ..fx import add_constant, call_arguments, drop_dead, finish, propagate, read_through_copies
 from ..kernels import Chooser, Problem, chooser, provider
 from ..options import Options
 from ..quantize import QD
@@ -37,7 +37,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     propagate(gm, example)
     simplify(gm)
     to_8_bit_operators(gm, chooser(example[0].device))
-    return Lowered(inductor(gm, example), list(gm.buffers()))
+    return Lowered(regions.compiled(gm, example), list(gm.buffers()))
 
 
 def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
