@@ -310,6 +310,22 @@ def test_tensors_of_two_precisions_are_concatenated_as_torch_does(tmp_path):
     torch.testing.assert_close(y, torch.cat(list(inputs.values()), -1) * 2, rtol=0, atol=0)
 
 
+class Squeezed(torch.nn.Module):
+    """Squeezes dimensions that are 1, and others, in every way."""
+
+    def forward(self, x):
+        return torch.squeeze(x, 1)[..., 0] + x.squeeze(-1) + x.squeeze((1, 3)) + x[0].squeeze()
+
+
+@pytest.mark.parametrize("make", [torch.fx.symbolic_trace, lambda m: bind(*trace(m, {"x": torch.randn(2, 5, 4, 1)}))[0]])
+def test_a_dimension_that_is_not_one_is_not_squeezed(make, tmp_path):
+    pytest.importorskip("onnxscript", reason=NEEDS_ONNX)
+    inputs = {"x": torch.randn(2, 5, 4, 1)}
+    expected = Squeezed()(**inputs)
+    (file,) = lowering.write(make(Squeezed()), inputs, ["y"], tmp_path)
+    assert torch.equal(run(session(file), inputs, ["y"])[0], expected)
+
+
 def test_a_recipe_of_another_model_is_refused(pipe, recipe, tmp_path):
     other = sdtrt_backend.demo_pipeline()
     with torch.no_grad():

@@ -27,6 +27,7 @@ OPSET = 20  # 19 is the first with fp8, 20 the first with Gelu
 NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 # protobuf holds at most 2 GiB; the graph without its constants takes a few MB
 EMBED_LIMIT = 2**31 - 2**26
+SQUEEZES = (torch.squeeze, torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims)
 PACKAGES = ("onnx", "onnxscript", "ml_dtypes")
 
 
@@ -43,6 +44,10 @@ def write(gm: fx.GraphModule, inputs: Mapping[str, torch.Tensor], outputs: Seque
         raise ExportError.not_installed("ONNX export", "'sdtrt_backend[onnx]'") from None
     for node in gm.graph.find_nodes(op="call_function", target=torch.cat):
         node.target = _cat
+    for node in [n for target in SQUEEZES for n in gm.graph.find_nodes(op="call_function", target=target)]:
+        node.target = _squeeze
+    for node in gm.graph.find_nodes(op="call_method", target="squeeze"):
+        node.op, node.target = "call_function", _squeeze
     gm.recompile()
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(gm.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
@@ -65,6 +70,15 @@ def _cat(tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Te
     """torch.cat with the type promotion spelled out, which the exporter leaves out and ONNX does not have."""
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return torch.cat([t.to(dtype) for t in tensors], *args, **kwargs)
+
+
+def _squeeze(x: torch.Tensor, dim: int | Sequence[int] | None = None) -> torch.Tensor:
+    """torch.squeeze without the dimensions that are not 1, which torch leaves alone: the exporter passes them on, and ONNX
+    refuses them."""
+    if dim is None:
+        return x.squeeze()
+    ones = tuple(d for d in ((dim,) if isinstance(dim, int) else dim) if x.shape[d] == 1)
+    return x.squeeze(ones) if ones else x
 
 
 @contextlib.contextmanager
