@@ -16,6 +16,7 @@ from .errors import GraphError
 from .fx import alive, finish, module_path
 from .names import layer_name
 from .recipe import fingerprint
+from .roles import CONDITIONING, conditioning
 from .rules import OPS
 from .scalars import without_item
 from .timesteps import find_timestep
@@ -65,6 +66,8 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
     layers: list[Layer] = []
     unquantizable: dict[str, str] = {}
     changed = written(graph.graph)
+    timestep = find_timestep([n.name for n in placeholders], example_inputs)
+    vectors = conditioning(graph.graph, value_of.keys(), None if timestep is None else placeholders[timestep])
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target not in OPS:
             continue
@@ -86,8 +89,8 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
         biases.add(arguments["bias"])
         while any(known.name == name and known.weight is not weight for known in layers):
             name += "'"  # a second call in one submodule, with another weight
-        layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight, arguments.get("groups", 1)))
-    timestep = find_timestep([n.name for n in placeholders], example_inputs)
+        layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight, arguments.get("groups", 1),
+                            CONDITIONING if arguments["input"] in vectors else ""))
     others = tuple(i for i in range(len(placeholders)) if i not in constants)
     return Captured(graph, tuple(layers), constants, timestep, unquantizable, others,
                     frozenset(i for i, n in enumerate(placeholders) if n in biases))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import stats
+from .roles import CONDITIONING
 from .values import Layer
 
 
@@ -43,7 +44,8 @@ ENGINES = ("auto", "inductor", "tensorrt", "torchao", "reference")
 TENSORRT = ("tensorrt_rtx", "tensorrt")  # modules, either of which is a TensorRT
 RESTS = ("auto", "float32", "bfloat16")
 
-# Module paths that stay in the user's precision. They hold about 1 % of the FLOPs and much of the error.
+# Module paths that stay in the user's precision. They hold about 1 % of the FLOPs and much of the error. Where there is a graph,
+# ``roles.conditioning`` finds those of embeddings and modulations whatever their names are; the names are for where there is none.
 KEEP: tuple[tuple[str, str], ...] = (
     ("*time_embedding*", "timestep embedding: every layer depends on it, and it is a negligible share of the work"),
     ("*time_emb_proj*", "timestep projection: every layer depends on it, and it is a negligible share of the work"),
@@ -51,7 +53,9 @@ KEEP: tuple[tuple[str, str], ...] = (
     *((pattern, "timestep embedding and modulation: every layer depends on it, and it is a negligible share of the work")
       for pattern in ("*time_embed*", "t_embedder*", "*.t_embedder*", "*timestep_embedder*", "*time_proj", "condition_embedder*",
                       "adaln_single*", "*.img_mod.*", "*.txt_mod.*", "*adaLN_modulation*", "*stream_modulation*",
-                      "*guidance_embed*", "distilled_guidance_layer*")),
+                      "*guidance_embed*", "distilled_guidance_layer*", "*.norm1.linear", "*.norm1_context.linear",
+                      "single_transformer_blocks.*.norm.linear", "*_modulation*", "*.modulation*", "p_embedder*",
+                      "pooled_text_embeddings*")),
     *((pattern, "first projection: its input is the latent or the text itself, and it is a small share of the work")
       for pattern in ("img_in", "txt_in", "proj_in", "all_x_embedder*", "cap_embedder*", "caption_projection*",
                       "patch_embedding", "text_embedder*", "*.text_embedder*", "all_final_layer*")),
@@ -64,6 +68,8 @@ KEEP: tuple[tuple[str, str], ...] = (
     ("norm_out*", "final modulation: a negligible share of the work"),
     ("*.lora_[AB].*", "side branch of a LoRA: its two small products add to those of the layer beside it, which is in 8 bits"),
 )
+ONE_VECTOR = ("it reads one vector of each picture, made of timestep, pooled text or sizes: every layer depends on it, and it is a "
+              "negligible share of the work")
 SIDE_BRANCH = "*.lora_[AB].*"  # reads what the layer beside it reads, and is no layer of the checkpoint: not calibrated
 # Linears that are one product of several, and of which: ``fuse_qkv_projections`` of diffusers. They read the same tensor, so the
 # range and the smoothing of either are right for the other
@@ -122,6 +128,8 @@ def reason_to_keep(layer: Layer, exclude: tuple[str, ...], level: float = LEVELS
     for pattern, why in KEEP:
         if fnmatchcase(layer.name, pattern):
             return why
+    if layer.role == CONDITIONING:
+        return ONE_VECTOR
     if level_of(layer) > level:
         return f"quantised from level {level_of(layer):g} on, the option level is {level:g}"
     out_channels, in_channels = layer.weight.shape[:2]

@@ -25,7 +25,7 @@ class Layer:
     """One quantisable call in a captured graph.
 
     name: see ``names.layer_name``; op: key of ``rules.OPS`` table; node: FX node name; source: FX node that produces the input.
-    weight: the user's parameter, [out, in] (linear) or [out, in, kh, kw] (convolution).
+    weight: the user's parameter, [out, in] (linear) or [out, in, kh, kw] (convolution). role: ``roles.CONDITIONING``, or "".
     """
 
     name: str
@@ -34,6 +34,7 @@ class Layer:
     source: str
     weight: torch.Tensor
     groups: int = 1
+    role: str = ""
 
 
 @dataclass(frozen=True)
