@@ -310,6 +310,30 @@ def test_tensors_of_two_precisions_are_concatenated_as_torch_does(tmp_path):
     torch.testing.assert_close(y, torch.cat(list(inputs.values()), -1) * 2, rtol=0, atol=0)
 
 
+class Unconditioned(torch.nn.Module):
+    """Must be given a text, and is given none, as Kandinsky 2.2 is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(64, 64)
+
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
+        return (self.inner(sample) * timestep,)
+
+
+def test_an_argument_that_must_be_passed_is_passed_as_none(tmp_path):
+    pytest.importorskip("onnxscript", reason=NEEDS_ONNX)
+
+    def draw(prompts, num_inference_steps, generator, output_type):
+        draw.unet(torch.randn(len(prompts), 8, 64), torch.tensor(0.5), None)
+
+    draw.unet, calibration = Unconditioned(), Calibration()
+    with torch.no_grad(), observed(draw.unet, calibration):
+        draw(["a"], 1, None, "latent")
+    file = export_onnx(draw, calibration.recipe(Options(), {}), tmp_path)
+    assert set(file.ranges) == {"sample", "timestep"}
+
+
 class Squeezed(torch.nn.Module):
     """Squeezes dimensions that are 1, and others, in every way."""
 

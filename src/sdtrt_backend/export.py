@@ -178,7 +178,8 @@ def _call(pipe: Any, module: torch.nn.Module, size: Size) -> dict[str, Any]:
         handle.remove()
     if not seen:
         raise ModelError(f"{type(pipe).__name__} drew a step without calling its {type(module).__name__}: nothing to export")
-    call = {k: v for k, v in seen[0].items() if v is not None}
+    required = {n for n, p in signature.parameters.items() if p.default is p.empty}
+    call = {k: v for k, v in seen[0].items() if v is not None or k in required}
     return call | {"return_dict": False} if "return_dict" in signature.parameters else call
 
 
