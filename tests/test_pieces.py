@@ -11,6 +11,7 @@ from torch import nn
 import sdtrt_backend
 from sdtrt_backend.measure import compare
 from sdtrt_backend.observe import Calibration, observed
+from sdtrt_backend.options import Options
 
 STEPS = (900, 500, 100)
 OPTIONS = {"engine": "reference", "calibration_runs": 1}
@@ -110,6 +111,17 @@ def test_a_piece_whose_layers_all_stay_has_their_reasons_and_is_no_fallback():
     assert all(row.flops for row in report.layers)
 
 
+@pytest.mark.parametrize(("widths", "state"), [((72, 64), "ready"), ((72, 72), "refused")])
+def test_with_a_recipe_a_piece_that_stays_is_no_fallback_though_the_others_are_not_built_yet(widths, state, tmp_path):
+    module, calibration = Blocks(widths, broken=True), Calibration()
+    with observed(module, calibration):
+        draw(module)
+    calibration.recipe(Options(), {}).save(tmp_path)
+    draw(torch.compile(module, backend="sd_int8", options={"engine": "reference", "recipe": str(tmp_path)}))
+    report = sdtrt_backend.explain(module)
+    assert (report.state, bool(report.fallbacks)) == (state, state == "refused")
+
+
 def test_pieces_whose_layers_all_stay_are_said_where_nothing_else_is_in_8_bits():
     module = Blocks((72, 72), broken=True)
     compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
@@ -171,6 +183,17 @@ def test_layers_that_dynamo_gave_up_on_are_in_the_report():
     assert left
     assert left < layers(module)
     assert any("recompile_limit" in note and f"{len(left)} layers" in note for note in report.notes)
+
+
+def test_a_layer_that_nothing_was_built_of_has_its_own_reason_where_it_would_stay_anyway():
+    module = Blocks(broken=True)
+    module.norm_out, module.spare = nn.Linear(64, 64), nn.Linear(64, 64)  # no call reaches them
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(3):
+        draw(compiled, seed)
+    reasons = {row.name: row.reason for row in sdtrt_backend.explain(module).layers if row.precision != "int8"}
+    assert "final modulation" in reasons["norm_out"]
+    assert reasons["spare"] == "nothing was built of its part"
 
 
 def _called_after_a_break(forward):

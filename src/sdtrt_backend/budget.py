@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,8 +31,8 @@ from .metrics import psnr
 from .options import Options
 from .quantize import free_convs, insert, plan
 from .recipe import Recipe
-from .rules import MODULES
-from .values import Decision, Layer
+from .rules import layers_of
+from .values import Decision
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -82,19 +83,46 @@ def split(prompts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
     return list(prompts[:-judges]), list(prompts[-judges:])
 
 
-@torch.no_grad()
-def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, judges: int, steps: int,
-        bar: Any) -> Recipe:
-    """``recipe`` with the layers named that have two codes (``LayerRecipe.second``) or stay in the user's precision (``keep``)
-    for ``options.min_psnr``.
+class Together(torch.nn.ModuleDict):
+    """A denoiser and what else its pipeline calls at every timestep: paths of the others' layers start with their name."""
 
-    module: the denoiser that ``draw`` calls; judges: prompts that ``draw`` knows; steps: of a picture of theirs; bar: tqdm's,
-    advanced by each part that was tried. Raises CalibrationError when nothing would be left in 8 bits.
+    def __init__(self, denoiser: torch.nn.Module, others: Mapping[str, torch.nn.Module]) -> None:
+        super().__init__(dict(others))
+        self.denoiser = (denoiser,)  # in a tuple it adds no paths of its own
+
+    def get_submodule(self, target: str) -> torch.nn.Module:
+        part, _, rest = target.partition(".")
+        return self[part].get_submodule(rest) if part in self else self.denoiser[0].get_submodule(target)
+
+    def decided(self, recipe: Recipe, options: Options) -> dict[str, Decision]:
+        """Path -> what the plan says of the layer, each part by its own recipe, whose patterns know paths without a part."""
+        found = {d.layer.name: d for d in decided(self.denoiser[0], recipe, options)}
+        return found | {f"{part}.{d.layer.name}": d for part, module in self.items()
+                        for d in decided(module, recipe.parts[part], options)}
+
+
+def together(recipe: Recipe) -> Recipe:
+    """One recipe with the layers of all parts, by their paths in ``Together``."""
+    layers = {f"{part}.{name}": replace(layer, group=f"{part}.{layer.group}") for part, of in recipe.parts.items()
+              for name, layer in of.layers.items()}
+    return replace(recipe, layers={**recipe.layers, **layers}, parts={})
+
+
+@torch.no_grad()
+def fit(denoiser: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, judges: int, steps: int,
+        bar: Any, others: Mapping[str, torch.nn.Module] = MappingProxyType({})) -> Recipe:
+    """``recipe`` with the layers named that have two codes (``LayerRecipe.second``) or stay in the user's precision (``keep``)
+    for ``options.min_psnr``, in the denoiser and in the others.
+
+    denoiser, others: all modules that ``draw`` calls at every timestep and the recipe is of, the others by the names of its
+    parts; judges: prompts that ``draw`` knows; steps: of a picture of theirs; bar: tqdm's, advanced by each part that was tried.
+    Raises CalibrationError when nothing would be left in 8 bits.
     """
     target = options.min_psnr
     assert target is not None
-    decisions = {d.layer.name: d for d in decided(module, recipe, options) if d.quantized}
-    twice = {d.layer.name: d for d in decided(module, recipe, replace(options, two_codes=("*",))) if d.two_codes}
+    module, whole_recipe = Together(denoiser, others), together(recipe)
+    decisions = {name: d for name, d in module.decided(recipe, options).items() if d.quantized}
+    twice = {name: d for name, d in module.decided(recipe, replace(options, two_codes=("*",))).items() if d.two_codes}
     weights, twice_weights = ({name: stats.fake_quantize_weight(d, d.layer.weight).to(d.layer.weight.dtype)
                                for name, d in found.items()} for found in (decisions, twice))
     everyone = list(range(max(judges, PICTURES)))
@@ -133,7 +161,7 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     all_mean, all_sure = mean, sure = judged(kept)
     enough = sure >= target
     if not enough:
-        parts = tried(module, recipe, decisions, weights, twice, draw, bar)
+        parts = tried(module, whole_recipe, decisions, weights, twice, draw, bar)
         seconds = [replace(p, two_codes=True, gain_ms=p.second_ms) if p.second_ms < p.gain_ms else p for p in parts]
         for alternatives in (seconds, parts) if seconds != parts else (parts,):
             enough, kept, mean, sure = searched(alternatives, all_mean, all_sure)
@@ -151,7 +179,12 @@ def fit(module: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw, j
     facts = {"target_db": target, "mean_db": mean, "surely_db": sure, "judges": judges,
              "parts": [{"name": p.name, "error": p.error, "gain_ms": p.gain_ms, "kept": p.layers[0] in keep,
                         "two_codes": p.layers[0] in second} for p in parts]}
-    return replace(recipe, layers={n: replace(la, keep=keep.get(n), second=second.get(n)) for n, la in recipe.layers.items()},
+
+    def solved(of: Recipe, prefix: str) -> Recipe:
+        return replace(of, layers={n: replace(la, keep=keep.get(prefix + n), second=second.get(prefix + n))
+                                   for n, la in of.layers.items()})
+
+    return replace(solved(recipe, ""), parts={part: solved(of, f"{part}.") for part, of in recipe.parts.items()},
                    provenance={**recipe.provenance, "min_psnr": facts})
 
 
@@ -197,8 +230,7 @@ def fastest(parts: Sequence[Part], allowed: float) -> list[Part]:
 
 def decided(module: torch.nn.Module, recipe: Recipe, options: Options) -> tuple[Decision, ...]:
     """The plan of a module that was not captured; only layers that calibration saw."""
-    layers = [Layer(name, MODULES[type(child)].name, "", "", child.get_parameter("weight"), getattr(child, "groups", 1))
-              for name, child in module.named_modules() if type(child) in MODULES and name in recipe.layers]
+    layers = [layer for layer in layers_of(module) if layer.name in recipe.layers]
     return plan(layers, recipe, options.exclude, options.level, free_convs(layers[0].weight.device, options.precision),
                 options.two_codes)
 

@@ -167,8 +167,10 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
         made = [output.images for output in made]
         return torch.cat(made) if isinstance(made[0], torch.Tensor) else np.concatenate(made)
 
-    with quiet(pipe), uncompiled(pipe, first) as module, _progress("trying parts in 8 bits", "part", progress) as bar:
-        return budget.fit(module, recipe, parsed, judge, len(judging), num_inference_steps, bar)
+    with quiet(pipe), contextlib.ExitStack() as stack, _progress("trying parts in 8 bits", "part", progress) as bar:
+        plain = {name: stack.enter_context(uncompiled(pipe, name)) for name in modules}
+        return budget.fit(plain[first], recipe, parsed, judge, len(judging), num_inference_steps, bar,
+                          {name: plain[name] for name in parts})
 
 
 @contextlib.contextmanager

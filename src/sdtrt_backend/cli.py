@@ -158,8 +158,8 @@ def generate(
             raise SdtrtError("--onnx-dir needs a recipe: sdtrt calibrate prompts.txt --out recipe, then --recipe recipe")
         from .export import export_onnx
 
-        console.print(str(export_onnx(pipe, recipe, onnx_dir, precision="fp8" if fp8 else "int8", level=quantization_level)),
-                      highlight=False, markup=False, soft_wrap=True)
+        console.print(str(export_onnx(pipe, recipe, onnx_dir, precision="fp8" if fp8 else "int8", level=quantization_level,
+                                      **given)), highlight=False, markup=False, soft_wrap=True)
     if backend:
         engines = {"engine": "tensorrt", "engine_dir": engine_dir} if engine_dir else {}
         accelerate(pipe, recipe=recipe, backend=backend, level=quantization_level, **engines)
@@ -198,6 +198,7 @@ def export(
     int8: Annotated[bool, typer.Option("--int8/--fp8", help="The 8-bit type.")] = True,
     dtype: Annotated[str, typer.Option(help="The rest: float16, bfloat16 (where float16 overflows) or float32.")] = "float16",
     flavour: Annotated[str | None, typer.Option(help="tensorrt or tensorrt_rtx; the installed one when omitted.")] = None,
+    inputs: Inputs = None,
     sm: Annotated[int | None, typer.Option(help="Build ahead of time for this compute capability: 89 for 8.9.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     height: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own when omitted.")] = None,
@@ -222,7 +223,7 @@ def export(
     ranges = Recipe.load(recipe)
     size, largest = Size(batch, height, width), Size(max_batch or batch, max_height or height, max_width or width)
     exported = export_onnx(_load(model), ranges, folder, precision=precision, dtype=dtype, flavour=flavour, size=size,
-                           largest=None if largest == size else largest)
+                           largest=None if largest == size else largest, **_inputs(inputs, batch))
     console.print(str(exported), highlight=False, markup=False, soft_wrap=True)
     if to == "engine":
         console.print(str(build_engine(exported, sm)), highlight=False, markup=False, soft_wrap=True)
@@ -309,15 +310,12 @@ def _requirements() -> list[Requirement]:
 def _would_quantize(pipe: Any) -> dict[str, int]:
     """Reason (or "int8") -> number of layers, from the modules alone."""
     from .calibrate import denoiser_name
-    from .rules import MODULES, reason_to_keep
-    from .values import Layer
+    from .rules import layers_of, reason_to_keep
 
     counts = {"int8": 0}
-    for name, child in getattr(pipe, denoiser_name(pipe)).named_modules():
-        if type(child) in MODULES:
-            layer = Layer(name, MODULES[type(child)].name, "", "", child.weight, getattr(child, "groups", 1))
-            reason = reason_to_keep(layer, ()) or "int8"
-            counts[reason] = counts.get(reason, 0) + 1
+    for layer in layers_of(getattr(pipe, denoiser_name(pipe))):
+        reason = reason_to_keep(layer, ()) or "int8"
+        counts[reason] = counts.get(reason, 0) + 1
     return counts
 
 

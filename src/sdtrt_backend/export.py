@@ -96,7 +96,7 @@ def shape(sizes: Sequence[int]) -> str:
 
 def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str | os.PathLike[str], *, precision: str = "int8",
                 dtype: str | None = None, flavour: str | None = None, size: Size | None = None, largest: Size | None = None,
-                exclude: tuple[str, ...] = (), level: float = LEVELS[-1]) -> Exported:
+                exclude: tuple[str, ...] = (), level: float = LEVELS[-1], **pipe_kwargs: Any) -> Exported:
     """Write the pipeline's denoiser as Q/DQ ONNX into ``folder``: ``model.onnx``, beyond 2 GB with ``model.onnx.data``.
 
     pipe: a diffusers pipeline; it draws one step per size, which shows the shapes, and is left as it was.
@@ -105,7 +105,9 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
     compare with. flavour: the TensorRT that will read the file ("tensorrt", "tensorrt_rtx"), which decides what must stay in
     16 bits; None: the installed one, or tensorrt_rtx, which refuses most. largest: dimensions that differ from those of
     ``size`` become dynamic, up to these. exclude: glob patterns of layers that stay in 16 bits; level: see ``Options``.
-    Raises ExportError, ModelError, RecipeError.
+    pipe_kwargs: anything else the pipeline takes (image, mask_image, control_image, strength, ...), as for ``calibrate``. A
+    single picture serves every batch.
+    Raises CalibrationError for what the pipeline does not take, ExportError, ModelError, RecipeError.
     """
     flavour = flavour or engine.installed() or next(iter(engine.FLAVOURS))
     for what, given, valid in (("precision", precision, ENGINE_MIN_SM), ("dtype", dtype, (None, *DTYPES)),
@@ -116,7 +118,7 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
     name = denoiser_name(pipe)
     with uncompiled(pipe, name) as module:
         recipe.check_model({n: fingerprint(m.get_parameter("weight")) for n, m in module.named_modules() if type(m) in MODULES})
-        calls = [_call(pipe, module, s) for s in (size or Size(), largest) if s is not None]
+        calls = [_call(pipe, module, s, pipe_kwargs) for s in (size or Size(), largest) if s is not None]
         module, calls = _in_dtype(module, calls, dtype)
         captured, values = trace(module, calls[-1], _varying(calls))  # the largest: a size of 1 would become a constant
         decisions = tuple(for_engine(d, precision, flavour) for d in plan(captured.layers, recipe, exclude, level))
@@ -159,8 +161,8 @@ def build_engine(exported: Exported, sm: int | None = None) -> Engine:
     return Engine(path, manifest, layers)
 
 
-def _call(pipe: Any, module: torch.nn.Module, size: Size) -> dict[str, Any]:
-    """Arguments by name of the denoiser's first call when the pipeline draws this size."""
+def _call(pipe: Any, module: torch.nn.Module, size: Size, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name of the denoiser's first call when the pipeline draws this size. given: what else the pipeline takes."""
     seen: list[dict[str, Any]] = []
     signature = inspect.signature(module.forward)
 
@@ -172,8 +174,8 @@ def _call(pipe: Any, module: torch.nn.Module, size: Size) -> dict[str, Any]:
     try:
         with torch.no_grad():
             noise = [torch.Generator("cpu").manual_seed(i) for i in range(size.batch)]  # the user's own stays where it is
-            asked(pipe, [""] * size.batch, pixels).draw(range(size.batch), num_inference_steps=1, generator=noise,
-                                                        output_type="latent")
+            asked(pipe, [""] * size.batch, {**given, **pixels}).draw(range(size.batch), generator=noise, output_type="latent",
+                                                                     num_inference_steps=_least_steps(given))
     finally:
         handle.remove()
     if not seen:
@@ -181,6 +183,12 @@ def _call(pipe: Any, module: torch.nn.Module, size: Size) -> dict[str, Any]:
     required = {n for n, p in signature.parameters.items() if p.default is p.empty}
     call = {k: v for k, v in seen[0].items() if v is not None or k in required}
     return call | {"return_dict": False} if "return_dict" in signature.parameters else call
+
+
+def _least_steps(given: Mapping[str, Any]) -> int:
+    """Of which one is drawn: a pipeline that starts from a picture leaves out all but this share of them, rounded down."""
+    share = given.get("strength")
+    return 1 if share is None or not 0 < share < 1 else int(1 / share) + 1
 
 
 def _in_dtype(module: torch.nn.Module, calls: Sequence[dict[str, Any]],

@@ -8,6 +8,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ log = logging.getLogger("sdtrt_backend")
 _WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 RECOMPILATIONS = 64  # sizes, dtypes and modes of one module that Dynamo compiles before it gives up; its own limit is 8
 BACKENDS = ("sd_int8", "sd_fp8")
+CALLED_ONCE = ("adapter",)  # T2I adapters, alone and several
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -161,7 +163,17 @@ def explain(module_or_pipe: Any) -> Report:
     found = {name: of for name, module in _modules(module_or_pipe).items() if (of := report(module)) is not None}
     if not found:
         raise ModelError.not_compiled(module_or_pipe)
-    return of_parts(found)
+    whole = of_parts(found)
+    return replace(whole, notes=(*whole.notes, *_called_once(module_or_pipe)))
+
+
+def _called_once(pipe: Any) -> Iterator[str]:
+    """A sentence for what steers the denoiser as a ControlNet does, but from one call for a picture."""
+    for name in CALLED_ONCE:
+        module = getattr(pipe, name, None)
+        if isinstance(module, torch.nn.Module) and not isinstance(pipe, torch.nn.Module) and name not in denoisers(pipe):
+            yield (f"{name}, a {type(module).__name__}, stays in your own precision: it is called once for a picture and not at "
+                   "every timestep, so that 8 bits would save next to nothing")
 
 
 def demo_pipeline(dtype: torch.dtype = torch.float32) -> Any:

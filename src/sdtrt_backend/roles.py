@@ -25,7 +25,8 @@ def conditioning(graph: fx.Graph, constants: Collection[fx.Node], timestep: fx.N
     pictures = {inputs[n][0] for n in many | ({timestep} & inputs.keys())}
     if not many:
         return set()
-    streams = many | words | {n for n, sizes in inputs.items() if n is not timestep and len(sizes) == 2 and sizes[0] not in pictures}
+    unbatched = {n for n, sizes in inputs.items() if n is not timestep and len(sizes) == 2 and sizes[0] not in pictures}
+    streams = many | words | unbatched
     for n in graph.nodes:
         read = [a for a in n.all_input_nodes if a in streams]
         if not read:

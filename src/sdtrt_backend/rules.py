@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -45,7 +45,7 @@ TENSORRT = ("tensorrt_rtx", "tensorrt")  # modules, either of which is a TensorR
 RESTS = ("auto", "float32", "bfloat16")
 
 # Module paths that stay in the user's precision. They hold about 1 % of the FLOPs and much of the error. Where there is a graph,
-# ``roles.conditioning`` finds those of embeddings and modulations whatever their names are; the names are for where there is none.
+# ``roles.conditioning`` finds embeddings and modulations whatever their names are; the names are for where there is none.
 KEEP: tuple[tuple[str, str], ...] = (
     ("*time_embedding*", "timestep embedding: every layer depends on it, and it is a negligible share of the work"),
     ("*time_emb_proj*", "timestep projection: every layer depends on it, and it is a negligible share of the work"),
@@ -68,8 +68,8 @@ KEEP: tuple[tuple[str, str], ...] = (
     ("norm_out*", "final modulation: a negligible share of the work"),
     ("*.lora_[AB].*", "side branch of a LoRA: its two small products add to those of the layer beside it, which is in 8 bits"),
 )
-ONE_VECTOR = ("it reads one vector of each picture, made of timestep, pooled text or sizes: every layer depends on it, and it is a "
-              "negligible share of the work")
+ONE_VECTOR = ("it reads one vector of each picture, made of timestep, pooled text or sizes: every layer depends on it, and it is "
+              "a negligible share of the work")
 SIDE_BRANCH = "*.lora_[AB].*"  # reads what the layer beside it reads, and is no layer of the checkpoint: not calibrated
 # Linears that are one product of several, and of which: ``fuse_qkv_projections`` of diffusers. They read the same tensor, so the
 # range and the smoothing of either are right for the other
@@ -113,6 +113,13 @@ LEVEL_OF: tuple[tuple[str, str, float], ...] = (
     ("linear", "*.add_[qkv]_proj", 2.5),
     ("linear", "*", 3.0),
 )
+
+
+def layers_of(module: torch.nn.Module) -> Iterator[Layer]:
+    """The layers of a module that was not captured, by their paths."""
+    for name, child in module.named_modules():
+        if type(child) in MODULES:
+            yield Layer(name, MODULES[type(child)].name, "", "", child.get_parameter("weight"), getattr(child, "groups", 1))
 
 
 def level_of(layer: Layer) -> float:

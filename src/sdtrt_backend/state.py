@@ -25,7 +25,7 @@ from .graphs import Graphed, Memory
 from .options import Options
 from .recipe import Recipe
 from .report import merged
-from .rules import MODULES
+from .rules import layers_of, reason_to_keep
 from .timesteps import Trajectories
 from .values import LayerReport, Report
 
@@ -237,13 +237,14 @@ class State:
         if root is None:
             return found
         seen = {row.name for row in found.layers}
-        rest = [(names.layer_name(path), type(m), w) for path, m in root.named_modules() if type(m) in MODULES
-                for w in (m.get_parameter("weight"),)
-                if names.layer_name(path) not in seen and (wanted is None or id(w) in wanted)]
+        rest = [replace(layer, name=name) for layer in layers_of(root) if (name := names.layer_name(layer.name)) not in seen
+                and (wanted is None or id(layer.weight) in wanted)]
         if not rest:
             return found
-        rows = [LayerReport(name, MODULES[kind].name, tuple(w.shape), str(w.dtype).removeprefix("torch."), "eager",
-                            "nothing was built of its part") for name, kind, w in rest]
+        options = self.options
+        rows = [LayerReport(layer.name, layer.op, tuple(layer.weight.shape), str(layer.weight.dtype)[6:], "eager",
+                            reason_to_keep(layer, options.exclude, options.level) or "nothing was built of its part")
+                for layer in rest]
         note = (f"{len(rows)} layers ({rows[0].name}, ...) are in no graph that was built, and not in the share of 8 bits: "
                 "Dynamo runs them as they are, or no call reached them; where Dynamo's limit of recompilations was hit, set "
                 "torch._dynamo.config.recompile_limit = 64 before compiling")

@@ -32,7 +32,8 @@ from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
 from .graphs import Graphed
 from .measure import outputs
-from .rules import SIDE_BRANCH, reason_to_keep
+from .names import layer_name
+from .rules import SIDE_BRANCH, layers_of, reason_to_keep
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State
 from .timesteps import timestep_value
 from .values import Report
@@ -330,10 +331,15 @@ class Unit:
 
     def _others_may_be_quantized(self) -> bool:
         """Whether other graphs of the module run in 8 bits, or are to: if they do not, they say so themselves."""
-        options = self.state.options
-        return any(unit.status == READY or (unit.refusal is None and any(
-            reason_to_keep(layer, options.exclude, options.level) is None for layer in unit.captured.layers))
-            for unit in self.state.units if unit is not self)
+        options, others = self.state.options, [unit for unit in self.state.units if unit is not self]
+        if any(unit.status == READY for unit in others):
+            return True
+        layers = [layer for unit in others if unit.refusal is None for layer in unit.captured.layers]
+        root, recipe = None if self.state.root is None else self.state.root(), self.state.recipe
+        if root is not None and recipe is not None:  # pieces that were not called yet, but while calibrating
+            met = {layer.name for unit in self.state.units for layer in unit.captured.layers}
+            layers += [layer for layer in layers_of(root) if layer_name(layer.name) in recipe.layers.keys() - met]
+        return any(reason_to_keep(layer, options.exclude, options.level) is None for layer in layers)
 
     def refuse(self, reason: str, quiet: bool = False) -> None:
         """From now on this graph runs in the user's precision. quiet: its rows say why."""
