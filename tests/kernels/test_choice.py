@@ -269,7 +269,11 @@ def test_a_product_at_the_rate_of_the_fastest_one_has_nothing_to_win(clock, monk
     assert small.flops == LINEAR.flops / 2
     assert not chooser.at_full_rate(LINEAR, "int8")  # nothing to compare it with
     assert not chooser.at_full_rate(small, "int8")  # as slow as one of twice its work
-    assert chooser.at_full_rate(LINEAR, "int8")
+    as_fast = replace(LINEAR, dtype=torch.bfloat16)
+    assert chooser.at_full_rate(as_fast, "int8")
+    other = MeasuredChooser(CPU)  # of another process, which meets the last one first
+    assert other.at_full_rate(as_fast, "int8")
+    assert not other.at_full_rate(LINEAR, "int8")
     assert CONV.flops == 2 * CONV.x[0] * CONV.x[2] * CONV.x[3] * math.prod(CONV.weight)
 
 
