@@ -106,6 +106,18 @@ def test_an_image_to_image_pipeline_gets_its_pictures(img2img, prompts, tmp_path
     assert result.exit_code == 0, (result.output, result.exception)
 
 
+@pytest.mark.slow
+def test_an_export_gets_the_pictures_of_its_pipeline(img2img, tmp_path, monkeypatch):
+    folder, photo, _ = img2img
+    got = {}
+    monkeypatch.setattr("sdtrt_backend.export.export_onnx", lambda *_, **given: got.update(given))
+    monkeypatch.setattr("sdtrt_backend.recipe.Recipe.load", lambda _: None)
+    result = run(cli.app, ["export", str(tmp_path / "out"), "--recipe", "any", "--model", str(folder), "--input",
+                           f"image={photo}", "--input", "strength=0.5"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert (got["image"].size, got["strength"]) == ((64, 64), 0.5)
+
+
 @pytest.mark.parametrize(("given", "says"), [
     (["image"], "expects NAME=VALUE"), (["image=missing.png"], "no file or folder missing.png"),
     (["strength=1", "strength=2"], "strength is given twice"), (["image={photos}"], "holds 2 pictures, and there are 1 prompts"),

@@ -14,7 +14,7 @@ import sdtrt_backend
 from sdtrt_backend import cli, engine, ops
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.capture import bind, trace
-from sdtrt_backend.errors import ExportError
+from sdtrt_backend.errors import CalibrationError, ExportError
 from sdtrt_backend.export import OUTPUT, Size, build_engine, export_onnx
 from sdtrt_backend.lower import onnx as lowering
 from sdtrt_backend.options import Options
@@ -299,6 +299,30 @@ def test_nested_inputs_are_named_and_a_timestep_keeps_its_precision(tmp_path):
         "added_cond_kwargs_text_embeds": onnx.TensorProto.BFLOAT16}
     assert [d.dim_param or d.dim_value for d in inputs["sample"].shape.dim] == ["batch", "sample_1", 64]
     assert file.ranges["added_cond_kwargs_text_embeds"] == ((2, 1, 64), (2, 1, 64), (3, 1, 64))
+
+
+class FromPicture(NestedPipeline):
+    """Starts from a picture, and leaves out steps."""
+
+    def __call__(self, prompts, num_inference_steps, generator, output_type, image, strength=0.8):
+        steps = int(num_inference_steps * strength)
+        if steps < 1:
+            raise ValueError("no step is left")
+        for step in range(steps):
+            self.unet(image.expand(len(prompts), -1, -1), torch.tensor(900.0 - 100 * step),
+                      added_cond_kwargs={"text_embeds": torch.ones(len(prompts), 1, 64)})
+
+
+@pytest.mark.parametrize("strength", [0.3, 1 / 49, 1.0])
+def test_a_pipeline_that_takes_pictures_gets_them(strength, tmp_path):
+    pytest.importorskip("onnxscript", reason=NEEDS_ONNX)
+    pipe, given = FromPicture(), {"image": torch.randn(1, 6, 64), "strength": strength}
+    found = sdtrt_backend.calibrate(pipe, ["a"], num_inference_steps=50, progress=False, **given)
+    file = export_onnx(pipe, found, tmp_path, size=Size(2), largest=Size(3), **given)
+    assert file.ranges["sample"] == ((2, 6, 64), (2, 6, 64), (3, 6, 64))
+    assert [d.layer.name for d in file.decisions if d.quantized] == ["inner"]
+    with pytest.raises(CalibrationError, match=r"takes no argument 'images': .* did you mean image"):
+        export_onnx(pipe, found, tmp_path, images=given["image"])
 
 
 def test_tensors_of_two_precisions_are_concatenated_as_torch_does(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from toy import ToyDenoiser
 
 import sdtrt_backend
-from sdtrt_backend import unit
+from sdtrt_backend import budget, unit
 from sdtrt_backend.calibrate import denoisers
 from sdtrt_backend.errors import RecipeError
 from sdtrt_backend.measure import compare
@@ -201,6 +201,64 @@ def test_a_refused_part_says_which_one_it_is(pipe, recipe):
     assert report.state == "refused"
     assert sum(f.startswith("transformer_2: no layer can be quantised") for f in report.fallbacks) == 1
     assert sum(f.startswith("no layer can be quantised") for f in report.fallbacks) == 1
+
+
+def test_an_adapter_that_is_called_once_a_picture_is_named(pipe, recipe):
+    plain = pipe("a")
+    pipe.adapter = TextEncoder()
+    sdtrt_backend.accelerate(pipe, recipe=recipe, **REFERENCE)
+    pipe("a")
+    report = sdtrt_backend.explain(pipe)
+    assert (report.state, report.fallbacks) == ("ready", ())
+    (said,) = [note for note in report.notes if "adapter" in note]
+    assert said.startswith("adapter, a TextEncoder, stays in your own precision: it is called once")
+    assert said in str(report)
+    sdtrt_backend.restore(pipe)
+    assert torch.equal(pipe("a"), plain)
+    del pipe.adapter
+    sdtrt_backend.accelerate(pipe, recipe=recipe, **REFERENCE)
+    pipe("a")
+    assert not any("adapter" in note for note in sdtrt_backend.explain(pipe).notes)
+
+
+class Pictures(TwoStages):
+    """Gives pictures, of the latents' size."""
+
+    def __call__(self, prompt, num_inference_steps=STEPS, generator=None, output_type="np"):
+        torch.manual_seed(generator[0].initial_seed())
+        latents = torch.randn(1, 4, 8, 8)
+        with torch.no_grad():
+            for t in reversed(range(num_inference_steps)):
+                module = self.transformer if t >= num_inference_steps / 2 else self.transformer_2
+                latents = 0.5 * latents + module(latents, torch.tensor(t), encoder_hidden_states=torch.ones(1, 5, 64))
+        images = latents if output_type == "latent" else (latents[:, :3] / 4).sigmoid().permute(0, 2, 3, 1).numpy()
+        return types.SimpleNamespace(images=images)
+
+
+def test_a_picture_budget_is_for_all_parts(monkeypatch):
+    """Of whichever part, most of its layers are the ones to leave 8 bits where it alone brings the error."""
+    monkeypatch.setattr(budget, "times_ms", lambda problem, device: (3.0, 1.0))
+
+    def solved(target):
+        return sdtrt_backend.calibrate(Pictures(), list("abcdefgh"), num_inference_steps=STEPS, progress=False,
+                                       options={"min_psnr": target})
+
+    def not_in_one_code(recipe):
+        return {name for name, layer in recipe.layers.items() if layer.keep or layer.second}
+
+    loose = solved(1.0)
+    assert not not_in_one_code(loose)
+    assert not not_in_one_code(loose.parts["transformer_2"])
+    target = loose.provenance["min_psnr"]["mean_db"] + 6
+    tight = solved(target)
+    assert tight.provenance["min_psnr"]["surely_db"] >= target
+    assert not_in_one_code(tight.parts["transformer_2"])
+    assert {p["name"].split(".")[0] for p in tight.provenance["min_psnr"]["parts"]} > {"transformer_2"}
+    pipe = Pictures()
+    sdtrt_backend.accelerate(pipe, recipe=tight, engine="reference", max_error=1.0, min_psnr=target)
+    pipe("a", generator=[torch.Generator().manual_seed(99)])
+    said = {row.name for row in sdtrt_backend.explain(pipe).layers if row.reason and f"min_psnr={target:g}" in row.reason}
+    assert said == not_in_one_code(tight) | {f"transformer_2.{name}" for name in not_in_one_code(tight.parts["transformer_2"])}
 
 
 @pytest.mark.slow
