@@ -330,3 +330,45 @@ def test_a_module_whose_forward_is_wrapped_while_it_calibrates_is_told_the_time_
     report = sdtrt_backend.explain(pipe)
     assert (report.state, report.fallbacks) == ("ready", ())
     offload.remove()
+
+
+class Louder(nn.Module):
+    """x [n, 8, 64], timestep [] -> [n, 8, 64]: what ``second`` reads is ten times as large late in a picture."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x, timestep):
+        return self.second(self.first(x) * (1 - timestep / 1000))
+
+
+@torch.no_grad()
+def test_weights_that_were_changed_are_judged_at_more_than_the_first_timestep():
+    module = Louder()
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS | {"max_error": 0.1})
+    for seed in range(2):
+        draw(compiled, seed)
+    assert sdtrt_backend.explain(module).state == "ready"
+    module.first.weight.mul_(3)  # fits at timestep 900, where the step is built anew, and is clipped at 100
+    assert 0 < compare(call(compiled, 900), call(module, 900)) < 0.1
+    assert sdtrt_backend.explain(module).state == "ready"
+    assert torch.equal(call(compiled, 100), call(module, 100))
+    (said,) = sdtrt_backend.explain(module).fallbacks
+    assert "weights were changed after they were calibrated" in said
+    assert "at timestep 100" in said
+    assert "calibrate again" in said
+
+
+@torch.no_grad()
+def test_changed_weights_that_stay_inside_the_bound_stay_in_8_bits():
+    module = Louder()
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS | {"max_error": 0.2})
+    for seed in range(2):
+        draw(compiled, seed)
+    module.first.weight.mul_(1.02)
+    for seed in range(5):
+        for mine, own in zip(draw(compiled, seed), draw(module, seed), strict=True):
+            assert 0 < compare(mine, own) < 0.2
+    assert sdtrt_backend.explain(module).state == "ready"
