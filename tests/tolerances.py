@@ -31,9 +31,20 @@ TOLERANCES = {
     # the same of more families, some of which hold a step to max_error, 0.2, by leaving layers out on the first input, and are
     # judged on another one. Measured: 0.01 to 0.25
     "more_families_step": 0.3,
+    # such a step compiled, against the reference lowering of the same layers on the same inputs. 8-bit sums are the same numbers;
+    # what differs are roundings of fp32, and the few codes that they tip over
+    "family_cosine": 0.9999,
+    # where a step is further than that: 1 - cosine over that of the reference to itself, its inputs changed by 1e-6. A difference
+    # d in front of a quantiser of step s tips d / s of the codes over, by s each, so that it leaves as sqrt(d * s): some layers
+    # later it is a share of the noise of quantisation, whatever it was. UNets get there, whose images are thousands of values.
+    # Largest quotient that was seen: 1.4
+    "family_ties": 3.0,
     # dB of each of its layers on the call after that picture. Such ranges clip: 11 dB were seen in layers that read the timestep
     # alone, 13 behind an attention over 16 tokens, 17 or more elsewhere. A wrong scale or layout leaves 6 dB at best
     "family_layer_db": 10.0,
+    # dB that 8-bit pictures of a pipeline that takes more than text may be farther from its own full precision than those of
+    # text-to-image are from theirs. There is no reason for more: its timesteps, pictures and residuals are what it calibrates on
+    "pipeline_db": 1.0,
     # of a single value beside its relative bound: below the smallest normal number of fp16 all roundings are this large
     "smallest": 2.0**-24,
 }
