@@ -17,8 +17,8 @@ WIDTH = 32
 
 
 class Denoiser(nn.Module):
-    """Names that no table knows: ``a`` embeds the timestep, ``b`` modulates, ``c`` and ``d`` are of tokens, ``e`` reads their mean,
-    ``f`` the prompt."""
+    """Names that no table knows: ``a`` embeds the timestep, ``b`` modulates, ``c`` and ``d`` are of tokens, ``e`` reads their
+    mean, ``f`` the prompt."""
 
     def __init__(self):
         super().__init__()
@@ -88,6 +88,16 @@ def test_tokens_in_one_row_are_tokens():
             return self.b(rows.flatten(1).unflatten(1, tokens.shape[1:])) * self.c(timestep[:, None].expand(-1, WIDTH))[:, None]
 
     assert conditioning(Rows(), torch.randn(2, 6, WIDTH), torch.rand(2)) == {"c"}
+
+
+def test_tokens_made_of_one_vector_are_tokens():
+    class Image(Denoiser):
+        """An image embedding becomes three tokens, as an IP-Adapter does it."""
+
+        def forward(self, tokens, timestep, image):
+            return super().forward(tokens, timestep, self.b(image).unflatten(1, (4, -1)) @ torch.ones(WIDTH // 4, WIDTH))
+
+    assert conditioning(Image(), torch.randn(2, 6, WIDTH), torch.rand(2), torch.randn(2, WIDTH)) == {"a", "b", "e"}
 
 
 def test_where_no_input_tells_the_number_of_pictures_nothing_is():

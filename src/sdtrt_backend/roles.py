@@ -13,8 +13,8 @@ CONDITIONING = "conditioning"
 
 
 def conditioning(graph: fx.Graph, constants: Collection[fx.Node], timestep: fx.Node | None) -> set[fx.Node]:
-    """Every node whose value is of the picture as a whole: one vector for each, made of the timestep, pooled text, sizes or
-    guidance, and not of tokens or pixels. Empty where the shapes of the inputs do not tell how many pictures there are.
+    """Every node whose value is one vector of each picture, made of the timestep, pooled text, sizes or guidance, and not of
+    tokens or pixels. Empty where the shapes of the inputs do not tell how many pictures there are.
 
     constants: placeholders of parameters and buffers. Tokens and pixels come in by inputs of three dimensions or more, or as
     numbers of words; what depends on them is theirs, until an average or a choice leaves one vector of each picture.
@@ -32,10 +32,13 @@ def conditioning(graph: fx.Graph, constants: Collection[fx.Node], timestep: fx.N
         if not read:
             continue
         sizes = _sizes(n)
-        one_each = sizes and sizes[0] in pictures and (len(sizes) == 2 or (len(sizes) == 3 and sizes[1] == 1))
-        if not one_each or math.prod(sizes) >= max(math.prod(_sizes(a)) for a in read):
+        if not (_vectors(sizes) and sizes[0] in pictures) or math.prod(sizes) >= max(math.prod(_sizes(a)) for a in read):
             streams.add(n)
-    return {n for n in graph.nodes if n not in streams and n not in constants}
+    return {n for n in graph.nodes if n not in streams and n not in constants and _vectors(_sizes(n))}
+
+
+def _vectors(sizes: tuple[int, ...]) -> bool:
+    return len(sizes) == 2 or (len(sizes) == 3 and sizes[1] == 1)
 
 
 def _value(node: fx.Node) -> Any:
