@@ -1,4 +1,5 @@
-"""One denoising step of SDXL, SD1.5 and FLUX.1-dev on a GPU: eager, torch.compile, torchao, SDNQ, sd_int8 and sd_fp8.
+"""One denoising step of a published denoiser on a GPU: eager, torch.compile, torchao, SDNQ, sd_int8 and sd_fp8. The models are
+SDXL, SD1.5, FLUX.1-dev and those of ``denoisers.py``.
 
     python benchmarks/gpu.py --model sdxl --batch 2                                  # eager, compile, sd_int8, sd_fp8
     python benchmarks/gpu.py --model sdxl --batch 2 --columns compile-max,torchao-fp8,torchao-int8,sdnq-int8
@@ -28,7 +29,8 @@ weights     GPU memory of the module before a step; of our columns, which make t
 peak        the larger of the memory allocated at most during called steps and of all that the allocator holds for the column
             afterwards, which counts a CUDA graph's pool
 error       relative, ||y - y32|| / ||y32||, to the module in fp32 without TF32
-ratio       best torch.compile step (``compile``, ``compile-max``) of the same run / this step; "*": of another run
+ratio       best torch.compile step (``compile``, ``compile-max``, ``compile-blocks``: the repeated blocks) of the same run / this
+            step; "*": of another run
 
 torchao quantises the linears that see more than 16 rows and have multiples of 16 (its kernels' limits), and compiles the
 repeated blocks (diffusers' ``compile_repeated_blocks``). Its row-wise fp8 takes bf16 weights only, so that column runs the
@@ -56,8 +58,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import denoisers
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils import _pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import sdtrt_backend
@@ -74,7 +78,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGES = ("sdtrt_backend", "torch", "triton", "nvidia-cudnn-frontend", "diffusers", "transformers", "torchao", "sdnq")
 BASELINES = ("eager", "compile")
 OURS = ("sd_int8", "sd_fp8", "sd_int8-unwatched", "sd_fp8-unwatched")
-ALONE = ("compile-max", "torchao-fp8", "torchao-int8", "sdnq-int8", "sdnq-int8-compile")
+ALONE = ("compile-max", "compile-blocks", "torchao-fp8", "torchao-int8", "sdnq-int8", "sdnq-int8-compile")
 
 UNET: dict[str, dict[str, Any]] = {"sdxl": {
     "sample_size": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -111,6 +115,8 @@ def build(name: str, tiny: bool) -> torch.nn.Module:
     """The denoiser with random weights from seed 0, on DEVICE."""
     from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
+    if name in denoisers.DENOISERS:
+        return denoisers.build(name, tiny, DEVICE)
     torch.manual_seed(0)
     small = TINY[name] if tiny else {}
     torch.set_default_dtype(torch.float32 if DEVICE.type == "cpu" else torch.bfloat16 if name == "flux" else torch.float16)
@@ -125,8 +131,11 @@ def build(name: str, tiny: bool) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def inputs(module: torch.nn.Module, batch: int, tiny: bool) -> Callable[[float], dict[str, Any]]:
-    """timestep -> keyword arguments of a step: a smooth latent with the timestep's share of noise, text states of scale 1."""
+def inputs(module: torch.nn.Module, batch: int, tiny: bool, name: str = "") -> Callable[[float], dict[str, Any]]:
+    """timestep -> keyword arguments of a step: a smooth latent with the timestep's share of noise, text states of scale 1. name:
+    of the model, for those of ``denoisers.py``."""
+    if name in denoisers.DENOISERS:
+        return denoisers.inputs(name, module, batch, tiny, DEVICE)
     config: Any = module.config
     dtype = next(module.parameters()).dtype
     seeded = torch.Generator(DEVICE).manual_seed(1)
@@ -171,15 +180,18 @@ def calibrated(module: torch.nn.Module, arguments: Callable[[float], dict[str, A
 def in_float32(module: torch.nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
     """The output in fp32 without TF32."""
     def widen(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: widen(v) for k, v in value.items()}
         return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     wide = copy.deepcopy(module).float()
-    y: torch.Tensor = wide(**widen(kwargs))[0]
+    y = first_output(wide(**_pytree.tree_map(widen, kwargs)))
     torch.backends.cudnn.allow_tf32 = before
     return y
+
+
+def first_output(result: Any) -> torch.Tensor:
+    """A model of lists gives a list."""
+    return next(t for t in _pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
 
 
 def flops(module: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -205,7 +217,7 @@ def prepare(column: str, module: torch.nn.Module, kwargs: dict[str, Any], recipe
             "recipe": recipe, "weights": weights, "watch": not column.endswith("-unwatched")})
     if column.startswith("torchao"):
         to_torchao(module, column, kwargs)
-    else:
+    elif column.startswith("sdnq"):
         from sdnq import sdnq_post_load_quant
 
         sdnq_post_load_quant(module, weights_dtype="int8", quant_conv=True, use_quantized_matmul=True,
@@ -337,7 +349,7 @@ def start_column(column: str, module: torch.nn.Module, kwargs: dict[str, Any], e
     row: dict[str, Any] = {"weights_gb": (memory()[0] - before[0]) / 1e9, "cold_s": first_call(step)}
     compiled_now()
     print(f"{column}: first call {row['cold_s']:.1f} s", flush=True)
-    y = step()[0].float()
+    y = first_output(step()).float()
     row["relative_error"] = float((y - exact).norm() / exact.norm())
     del y
     peak = called_peak(step)
@@ -411,7 +423,7 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
     empty = memory()
     module = build(given.model, given.tiny)
     size = memory()[0] - empty[0]
-    arguments = inputs(module, given.batch, given.tiny)
+    arguments = inputs(module, given.batch, given.tiny, given.model)
     kwargs = arguments(TIMESTEPS[2])
     recipe = calibrated(module, arguments, work / "recipe") if set(columns) & set(OURS) else ""
     total, attention = flops(module, kwargs)
@@ -487,7 +499,7 @@ def cold(run: Run, column: str, work: Path) -> None:
     given = run.given
     use_caches(work / "caches" / column, fresh=True)
     module = build(given.model, given.tiny)
-    kwargs = inputs(module, given.batch, given.tiny)(TIMESTEPS[2])
+    kwargs = inputs(module, given.batch, given.tiny, given.model)(TIMESTEPS[2])
     try:
         compiled = prepare(column, module, kwargs, str(work / "recipe"), given.weights)
         row: dict[str, Any] = {"cold_s": first_call(lambda: compiled(**kwargs))}
@@ -539,10 +551,10 @@ def alone(run: Run, column: str, work: Path) -> None:
         module = build(given.model, given.tiny)
         if column == "torchao-fp8":
             module.to(torch.bfloat16)
-        kwargs = inputs(module, given.batch, given.tiny)(TIMESTEPS[2])
+        kwargs = inputs(module, given.batch, given.tiny, given.model)(TIMESTEPS[2])
         (work / "compiling").touch()
         row, steps = start_column(column, module, kwargs, exact, "", "", before, (work / "compiled").touch)
-        if column == "torchao-fp8" and given.model != "flux":
+        if column == "torchao-fp8" and given.model in UNET:
             row["note"] = "; ".join(filter(None, ("bf16", row.get("note"))))
         if given.profile:
             profile(run, column, steps[column])
@@ -655,8 +667,8 @@ def number(row: dict[str, Any], key: str, width: int, digits: int) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(PARAMETERS), default="sdxl")
-    parser.add_argument("--batch", type=int, help="default 2, of FLUX, whose guidance needs no second pass, 1")
+    parser.add_argument("--model", choices=(*PARAMETERS, *denoisers.DENOISERS), default="sdxl")
+    parser.add_argument("--batch", type=int, help="default 2 for UNets and SD3.5, else 1: no second pass, or one of its own")
     parser.add_argument("--columns", default=",".join(OURS[:2]), help=f"of {', '.join((*BASELINES, *ALONE, *OURS))}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu")
     parser.add_argument("--rounds", type=int, default=20)
@@ -672,7 +684,7 @@ if __name__ == "__main__":
     parser.add_argument("--cold", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stamp", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.batch = given.batch or (1 if given.model == "flux" else 2)
+    given.batch = given.batch or (2 if given.model in (*UNET, "sd35-large") else 1)
     wanted = given.columns.split(",")
     if unknown := [c for c in wanted if c not in (*BASELINES, *ALONE, *OURS)]:
         parser.error(f"no column is called {', '.join(unknown)}; there are {', '.join((*BASELINES, *ALONE, *OURS))}")

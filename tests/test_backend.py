@@ -13,6 +13,7 @@ import sdtrt_backend
 from sdtrt_backend import measure, weights
 from sdtrt_backend.state import states
 from sdtrt_backend.unit import signature
+from sdtrt_backend.values import Decision
 
 STEPS = (999, 666, 333, 1)
 REFERENCE = {"engine": "reference"}  # plain torch fake quantisation: the same state machine, no compile time
@@ -242,6 +243,20 @@ def test_an_error_beyond_the_bound_is_refused_and_the_module_keeps_its_numbers(d
     assert report.state == "refused"
     assert "max_error is 1e-06" in report.fallbacks[0]
     torch.testing.assert_close(mine, call(denoiser, 999), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_where_no_kernel_pays_the_reason_is_of_a_layer_that_was_measured(denoiser, monkeypatch):
+    def none_pays(decisions, *_):
+        return tuple(Decision(d.layer, "16-bit", "made here: too slow") if d.quantized else d for d in decisions)
+
+    monkeypatch.setattr("sdtrt_backend.lower.assign", none_pays)
+    compiled = calibrated(denoiser, engine="inductor")
+    call(compiled, 999, seed=2)
+    report = sdtrt_backend.explain(compiled)
+    assert "last convolution" in report.layers[-1].reason  # which no kernel was measured for
+    assert "no 8-bit kernel is faster than the one in the user's precision on these shapes (made here: too slow)" in str(
+        report.fallbacks)
 
 
 @pytest.mark.slow

@@ -146,11 +146,12 @@ def build(request: Request) -> Ready | Refused:
             why = f"no layer can be quantised ({first.layer.name}: {first.reason})"
             return replace(_as_they_are(request, planned, made, why), by_rule=True)
         bar("measuring kernels")
+        last = [d.layer for d in planned.decisions if d.quantized][-1]
         planned = lowering.refine(planned, graph, nodes, tensors, options)
         made = replace(made, plan=planned, timings=replace(made.timings, choice_s=time.perf_counter() - start,
                                                            **planned.measured))
         if not planned.quantized:
-            return _as_they_are(request, planned, made, lowering.none_left(planned.decisions[-1]))
+            return _as_they_are(request, planned, made, lowering.none_left(next(d for d in planned.decisions if d.layer is last)))
         bar("compiling")
         quantized = insert(graph, nodes, planned.decisions, request.memory.codes)
         by_node = {nodes[d.layer.node].name: d for d in planned.decisions if d.quantized}
