@@ -358,6 +358,29 @@ def test_an_argument_that_must_be_passed_is_passed_as_none(tmp_path):
     assert set(file.ranges) == {"sample", "timestep"}
 
 
+class Routed(torch.nn.Module):
+    """What it computes depends on the values of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(64, 64)
+
+    def forward(self, sample, timestep):
+        return self.inner(sample) if sample.sum() > timestep else self.inner(-sample)
+
+
+def test_what_the_exporter_cannot_trace_is_one_sentence_with_the_way_out(tmp_path):
+    def draw(prompts, num_inference_steps, generator, output_type):
+        draw.unet(torch.randn(len(prompts), 32, 64), torch.tensor(0.5))
+
+    draw.unet, calibration = Routed(), Calibration()
+    with torch.no_grad(), observed(draw.unet, calibration):
+        draw(["a"], 1, None, "latent")
+    with pytest.raises(ExportError, match=r"no ONNX file of Routed: tracing it failed with \w+: .*torch.compile or accelerate"):
+        export_onnx(draw, calibration.recipe(Options(), {}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 class Squeezed(torch.nn.Module):
     """Squeezes dimensions that are 1, and others, in every way."""
 

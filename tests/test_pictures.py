@@ -120,3 +120,4 @@ def test_an_image_to_image_pipeline_of_diffusers_calibrates_with_a_picture_for_e
                                      progress=False)
     assert len(recipe.layers) > 100
     assert len(recipe.timesteps) == 2
+    assert "saw 2 different timesteps, as a picture of strength 0.5 starts from less noise" in recipe.provenance["note"]

@@ -150,7 +150,8 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
                                   "guidance_scale": guidance_scale, "scheduler": type(getattr(pipe, "scheduler", None)).__name__,
                                   "pipeline": type(pipe).__name__, "front_door": "calibrate"}
     if seen < num_inference_steps:
-        provenance["note"] = (f"asked for {num_inference_steps} steps, the denoiser saw {seen} different timesteps; "
+        why = f", as a picture of strength {pipe_kwargs['strength']} starts from less noise" if "strength" in pipe_kwargs else ""
+        provenance["note"] = (f"asked for {num_inference_steps} steps, the denoiser saw {seen} different timesteps{why}; "
                               "the ranges cover those only")
         log.warning("calibrate: %s", provenance["note"])
     parts = {name: c.recipe(parsed, provenance) for name, c in calibrations.items() if name != first and c.ops}

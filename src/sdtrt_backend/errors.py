@@ -142,6 +142,12 @@ class ExportError(SdtrtError):
         return cls(f"{what} needs packages that are not installed: pip install {install}")
 
     @classmethod
+    def no_file(cls, module: object, step: str, error: Exception) -> ExportError:
+        why = next(iter(str(error).splitlines()), "")
+        return cls(f"there is no ONNX file of {type(module).__name__}: {step} failed with {type(error).__name__}: {why}; compile "
+                   "it instead (torch.compile or accelerate), which needs no file")
+
+    @classmethod
     def sm_too_old(cls, precision: str, sm: int, least: int) -> ExportError:
         return cls(f"{precision} needs compute capability {least} or newer, got --sm {sm}: name a newer one, or use the other "
                    "precision")

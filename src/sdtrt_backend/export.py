@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from . import engine
 from .calibrate import denoiser_name, uncompiled
 from .capture import bind, trace
-from .errors import ExportError, ModelError
+from .errors import ExportError, ModelError, SdtrtError
 from .lower import onnx
 from .pictures import asked
 from .quantize import for_engine, insert, plan
@@ -120,16 +121,30 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
         recipe.check_model({n: fingerprint(m.get_parameter("weight")) for n, m in module.named_modules() if type(m) in MODULES})
         calls = [_call(pipe, module, s, pipe_kwargs) for s in (size or Size(), largest) if s is not None]
         module, calls = _in_dtype(module, calls, dtype)
-        captured, values = trace(module, calls[-1], _varying(calls))  # the largest: a size of 1 would become a constant
+        with _said(module, "tracing it"):
+            captured, values = trace(module, calls[-1], _varying(calls))  # the largest: a size of 1 would become a constant
         decisions = tuple(for_engine(d, precision, flavour) for d in plan(captured.layers, recipe, exclude, level))
         graph, nodes = bind(captured, values)
         graph = insert(graph, nodes, decisions)
         inputs = [_tensors(call) for call in calls]
         used = {n.name: inputs[-1][n.name] for n in graph.graph.find_nodes(op="placeholder")}
         outputs = [OUTPUT if i == 0 else f"{OUTPUT}_{i}" for i in range(len(graph.graph.output_node().all_input_nodes))]
-        files = onnx.write(graph, used, outputs, Path(folder), _axes(inputs))
+        with _said(module, "writing it"):
+            files = onnx.write(graph, used, outputs, Path(folder), _axes(inputs))
     ranges = {n: (tuple(inputs[0][n].shape), tuple(inputs[0][n].shape), tuple(inputs[-1][n].shape)) for n in used}
     return Exported(tuple(files), precision, _dtype_name(module), flavour, ranges, decisions, recipe.model_hash)
+
+
+@contextlib.contextmanager
+def _said(module: torch.nn.Module, step: str) -> Iterator[None]:
+    """What PyTorch's exporter refuses, for any of a hundred reasons, is an ExportError that names the module. Files that
+    cannot be written, and what we say ourselves, are not touched."""
+    try:
+        yield
+    except (SdtrtError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError.no_file(module, step, error) from error
 
 
 def build_engine(exported: Exported, sm: int | None = None) -> Engine:
