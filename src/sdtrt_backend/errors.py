@@ -143,8 +143,11 @@ class ExportError(SdtrtError):
 
     @classmethod
     def no_file(cls, module: object, step: str, error: Exception) -> ExportError:
-        why = next(iter(str(error).splitlines()), "")
-        return cls(f"there is no ONNX file of {type(module).__name__}: {step} failed with {type(error).__name__}: {why}; compile "
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter's own error is a page on how to report it
+            cause = cause.__cause__
+        why = next(iter(str(cause).splitlines()), "")
+        return cls(f"there is no ONNX file of {type(module).__name__}: {step} failed with {type(cause).__name__}: {why}; compile "
                    "it instead (torch.compile or accelerate), which needs no file")
 
     @classmethod
