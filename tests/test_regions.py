@@ -118,6 +118,7 @@ def test_a_graph_that_repeats_nothing_stays_whole():
     assert pieces == [calls]
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.sampled_from([16, 24]), min_size=2, max_size=7))
 @torch.no_grad()

@@ -142,6 +142,7 @@ def test_a_layer_of_that_role_stays_and_says_why():
 NAMED = [pattern for pattern, why in KEEP if "timestep" in why or "embedding" in why or "modulation" in why]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image", "ltx", "sdxl_unet", "flux2", "sana"])
 def test_the_graph_finds_the_layers_that_the_names_of_known_families_tell(family):
     module, draw = (FAMILIES | MORE)[family]()
