@@ -194,6 +194,7 @@ def test_a_calibration_of_both_goes_on_to_the_same_recipe(pipe, recipe, tmp_path
     assert again.content_hash() == whole.content_hash() != recipe.content_hash()
 
 
+@pytest.mark.slow
 def test_a_refused_part_says_which_one_it_is(pipe, recipe):
     sdtrt_backend.accelerate(pipe, recipe=recipe, engine="reference", max_error=0.3, exclude=("*",))
     pipe("a")

@@ -99,6 +99,7 @@ def test_a_module_of_many_graphs_is_told_the_time_by_its_own_call():
     assert not any("no timestep is known" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_a_piece_whose_layers_all_stay_has_their_reasons_and_is_no_fallback():
     module = Blocks((64, 72), broken=True)  # the second block's are no multiples of 16
     compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
@@ -122,6 +123,7 @@ def test_with_a_recipe_a_piece_that_stays_is_no_fallback_though_the_others_are_n
     assert (report.state, bool(report.fallbacks)) == (state, state == "refused")
 
 
+@pytest.mark.slow
 def test_pieces_whose_layers_all_stay_are_said_where_nothing_else_is_in_8_bits():
     module = Blocks((72, 72), broken=True)
     compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
@@ -318,6 +320,7 @@ def test_a_convolution_in_three_dimensions_is_named_with_its_work():
     assert "over_time" in str(report)
 
 
+@pytest.mark.slow
 def test_a_module_whose_forward_is_wrapped_while_it_calibrates_is_told_the_time_all_the_same():
     torch._dynamo.reset()
     unet = small_unet(0)
