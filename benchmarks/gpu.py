@@ -7,8 +7,8 @@ SDXL, SD1.5, FLUX.1-dev and those of ``denoisers.py``.
     python benchmarks/gpu.py --table                                                 # every JSON in --out and its profiles
     python benchmarks/gpu.py --tiny --model sdxl --columns eager,compile,sd_int8     # the same code on a CPU
 
-Published configurations, random weights, built on the GPU (UNets fp16 channels last, FLUX bf16). The time of a step does not
-depend on the weights' values; its error does, so an error here says that the kernels are right and not how pictures look
+Published configurations, random weights, built on the GPU (UNets fp16 channels last, transformers bf16). The time of a step does
+not depend on the weights' values; its error does, so an error here says that the kernels are right and not how pictures look
 (``gpu_pictures.py`` does). One JSON per model, batch and column under ``--out``; a column that fails writes its first error
 line there and the others go on.
 

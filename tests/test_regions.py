@@ -159,8 +159,9 @@ class Literal(Deep):
 
 @torch.no_grad()
 def test_blocks_that_differ_by_a_number_are_different():
-    found, expected, _, _ = in_pieces(Literal(16, 16, 16, 16))
+    found, expected, calls, pieces = in_pieces(Literal(16, 16, 16, 16))
     assert same(found, expected)
+    assert pieces == [calls]
 
 
 @pytest.mark.slow

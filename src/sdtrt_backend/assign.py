@@ -33,8 +33,9 @@ LEAST_SHARE = 1e-3
 def mark_negligible(gm: fx.GraphModule) -> None:
     """Tell those products and attentions that are too small a share of the graph's work to measure candidates for."""
     work = {n: _flops(n) for n in gm.graph.nodes if n.target in OPS or n.target is ATTENTION}
+    least = LEAST_SHARE * sum(work.values())
     for node, flops in work.items():
-        node.meta[NEGLIGIBLE] = flops < LEAST_SHARE * sum(work.values())
+        node.meta[NEGLIGIBLE] = flops < least
 
 
 def _flops(node: fx.Node) -> int:

@@ -38,9 +38,9 @@ def compiled(gm: fx.GraphModule, example: Sequence[torch.Tensor], compile_piece:
     propagate(gm, example)
     graph = _Graph(gm)
     places = sorted({0, *_cuts(graph, 0, len(graph.calls)), len(graph.calls)})
-    if len(places) < 4:
-        return compile_piece(gm, example)
     pieces = [_piece(graph, start, end) for start, end in itertools.pairwise(places)]
+    if len({piece.text for piece in pieces}) == len(pieces):  # they only looked alike
+        return compile_piece(gm, example)
     return _joined(graph, pieces, compile_piece)
 
 
@@ -125,8 +125,8 @@ def _cuts(graph: _Graph, low: int, high: int) -> Iterator[int]:
 
 
 def _cost(graph: _Graph, phase: int, period: int, end: int) -> tuple[int, int]:
-    """Of stretches that begin at ``phase``: tensors that cross a cut, and how few they are. Most stretches count first where two
-    are all there can be."""
+    """Of stretches that begin at ``phase``: how many tensors cross a cut, and how few they are. As many as there are calls where
+    no cut may be, or only one stretch is left."""
     times = (end - phase) // period
     return (int(graph.live[phase]) if times > 1 and not graph.closed[phase] else len(graph.calls), -times)
 
