@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from toy import ToyDenoiser
 
 from sdtrt_backend import step, weights
@@ -12,6 +13,10 @@ from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.capture import capture
 from sdtrt_backend.options import Options
 from sdtrt_backend.unit import Unit
+
+# How fast a machine draws examples is no property of what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

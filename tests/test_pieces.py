@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from sdtrt_backend.options import Options
 
 STEPS = (900, 500, 100)
 OPTIONS = {"engine": "reference", "calibration_runs": 1}
+MAXIMA = OPTIONS | {"max_error": 0.1, "rule": "max"}
 CLOSE = 0.1  # relative error of a few layers in 8 bits
 
 
@@ -333,3 +336,97 @@ def test_a_module_whose_forward_is_wrapped_while_it_calibrates_is_told_the_time_
     report = sdtrt_backend.explain(pipe)
     assert (report.state, report.fallbacks) == ("ready", ())
     offload.remove()
+
+
+class Louder(nn.Module):
+    """x [n, 8, 64], timestep [] -> [n, 8, 64]: what ``second`` reads is ten times as large late in a picture."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x, timestep):
+        return self.second(self.first(x) * (1 - timestep / 1000))
+
+
+@torch.no_grad()
+def test_weights_that_were_changed_are_judged_at_more_than_the_first_timestep():
+    module = Louder()
+    compiled = torch.compile(module, backend="sd_int8", options=MAXIMA)
+    for seed in range(2):
+        draw(compiled, seed)
+    assert sdtrt_backend.explain(module).state == "ready"
+    module.first.weight.mul_(3)  # fits at timestep 900, where the step is built anew, and is clipped at 100
+    assert 0 < compare(call(compiled, 900), call(module, 900)) < 0.1
+    assert sdtrt_backend.explain(module).state == "ready"
+    assert torch.equal(call(compiled, 100), call(module, 100))
+    report = sdtrt_backend.explain(module)
+    assert (report.state, report.fallbacks) == ("calibrating", ())
+    (said,) = [n for n in report.notes if "calibrated anew" in n]
+    assert "weights were changed after they were calibrated" in said
+    assert "at timestep 100" in said
+    for seed in range(2, 4):
+        draw(compiled, seed)
+    for mine, own in zip(draw(compiled, 4), draw(module, 4), strict=True):
+        assert 0 < compare(mine, own) < 0.1
+    assert sdtrt_backend.explain(module).state == "ready"
+
+
+class LouderPipeline:
+    """What ``calibrate`` takes for a pipeline."""
+
+    def __init__(self):
+        self.unet = Louder()
+
+    def __call__(self, prompt, num_inference_steps, generator, output_type):
+        for t in STEPS[:num_inference_steps]:
+            call(self.unet, t, seed=len(prompt))
+
+
+@torch.no_grad()
+def test_a_recipe_whose_ranges_do_not_fit_weights_that_came_later_is_calibrated_anew():
+    pipe = LouderPipeline()
+    recipe = sdtrt_backend.calibrate(pipe, ["a"], num_inference_steps=3, progress=False)
+    sdtrt_backend.accelerate(pipe, recipe=recipe, **MAXIMA)
+    draw(pipe.unet)
+    assert sdtrt_backend.explain(pipe).provenance["front_door"] == "calibrate"
+    pipe.unet.first.weight.mul_(100)  # beyond the bound at once
+    plain = copy.deepcopy(pipe.unet)
+    for seed in range(4):
+        for mine, own in zip(draw(pipe.unet, seed), draw(plain, seed), strict=True):
+            assert compare(mine, own) < 0.1
+    report = sdtrt_backend.explain(pipe)
+    assert (report.state, report.fallbacks) == ("ready", ())
+    assert report.provenance["front_door"] == "self-calibration"
+    pipe.unet(torch.randn(3, 2, 5, 64), torch.tensor(100))  # a graph of its own, which asks for the recipe no more
+    assert sdtrt_backend.explain(pipe).state == "ready"
+
+
+@torch.no_grad()
+def test_weights_that_took_the_place_of_the_calibrated_ones_are_judged_too():
+    module = Louder()
+    compiled = torch.compile(module, backend="sd_int8", options=MAXIMA)
+    for seed in range(2):
+        draw(compiled, seed)
+    louder = {name: 3 * t if name == "first.weight" else t.clone() for name, t in module.state_dict().items()}
+    module.load_state_dict(louder, assign=True)
+    for seed in range(5):
+        for mine, own in zip(draw(compiled, seed), draw(module, seed), strict=True):
+            assert compare(mine, own) < 0.1
+    report = sdtrt_backend.explain(module)
+    assert report.state == "ready"
+    assert any("calibrated anew" in note for note in report.notes)
+
+
+@torch.no_grad()
+def test_changed_weights_that_stay_inside_the_bound_stay_in_8_bits():
+    module = Louder()
+    compiled = torch.compile(module, backend="sd_int8", options=MAXIMA)
+    for seed in range(2):
+        draw(compiled, seed)
+    module.first.weight.mul_(1.02)
+    for seed in range(5):
+        for mine, own in zip(draw(compiled, seed), draw(module, seed), strict=True):
+            assert 0 < compare(mine, own) < 0.1
+    assert sdtrt_backend.explain(module).state == "ready"

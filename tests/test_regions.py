@@ -119,7 +119,7 @@ def test_a_graph_that_repeats_nothing_stays_whole():
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.sampled_from([16, 24]), min_size=2, max_size=7))
 @torch.no_grad()
 def test_whatever_comes_again_the_result_is_that_of_the_whole(hidden):

@@ -280,7 +280,7 @@ LETTERS = "abcdef"
 terms = st.lists(st.lists(st.sampled_from(LETTERS), min_size=1, max_size=4, unique=True), min_size=2, max_size=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(terms, st.data())
 def test_any_einsum_of_two_has_the_flops_that_torch_counts(operands, data):
     both = sorted(set(operands[0]) | set(operands[1]))
@@ -295,7 +295,7 @@ def test_any_einsum_of_two_has_the_flops_that_torch_counts(operands, data):
     assert (mine > 0) == bool(contracted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 2), st.booleans())
 def test_any_convolution_has_the_flops_that_torch_counts(dims, kernel, groups, stride, dilation, transposed):
     kind = getattr(F, f"conv{'_transpose' if transposed else ''}{dims}d")

@@ -32,7 +32,8 @@ RACES = 2  # that an 8-bit step must lose to be refused: what else runs on the m
 class Request:
     """What a step is built from: a graph with its parameters, the arguments of the call that asks for it, and the state's parts.
 
-    budgeted: the recipe names layers that stay unquantised for ``max_error``.
+    budgeted: no layers are looked for that stay unquantised for ``max_error``: the recipe names them already, or its ranges are
+    to be calibrated anew instead.
     """
 
     captured: Captured

@@ -45,20 +45,26 @@ class State:
         self.lock = threading.RLock()  # held by the one thread that calibrates or builds
         self.closed = False
         self.refusal: str | None = None  # why no graph of the module runs in 8 bits
-        self.calibration = Calibration()
-        self.clock = Clock(self.observe_call, self.observed_calls, self.failed)
-        self.recipe: Recipe | None = None
+        self.runs = options.calibration_runs  # pictures that calibrate
+        self._begin()
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
         self.memory = Memory()
-        self.drift = Drift(lambda sentence: self.say(self.notes, sentence))
         self.units: list[Unit] = []
         self.live: Any = WeakIdKeyDictionary()  # constants that were seen to change: steps take them as inputs
+        self.anew = False  # calibrated by itself, whatever recipe it was given
         self.needs_weights = False
         self.slept = False  # since the module was moved
         self.end = None if root is None else weakref.finalize(root, self.close)
         if self.end is not None:
             self.end.atexit = False
+
+    def _begin(self) -> None:
+        """Nothing is known of the ranges."""
+        self.calibration = Calibration()
+        self.clock = Clock(self.observe_call, self.observed_calls, self.failed)
+        self.recipe: Recipe | None = None
+        self.drift = Drift(lambda sentence: self.say(self.notes, sentence))
 
     # --- sentences
 
@@ -95,7 +101,7 @@ class State:
         try:
             calibration = self.calibration
             calibration.start_call(timestep)
-            if not known or calibration.trajectories.complete < self.options.calibration_runs:
+            if not known or calibration.trajectories.complete < self.runs:
                 return
             trajectories = calibration.trajectories
             facts = {"front_door": "self-calibration", "trajectories": trajectories.complete, "calls": trajectories.calls - 1}
@@ -110,6 +116,22 @@ class State:
             if calibration.nonfinite:
                 layers = ", ".join(sorted(calibration.nonfinite)[:3])
                 self.say(self.notes, f"NaN or infinite inputs seen while calibrating were left out (layers {layers}, ...)")
+        finally:
+            self.lock.release()
+
+    def calibrate_again(self, why: str) -> None:
+        """The ranges are of other weights: those of the coming pictures take their place. The first of them has begun already."""
+        if self.closed or not self.lock.acquire(blocking=False):
+            return  # another thread does, or builds
+        try:
+            for unit in self.units:
+                unit.clear()
+                unit.to_judge = 0
+            self.memory.forget(set())
+            self._begin()
+            self.runs, self.anew = self.options.calibration_runs + 1, True
+            self.place_weights()
+            self.say(self.notes, f"{why}: the ranges are calibrated anew, by the coming pictures")
         finally:
             self.lock.release()
 

@@ -72,6 +72,8 @@ class Step:
         if root is None and state not in self.rootless:
             self.rootless.append(state)
         unit = Unit(follow(captured, state.live), state, self.frame)
+        if state.recipe is not None and of_other_weights(captured, state.recipe):
+            unit.judge_a_picture()
         state.units.append(unit)
         self.first = next(iter(captured.constants))
         refs = self.units.setdefault(id(args[self.first]), [])
@@ -99,7 +101,7 @@ def state_with_recipe(root: torch.nn.Module | None, captured: Captured, step: St
     if step.recipe is not None and not step.recipe_hash:
         step.recipe_hash = step.recipe.content_hash()
     state = state_of(root, captured.constants.values(), step.options, step.recipe_hash)
-    if step.recipe is not None and state.recipe is None:
+    if step.recipe is not None and state.recipe is None and not state.anew:
         with weights.borrowed(captured.constants.values()):
             found = captured.fingerprints() if root is None else fingerprints(root)
         recipe = step.recipe.fitting(found)
@@ -111,6 +113,12 @@ def state_with_recipe(root: torch.nn.Module | None, captured: Captured, step: St
 def fingerprints(root: torch.nn.Module) -> dict[str, str]:
     """Layer name -> fingerprint of its weight."""
     return {names.layer_name(n): fingerprint(m.get_parameter("weight")) for n, m in root.named_modules() if type(m) in MODULES}
+
+
+def of_other_weights(captured: Captured, recipe: Recipe) -> bool:
+    """Whether a layer has another weight than the one that was calibrated: a checkpoint took its place."""
+    return any(name in recipe.layers and not one_weight(found, recipe.layers[name].fingerprint)
+               for name, found in captured.fingerprints().items())
 
 
 def renamed(captured: Captured, recipe: Recipe | None) -> Captured:

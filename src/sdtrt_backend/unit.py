@@ -31,7 +31,7 @@ from .capture import Captured, concrete, follow, follow_all, tensor_inputs
 from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
 from .graphs import Graphed
-from .measure import outputs
+from .measure import compare, outputs
 from .names import layer_name
 from .rules import SIDE_BRANCH, layers_of, reason_to_keep
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State
@@ -44,6 +44,9 @@ log = logging.getLogger("sdtrt_backend")
 BUILDING_ALONE = threading.RLock()
 RETRY = 8  # calls until a build that failed for want of memory or of a lock is tried again; doubled each time
 SIZES_HELD = 32  # steps of one graph: beyond that the one used longest ago is let go, and built again when it is needed
+# calls that are each compared with the module's own precision after values of 8-bit layers have changed: those of one picture,
+# where the recipe tells how many it has
+JUDGED = (8, 64)
 MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its own, so more are no way to run
 
 
@@ -80,6 +83,7 @@ class Unit:
         self.refusal: str | None = None
         self.building = False
         self.calls = 0
+        self.to_judge = 0  # calls: the values of its layers are not those that were calibrated
         self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
         self.numbers: dict[Any, set[Any]] = {}
         self.baked: list[int] = []  # inputs whose number is part of each step
@@ -100,7 +104,7 @@ class Unit:
         """ids of the constants that a step in use reads, or that the module's own precision needs at every call."""
         if not self.variants:
             return set()
-        if any(v.made is None for v in self.variants.values()) or self.refusal is not None:
+        if self.to_judge or self.refusal is not None or any(v.made is None for v in self.variants.values()):
             return {id(p) for p in self.constants}
         held = {id(w) for w in self.replaced()}
         kept = {id(p) for v in self.variants.values() if v.made is not None for p in v.made.reads}
@@ -191,9 +195,9 @@ class Unit:
             elements = part.elements(addresses)
         tensors = tensor_inputs(variant.captured, args)
         result = variant.step(*tensors)
-        if part is None and variant.watch is None:
-            return result
-        return self._watched(variant, args, tensors, result, part, elements)
+        if part is not None or variant.watch is not None:
+            result = self._watched(variant, args, tensors, result, part, elements)
+        return self._judged(args, result) if self.to_judge and variant.made is not None else result
 
     def _slow(self, key: Any, args: Sequence[Any], inputs: Sequence[Any]) -> Any:
         """A call that is not served by what is built."""
@@ -278,7 +282,8 @@ class Unit:
             state.memory.wake(self.constants[0].device)
             try:
                 with weights.borrowed(self.constants), torch.cuda.device_of(self.constants[0]):
-                    made = build(Request(self.captured, args, state.recipe, state.options, state.memory))
+                    made = build(Request(self.captured, args, state.recipe, state.options, state.memory,
+                                         budgeted=self.to_judge > 0))
             finally:
                 self.building = False
             made = made.timed(cold_start_s=time.perf_counter() - start)
@@ -287,6 +292,9 @@ class Unit:
         if state.closed:
             return key
         key = self._bake(made.baked, key, args)
+        if self.to_judge and isinstance(made, Refused) and made.error is not None and made.error > state.options.max_error:
+            self._calibrate_again(made.error, args)
+            return key
         self.results[key] = made
         self.failures.pop(key, None)
         if isinstance(made, Refused):
@@ -403,6 +411,35 @@ class Unit:
                     "step of its own: pass a tensor")
         return True
 
+    def judge_a_picture(self) -> None:
+        """Values of its layers are not those that were calibrated."""
+        if self.state.recipe is not None:
+            least, most = JUDGED
+            self.to_judge = min(most, max(least, len(self.state.recipe.timesteps)))
+
+    def _judged(self, args: Sequence[Any], result: Any) -> Any:
+        """``result`` where it is inside ``max_error``, else the module's own: a build looks at its first call only, which is
+        enough for the weights that were calibrated. Ranges of other weights may fit at one timestep and clip at another."""
+        self.to_judge -= 1
+        with torch.no_grad():
+            own = self.own(args)
+        error = compare(result, own)
+        if error <= self.state.options.max_error or not all(bool(t.isfinite().all()) for t in outputs(own)):
+            if not self.to_judge:
+                self.state.place_weights()
+            return result
+        self._calibrate_again(error, args)
+        return own
+
+    def _calibrate_again(self, error: float, args: Sequence[Any]) -> None:
+        self.state.calibrate_again("weights were changed after they were calibrated, and the 8-bit output differed by "
+                                   f"{error:.3f} from the full-precision output on the same input{self._at(args)}, max_error is "
+                                   f"{self.state.options.max_error}")
+
+    def _at(self, args: Sequence[Any]) -> str:
+        """The timestep of a call, for a sentence."""
+        return "" if self.captured.timestep is None else f" at timestep {timestep_value(args[self.captured.timestep]):g}"
+
     # --- failures
 
     def _failed(self, error: Exception, what: str, key: Any, args: Sequence[Any]) -> Any:
@@ -448,6 +485,8 @@ class Unit:
         for unit in units:
             unit.clear()
             unit._follow(unit.captured)
+            if what == "values" and not ids.isdisjoint(unit.of_layers):
+                unit.judge_a_picture()
         if not changed:
             return
         state.memory.forget(ids)
@@ -538,7 +577,7 @@ class Unit:
                 state.say(state.notes, f"the module gave {what}, and gives the same in its own precision; the 8-bit step goes on")
                 return None
             whose = "the module's own precision does not"
-            at = "" if self.captured.timestep is None else f" at timestep {timestep_value(args[self.captured.timestep]):g}"
+            at = self._at(args)
         self.refuse(f"the 8-bit step gave {what} on call {call}{at}, {whose}{since}")
         return own
 
