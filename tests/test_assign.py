@@ -134,6 +134,14 @@ def test_nothing_is_measured_for_an_attention_of_next_to_no_work(attending, monk
     assert kernels_ms(gm, Measured()) == products
 
 
+def test_calls_of_one_shape_are_measured_once_and_count_together(attending, monkeypatch):
+    gm, _ = attending  # four linears of one shape, each with 24 % of the work, and an attention
+    for share, negligible in ((0.01, 0), (0.5, 1), (0.99, 5)):
+        monkeypatch.setattr("sdtrt_backend.assign.LEAST_SHARE", share)
+        mark_negligible(gm)
+        assert sum(node.meta.get("negligible", False) for node in gm.graph.nodes) == negligible
+
+
 def test_where_every_layer_is_wanted_in_8_bits_time_does_not_matter(bound):
     layers = run(bound, Measured(int8=0.1, fp8=9.0), "fp8", always=True)
     assert {d.precision for d in layers.values() if d.quantized} == {"fp8"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,16 +27,24 @@ OPAQUE = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d
 PARTS = ("chunk", "split", "unbind", "getitem", "to", "float", "half", "bfloat16")
 
 
-# of a graph's products and attentions: what is less than that is not worth seconds of compiling candidates
+# of the work of a graph's products and attentions: calls of one shape that are less, together, are not worth seconds of compiling
+# candidates
 LEAST_SHARE = 1e-3
 
 
 def mark_negligible(gm: fx.GraphModule) -> None:
-    """Tell those products and attentions that are too small a share of the graph's work to measure candidates for."""
+    """Tell those products and attentions whose shape has too small a share of the graph's work to measure candidates for it."""
     work = {n: _flops(n) for n in gm.graph.nodes if n.target in OPS or n.target is ATTENTION}
-    least = LEAST_SHARE * sum(work.values())
+    of_shape: Counter[Any] = Counter()
     for node, flops in work.items():
-        node.meta[NEGLIGIBLE] = flops < least
+        of_shape[_shapes(node)] += flops
+    least = LEAST_SHARE * sum(work.values())
+    for node in work:
+        node.meta[NEGLIGIBLE] = of_shape[_shapes(node)] < least
+
+
+def _shapes(node: fx.Node) -> tuple[Any, ...]:
+    return (node.target, *(tuple(operand.meta["val"].shape) for operand in node.all_input_nodes if "val" in operand.meta))
 
 
 def _flops(node: fx.Node) -> int:
