@@ -9,7 +9,7 @@ from fragments import PIXELS, TOKENS, Fragment, conv, linear, planned
 from torch import nn
 
 from sdtrt_backend import ops
-from sdtrt_backend.assign import assign, attentions_in_fp8, kernels_ms, mark_negligible, quantization_ms
+from sdtrt_backend.assign import assign, attentions_in_fp8, kernels_ms, mark_work, quantization_ms
 from sdtrt_backend.capture import bind, tensor_inputs
 from sdtrt_backend.fx import plain_attention, propagate
 from sdtrt_backend.kernels import Choice, Unsteady
@@ -22,8 +22,8 @@ class Measured:
 
     place, gain, joins, names_kernels, opaque = "GPU", 1.0, True, True, ()
 
-    def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5, attention_fp8=None, full_rate=False):
-        self.attention_fp8, self.full_rate = attention_fp8, full_rate
+    def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5, attention_fp8=None, room=1.0):
+        self.attention_fp8, self.left = attention_fp8, room
         self.asked = set()
         self.times = {"int8": int8, "fp8": fp8}
         self.wide, self.quantize = wide, quantize
@@ -36,8 +36,8 @@ class Measured:
     def reasons(self, problem, precision):
         return ("made here: it is refused", "another one too") if self.times[precision] is None else ()
 
-    def at_full_rate(self, problem, precision):
-        return self.full_rate and self.times[precision] is not None
+    def room(self, problem, precision):
+        return self.left
 
     def wide_ms(self, problem):
         return self.wide
@@ -106,16 +106,16 @@ def test_sd_fp8_takes_int8_where_that_is_faster(bound):
 
 
 def test_where_fp8_has_nothing_to_lose_no_int8_kernel_is_asked_for(bound):
-    chooser = Measured(int8=0.1, fp8=1.0, full_rate=True)
+    chooser = Measured(int8=0.1, fp8=1.0, room=0.0)
     assert run(bound, chooser, "fp8")["conv1"].precision == "fp8"
     assert chooser.asked == {"fp8"}
-    assert run(bound, Measured(int8=0.1, fp8=None, full_rate=True), "fp8")["conv1"].precision == "int8"
+    assert run(bound, Measured(int8=0.1, fp8=None, room=0.0), "fp8")["conv1"].precision == "int8"
 
 
 def test_a_layer_of_next_to_no_work_is_in_fp8_unless_only_int8_takes_it(bound, monkeypatch):
     gm, _, _ = bound
-    monkeypatch.setattr("sdtrt_backend.assign.LEAST_SHARE", 0.05)
-    mark_negligible(gm)
+    monkeypatch.setattr("sdtrt_backend.assign.LEAST_GAIN", 0.05)
+    mark_work(gm)
     layers = run(bound, Measured(int8=0.1, fp8=1.0), "fp8")
     # 2x64x8x8 by 64x64x3x3 is most of the work; the text of 2x3 tokens is next to none
     assert (layers["conv1"].precision, layers["context_k"].precision) == ("int8", "fp8")
@@ -125,21 +125,21 @@ def test_a_layer_of_next_to_no_work_is_in_fp8_unless_only_int8_takes_it(bound, m
 def test_nothing_is_measured_for_an_attention_of_next_to_no_work(attending, monkeypatch):
     gm, _ = attending
     (attention,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-    mark_negligible(gm)
+    mark_work(gm)
     assert plain_attention(attention) is not None
     products = kernels_ms(gm, Measured()) - 3.0
-    monkeypatch.setattr("sdtrt_backend.assign.LEAST_SHARE", 1.0)
-    mark_negligible(gm)
+    monkeypatch.setattr("sdtrt_backend.fx.LEAST_SHARE", 1.0)
+    mark_work(gm)
     assert plain_attention(attention) is None
     assert kernels_ms(gm, Measured()) == products
 
 
-def test_calls_of_one_shape_are_measured_once_and_count_together(attending, monkeypatch):
+def test_calls_of_one_shape_are_measured_once_and_count_together(attending):
     gm, _ = attending  # four linears of one shape, each with 24 % of the work, and an attention
-    for share, negligible in ((0.01, 0), (0.5, 1), (0.99, 5)):
-        monkeypatch.setattr("sdtrt_backend.assign.LEAST_SHARE", share)
-        mark_negligible(gm)
-        assert sum(node.meta.get("negligible", False) for node in gm.graph.nodes) == negligible
+    mark_work(gm)
+    shares = [node.meta["work"] for node in gm.graph.nodes if "work" in node.meta]
+    assert len(shares) == 5
+    assert sorted(set(shares)) == pytest.approx([0.0376, 0.9624], abs=1e-4)
 
 
 def test_where_every_layer_is_wanted_in_8_bits_time_does_not_matter(bound):

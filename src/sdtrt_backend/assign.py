@@ -13,7 +13,7 @@ from torch import fx
 
 from . import ops
 from .calls import call_arguments, name_of, rearranges
-from .fx import ATTENTION, NEGLIGIBLE, pair, plain_attention
+from .fx import ATTENTION, WORK, pair, plain_attention
 from .kernels import Problem, Timed, Unsteady
 from .rules import OPS
 from .stats import relative_error
@@ -27,20 +27,19 @@ OPAQUE = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d
 PARTS = ("chunk", "split", "unbind", "getitem", "to", "float", "half", "bfloat16")
 
 
-# of the work of a graph's products and attentions: calls of one shape that are less, together, are not worth seconds of compiling
-# candidates
-LEAST_SHARE = 1e-3
+# of the work of a graph's products and attentions: what another precision could win at most, for it to be worth the seconds that
+# compiling its candidates takes
+LEAST_GAIN = 0.01
 
 
-def mark_negligible(gm: fx.GraphModule) -> None:
-    """Tell those products and attentions whose shape has too small a share of the graph's work to measure candidates for it."""
+def mark_work(gm: fx.GraphModule) -> None:
+    """Tell every product and attention which share of the graph's work those of its shapes are, which are measured once."""
     work = {n: _flops(n) for n in gm.graph.nodes if n.target in OPS or n.target is ATTENTION}
     of_shape: Counter[Any] = Counter()
     for node, flops in work.items():
         of_shape[_shapes(node)] += flops
-    least = LEAST_SHARE * sum(work.values())
     for node in work:
-        node.meta[NEGLIGIBLE] = of_shape[_shapes(node)] < least
+        node.meta[WORK] = of_shape[_shapes(node)] / of_shape.total()
 
 
 def _shapes(node: fx.Node) -> tuple[Any, ...]:
@@ -108,8 +107,8 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
     if always and not chooser.names_kernels:
         return precisions[0], ""
     refusals = {precisions[0]: _refusal(problems, chooser, precisions[0])}
-    if refusals[precisions[0]] or not (all(c.meta.get(NEGLIGIBLE) for c in calls)
-                                       or all(chooser.at_full_rate(p, precisions[0]) for p in problems)):
+    share = max(c.meta.get(WORK, 1.0) for c in calls)
+    if refusals[precisions[0]] or share * max(chooser.room(p, precisions[0]) for p in problems) > LEAST_GAIN:
         refusals |= {other: _refusal(problems, chooser, other) for other in precisions[1:]}  # takes seconds to compile
     taken = [precision for precision, refusal in refusals.items() if refusal is None]
     if not taken:

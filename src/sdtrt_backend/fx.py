@@ -10,17 +10,19 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .calls import arguments, call_arguments, changes, inputs_changed, written
 
-__all__ = ["ATTENTION", "NEGLIGIBLE", "add_constant", "alive", "arguments", "call_arguments", "changes", "drop_dead", "finish",
+__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "call_arguments", "changes", "drop_dead", "finish",
            "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate",
            "read_through_copies", "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
-NEGLIGIBLE = "negligible"  # key of ``meta``: the call is so small a share of the graph's work that nothing is measured for it
+MADE_BY = "made by"  # key of ``meta``: (what "val" was computed from, its shape, strides, dtype and device)
+WORK = "work"  # key of ``meta``: the share of a graph's products and attentions that those of this call's shapes are, together
+LEAST_SHARE = 1e-3  # of it: below that nothing is measured for an attention
 
 
 def module_path(node: fx.Node) -> str:
@@ -36,8 +38,8 @@ def module_path(node: fx.Node) -> str:
 
 def plain_attention(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
     """(query, key, value, factor of the scores) of a call of ATTENTION without mask, dropout or anything broadcast, keys and
-    values of one width, of which it matters how they are computed (``NEGLIGIBLE``); else None."""
-    if node.target is not ATTENTION or node.meta.get(NEGLIGIBLE):
+    values of one width, of which it matters how they are computed (``LEAST_SHARE``); else None."""
+    if node.target is not ATTENTION or node.meta.get(WORK, 1.0) < LEAST_SHARE:
         return None
     given = arguments(node)
     if given["attn_mask"] is not None or any(given[name] for name in ("dropout_p", "is_causal", "enable_gqa")):
@@ -54,9 +56,37 @@ def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
 
 
 def propagate(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> None:
-    """Write every node's shape, dtype and strides for these inputs into ``meta["val"]``."""
+    """Write every node's shape, dtype and strides for these inputs into ``meta["val"]``. What is there already from such a call,
+    and would come out the same, is not computed again: that takes seconds of a large graph."""
+    known = (n.meta["val"].fake_mode for n in gm.graph.nodes if MADE_BY in n.meta and isinstance(n.meta["val"], FakeTensor))
     with torch.no_grad():
-        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example)
+        _Propagate(gm, next(known, None) or FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example)
+
+
+class _Propagate(FakeTensorProp):
+    """changed: nodes that are not what those who read them were told before."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm, mode)
+        self.changed: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        made_by = (n.target, *fx.map_arg((n.args, n.kwargs), lambda a: f"%{a.name}"), self._mode)
+        before, described = n.meta.get(MADE_BY, (None, None))
+        if n.op.startswith("call_") and before == made_by and "val" in n.meta and self.changed.isdisjoint(n.all_input_nodes):
+            return n.meta["val"]
+        result = super().run_node(n)
+        now = _described(n.meta.get("val"))
+        n.meta[MADE_BY] = made_by, now
+        if before is None or described != now:
+            self.changed.add(n)
+        return result
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return [_described(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],

@@ -267,14 +267,25 @@ def test_a_product_at_the_rate_of_the_fastest_one_has_nothing_to_win(clock, monk
     monkeypatch.setattr(providers, "PROVIDERS", rows("linear8"))
     chooser, small = MeasuredChooser(CPU), replace(LINEAR, x=(LINEAR.x[0] // 2, LINEAR.x[1]))
     assert small.flops == LINEAR.flops / 2
-    assert not chooser.at_full_rate(LINEAR, "int8")  # nothing to compare it with
-    assert not chooser.at_full_rate(small, "int8")  # as slow as one of twice its work
+    assert chooser.room(LINEAR, "int8") == 1  # nothing to compare it with
+    assert chooser.room(small, "int8") == 0.5  # as slow as one of twice its work
     as_fast = replace(LINEAR, dtype=torch.bfloat16)
-    assert chooser.at_full_rate(as_fast, "int8")
+    assert chooser.room(as_fast, "int8") == 0
     other = MeasuredChooser(CPU)  # of another process, which meets the last one first
-    assert other.at_full_rate(as_fast, "int8")
-    assert not other.at_full_rate(LINEAR, "int8")
+    assert other.room(as_fast, "int8") == 0
+    assert other.room(LINEAR, "int8") == 1
     assert CONV.flops == 2 * CONV.x[0] * CONV.x[2] * CONV.x[3] * math.prod(CONV.weight)
+
+
+@pytest.mark.parametrize(("problem", "left"), [(LINEAR, False), (CONV, True)])
+def test_a_family_of_kernels_that_lost_twice_is_not_compiled_for_other_linears(clock, monkeypatch, problem, left):
+    monkeypatch.setattr(providers, "PROVIDERS", rows({"linear": "linear8", "conv2d": "conv8"}[problem.op]))
+    chooser = MeasuredChooser(CPU)
+    for times in range(3):
+        clock.clear()
+        assert chooser.best(replace(problem, weight=(16 + 16 * times, *problem.weight[1:])), "int8").kernel == "good:fast"
+        assert "fast" in clock
+        assert ("slow" in clock) == (times < 2 or left)
 
 
 @pytest.mark.parametrize(("precision", "capability", "says"), [

@@ -44,9 +44,9 @@ class Timed(Chooser, Protocol):
     def reasons(self, problem: Problem, precision: str) -> tuple[str, ...]:
         """Why no kernel of ``precision`` takes the problem, a sentence for each; empty where one does."""
 
-    def at_full_rate(self, problem: Problem, precision: str) -> bool:
-        """Whether ``best`` is so near the highest rate that a product was seen to reach on this device that another precision
-        has nothing to win."""
+    def room(self, problem: Problem, precision: str) -> float:
+        """Share of ``best``'s time that another precision might save: up to the highest rate that a product was seen to reach on
+        this device."""
 
     def wide_ms(self, problem: Problem) -> float:
         """Milliseconds of the kernel in the user's precision; it and ``best`` may be ``Unsteady``."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,10 @@ ATTENTION_BOUND = 2e-2  # ERROR_BOUND of attention written in 8 bits: a rounding
 ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
 # A kernel's configurations were never this far apart: where one is so much slower than torch's attention, no other is tried
 ATTENTION_SPREAD = 1.25
-# Of the best rate that a product reached on this GPU: beyond it no other kernel has enough to win for the seconds that its
-# candidates take to compile
+# Of the best rate that a product reached on this GPU: rates nearer to it are as good
 FULL_RATE = 0.95
+# A family of a linear's kernels that was so much slower than the best of all as often in a row is not tried again
+FAMILY_SPREAD, LOST = 1.25, 2
 ATTENTION_FP8_CAPABILITY = (9, 0)  # of cuDNN's kernel
 
 
@@ -37,6 +39,7 @@ class MeasuredChooser:
         providers.register()
         self.device = device
         self.measurements = Measurements(device)
+        self.lost: Counter[tuple[str, ...]] = Counter()  # (provider, precision, a family's first) -> times in a row
         self.rate = 0.0  # FLOPs per millisecond, the highest of the products that were asked for
 
     def _known(self, name: str, measure: Callable[[], Mapping[str, float | Refusal]]) -> dict[str, Any]:
@@ -52,14 +55,15 @@ class MeasuredChooser:
         self.rate = max(self.rate, 0.0 if best is None else problem.flops / best.ms)
         return best
 
-    def at_full_rate(self, problem: Problem, precision: str) -> bool:
+    def room(self, problem: Problem, precision: str) -> float:
         """See ``Timed``."""
         before, best = self.rate, self.best(problem, precision)
         if best is None:
-            return False
+            return 1.0
         # what came before counts, so the answer is kept: another process gets the same kernels
         share = problem.flops / best.ms / before if before else 0.0
-        return bool(self._known(f"share of the full rate, {precision} {problem}", lambda: {"share": share})["share"] >= FULL_RATE)
+        share = self._known(f"share of the full rate, {precision} {problem}", lambda: {"share": share})["share"]
+        return 0.0 if share >= FULL_RATE else 1.0 - share
 
     def reasons(self, problem: Problem, precision: str) -> tuple[str, ...]:
         """See ``Timed``."""
@@ -163,9 +167,21 @@ class MeasuredChooser:
             def tried(variant: str, run: Any = run, tail: Any = tail, expected: Any = expected) -> float | Refusal:
                 return timing.timed(run, weights, (*tail, variant), expected, timing.ERROR_BOUND)
 
-            found = timing.search(p.variants(precision), p.fallback, tried)
+            families = [f for f in p.variants(precision) if self.lost[p.name, precision, f[0]] < LOST]
+            found = timing.search(families, p.fallback, tried)
+            if problem.op == "linear":  # the best configuration of a convolution depends on its place in the model
+                self._remember(p.name, precision, families, found)
             times |= {f"{p.name}:{variant}": ms for variant, ms in found.items()}
         return times
+
+    def _remember(self, name: str, precision: str, families: Sequence[tuple[str, ...]],
+                  found: Mapping[str, float | Refusal]) -> None:
+        """Which families were far from the best of this provider."""
+        times = {variant: t for variant, t in found.items() if not isinstance(t, Refusal)}
+        for family in families:
+            mine = [times[variant] for variant in family if variant in times]
+            slow = bool(mine) and min(mine) > FAMILY_SPREAD * min(times.values())
+            self.lost[name, precision, family[0]] = self.lost[name, precision, family[0]] + 1 if slow else 0
 
     def _time_wide(self, problem: Problem) -> float:
         noise = torch.Generator(self.device).manual_seed(0)

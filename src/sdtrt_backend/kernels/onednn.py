@@ -56,9 +56,9 @@ class CpuChooser:
             return (f"{precision} kernels need an NVIDIA GPU",)
         return why({"onednn": self._race(problem)["onednn"]})
 
-    def at_full_rate(self, problem: Problem, precision: str) -> bool:
+    def room(self, problem: Problem, precision: str) -> float:
         """See ``Timed``: there is one precision."""
-        return False
+        return 0.0
 
     def wide_ms(self, problem: Problem) -> float:
         """Milliseconds of the kernel in the user's precision that Inductor calls with weights packed ahead."""

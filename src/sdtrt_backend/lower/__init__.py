@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..assign import assign, attentions_in_fp8, kernels_ms, mark_negligible
+from ..assign import assign, attentions_in_fp8, kernels_ms, mark_work
 from ..engine import installed
 from ..fx import propagate
 from ..kernels import CAPABILITY, chooser, missing
@@ -98,7 +98,7 @@ def _for_the_reference(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors:
 
 def _measured(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor], options: Options) -> Plan:
     propagate(graph, tensors)
-    mark_negligible(graph)
+    mark_work(graph)
     measured, always = chooser(tensors[0].device), options.engine == "inductor"
     decisions = assign(plan.decisions, nodes, measured, options.precision, always)
     found: dict[str, Any] = {} if tensors[0].is_cpu else {"kernels_ms": kernels_ms(graph, measured)}
