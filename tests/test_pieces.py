@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,6 +339,64 @@ def test_a_module_whose_forward_is_wrapped_while_it_calibrates_is_told_the_time_
     offload.remove()
 
 
+class Picking(nn.Module):
+    """x [n, 8, 64], timestep [] -> [n, 8, 64]. ``attend`` loops over a call whose result's size depends on values, as attention
+    over the tokens of a mask does: Dynamo leaves such a function to eager as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.q, self.k, self.after = (nn.Linear(64, 64) for _ in range(4))
+
+    def attend(self, x):
+        q, k = self.q(x), self.k(x)
+        picked = []
+        for i in range(len(x)):
+            tokens = torch.nonzero(x[i, :, 0] > -9).flatten()
+            picked.append(q[i, tokens] + k[i, tokens])
+        return torch.stack(picked)
+
+    def forward(self, x, timestep):
+        return self.after(self.attend(self.before(x + timestep / 1000)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_layers_of_a_function_that_dynamo_gives_up_on_are_in_8_bits(in_place):
+    module = Picking()
+    plain, pipe = copy.deepcopy(module), SimpleNamespace(unet=module)
+    if in_place:
+        sdtrt_backend.accelerate(pipe, **OPTIONS)
+        compiled = module
+    else:
+        compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(4):
+        draw(compiled, seed)
+    report = sdtrt_backend.explain(module)
+    assert (report.state, report.fallbacks, report.notes) == ("ready", (), ())
+    assert in_8_bits(report) == layers(module)
+    for mine, own in zip(draw(compiled, 5), draw(plain, 5), strict=True):
+        assert 0 < compare(mine, own) < CLOSE
+    if not in_place:
+        assert torch.equal(call(module), call(plain))
+    assert torch.equal(call(copy.deepcopy(module)), call(plain))
+    sdtrt_backend.restore(SimpleNamespace(unet=module))
+    assert not any(m._compiled_call_impl for m in module.modules())
+    assert torch.equal(call(module), call(plain))
+
+
+@torch.no_grad()
+def test_layers_of_no_graph_follow_a_recipe_too():
+    pipe = Pipeline(Picking())
+    recipe = sdtrt_backend.calibrate(pipe, ["a"], num_inference_steps=3, progress=False)
+    sdtrt_backend.accelerate(pipe, recipe=recipe, **OPTIONS)
+    draw(pipe.unet)
+    draw(pipe.unet, 1)
+    report = sdtrt_backend.explain(pipe)
+    assert in_8_bits(report) == layers(pipe.unet)
+    assert report.provenance["front_door"] == "calibrate"
+
+
 class Louder(nn.Module):
     """x [n, 8, 64], timestep [] -> [n, 8, 64]: what ``second`` reads is ten times as large late in a picture."""
 
@@ -373,11 +432,11 @@ def test_weights_that_were_changed_are_judged_at_more_than_the_first_timestep():
     assert sdtrt_backend.explain(module).state == "ready"
 
 
-class LouderPipeline:
+class Pipeline:
     """What ``calibrate`` takes for a pipeline."""
 
-    def __init__(self):
-        self.unet = Louder()
+    def __init__(self, unet):
+        self.unet = unet
 
     def __call__(self, prompt, num_inference_steps, generator, output_type):
         for t in STEPS[:num_inference_steps]:
@@ -386,7 +445,7 @@ class LouderPipeline:
 
 @torch.no_grad()
 def test_a_recipe_whose_ranges_do_not_fit_weights_that_came_later_is_calibrated_anew():
-    pipe = LouderPipeline()
+    pipe = Pipeline(Louder())
     recipe = sdtrt_backend.calibrate(pipe, ["a"], num_inference_steps=3, progress=False)
     sdtrt_backend.accelerate(pipe, recipe=recipe, **MAXIMA)
     draw(pipe.unet)

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from .graphs import Graphed, Memory
 from .options import Options
 from .recipe import Recipe
 from .report import merged
-from .rules import layers_of, reason_to_keep
+from .rules import MODULES, layers_of, reason_to_keep
 from .timesteps import Trajectories
 from .values import LayerReport, Report
 
@@ -54,6 +55,8 @@ class State:
         self.live: Any = WeakIdKeyDictionary()  # constants that were seen to change: steps take them as inputs
         self.anew = False  # calibrated by itself, whatever recipe it was given
         self.needs_weights = False
+        self.looking = root is not None  # for layers that no graph has
+        self.stepped_in: list[torch.nn.Module] = []
         self.slept = False  # since the module was moved
         self.end = None if root is None else weakref.finalize(root, self.close)
         if self.end is not None:
@@ -145,6 +148,29 @@ class State:
         self.calibration = Calibration()
         self.calibration.start_call(timestep)
 
+    # --- layers that no graph has
+
+    def step_in(self) -> None:
+        """Dynamo runs a function as it is where a break lies in a loop of it, with the layers that it calls, as torch's own code
+        is never compiled by itself. From now on those that no graph has are called through a function of ours, which Dynamo takes
+        for a piece like any other. Outside of a compiled call that function changes nothing."""
+        self.looking = False
+        root = None if self.root is None else self.root()
+        if root is None or self.closed or not names.runs_compiled(root):
+            return
+        in_graphs = {id(p) for p in self.covered()}
+        self.stepped_in = [m for m in root.modules() if type(m) in MODULES and m._compiled_call_impl is None
+                           and id(m.weight) not in in_graphs]
+        for module in self.stepped_in:
+            module._compiled_call_impl = MethodType(_call, module)
+        if self.stepped_in:
+            self.runs += 1  # the picture that has begun has them from its second step on
+
+    def step_out(self) -> None:
+        for module in self.stepped_in:
+            module._compiled_call_impl = None
+        self.stepped_in = []
+
     # --- weights
 
     def covered(self) -> Iterator[torch.Tensor]:
@@ -198,6 +224,7 @@ class State:
         with self.lock:
             self.closed = True
             self.clock.stop()
+            self.step_out()
             if self.end is not None and self.end.detach() is not None:
                 self.place_weights()
             for unit in self.units:
@@ -271,6 +298,10 @@ class State:
                 "Dynamo runs them as they are, or no call reached them; where Dynamo's limit of recompilations was hit, set "
                 "torch._dynamo.config.recompile_limit = 64 before compiling")
         return replace(found, layers=(*found.layers, *rows), notes=(note,))
+
+
+def _call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
 
 
 def _status_of(units: Sequence[Unit]) -> str:

@@ -83,6 +83,7 @@ class Unit:
         self.refusal: str | None = None
         self.building = False
         self.calls = 0
+        self.called = False
         self.to_judge = 0  # calls: the values of its layers are not those that were calibrated
         self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
         self.numbers: dict[Any, set[Any]] = {}
@@ -156,6 +157,10 @@ class Unit:
                 self.state.drift.look()
             except Exception as error:
                 return self._failed(error, "looking at what was watched", self._key(self.inputs(args), args), args)
+        if self.state.looking:
+            if self.called:  # another call of the root
+                self.state.step_in()
+            self.called = True
         if self.state.slept and self.constants[0].is_cuda:
             self.state.woken()
         inputs = self.inputs(args)
