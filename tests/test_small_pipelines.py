@@ -114,6 +114,13 @@ def sd3() -> Any:
                                     None)
 
 
+def sd3_inpainting() -> Any:
+    """The pipeline asks the transformer's configuration for 16 or 33 channels, and draws the VAE's four all the same."""
+    pipe = as_class(sd3(), "StableDiffusion3InpaintPipeline")
+    pipe.transformer.register_to_config(in_channels=16)
+    return pipe
+
+
 def as_class(plain: Any, name: str, **more: Any) -> Any:
     """The pipeline of diffusers of this name, from the parts of another one."""
     import diffusers
@@ -275,6 +282,7 @@ ROWS = {
     "sd3 controlnet": Row(sd3_controlnet, control_image, "sd3"),
     "sd3 img2img 0.3": Row(lambda: as_class(sd3(), "StableDiffusion3Img2ImgPipeline"), strength(0.3), "sd3"),
     "sd3 img2img 0.8": Row(lambda: as_class(sd3(), "StableDiffusion3Img2ImgPipeline"), strength(0.8), "sd3"),
+    "sd3 inpainting": Row(sd3_inpainting, inpainted, "sd3", masked=True),
 }
 
 
