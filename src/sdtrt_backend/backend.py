@@ -12,6 +12,7 @@ from torch import fx
 from .calls import inputs_changed
 from .capture import Captured, capture
 from .errors import ModelError, OptionError, SdtrtError
+from .fx import start_workers
 from .lower import choose
 from .names import unfit
 from .options import Options
@@ -65,6 +66,8 @@ def _step(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) ->
         return None
     if any(p.is_meta for p in captured.constants.values()):
         raise ModelError.on_meta("the module")
+    if next(iter(captured.constants.values())).is_cuda:
+        start_workers()
     step = Step(gm, parsed, _frame())
     if parsed.recipe is not None:
         step.recipe = Recipe.load(parsed.recipe)

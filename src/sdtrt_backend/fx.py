@@ -17,7 +17,7 @@ from .calls import arguments, call_arguments, changes, inputs_changed, written
 
 __all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "call_arguments", "changes", "drop_dead", "finish",
            "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate",
-           "read_through_copies", "written"]
+           "read_through_copies", "start_workers", "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 MADE_BY = "made by"  # key of ``meta``: (what "val" was computed from, its shape, strides, dtype and device)
@@ -112,6 +112,16 @@ def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],
             return compiled
         finally:
             torch.compiler._is_compiling_flag = before
+
+
+def start_workers() -> None:
+    """Inductor compiles Triton kernels in processes that take seconds to start, and until then in this one, one after the other.
+    torch.compile's own backend starts them where it begins."""
+    from torch._inductor import async_compile
+
+    warm = getattr(async_compile, "maybe_warm_pool", None)  # of no public API
+    if warm is not None:
+        warm()
 
 
 def _let_go(modules: Sequence[Any]) -> None:
