@@ -26,7 +26,8 @@ class Options:
     min_psnr: dB that pictures of prompts that calibrated nothing are to have at least on average, against the user's precision:
         ``calibrate`` measures what each layer brings of the error and of the speed, and names those that get a second
         code or stay unquantised.
-    max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step.
+    max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step, and of each call of a picture after weights were
+        changed.
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
     engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a
         comparison of pictures say; "tensorrt" builds TensorRT engines of the parts that it takes, without measuring what is
