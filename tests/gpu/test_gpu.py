@@ -13,6 +13,7 @@ import sdtrt_backend
 from sdtrt_backend import measure
 from sdtrt_backend.demo import CALIBRATION_PROMPTS, LastCall, draw
 from sdtrt_backend.kernels import MeasuredChooser, Problem, installed
+from sdtrt_backend.lower import inductor_cuda
 from sdtrt_backend.state import states
 from sdtrt_backend.weights import away
 
@@ -179,6 +180,22 @@ def test_a_fresh_process_gives_the_same_to_the_bit(prepared, compiled, request, 
     subprocess.run([sys.executable, "-c", FRESH, backend, str(prepared[1]), str(tmp_path)], check=True)
     fresh = load_file(tmp_path / "output.safetensors", device="cuda")["y"]
     assert torch.equal(calls(unet, args, text, 2), fresh)
+
+
+def test_a_norm_of_a_wide_row_reads_it_once():
+    def norm(x):
+        return (torch.nn.functional.layer_norm(x, (2432,)),)
+
+    x = torch.randn(64, 2432, device="cuda", dtype=torch.float16)
+    step = inductor_cuda.compiled(torch.fx.symbolic_trace(norm), [x])
+    step(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        (y,) = step(x)
+        torch.cuda.synchronize()
+    kernels_run = {event.name for event in profile.events() if event.name.startswith("triton_")}
+    assert len(kernels_run) == 1
+    assert all(name.startswith("triton_per_") for name in kernels_run)  # Inductor's word for a row at once
+    assert measure.compare(y, norm(x)[0]) < 1e-3
 
 
 @pytest.mark.skipif(not installed("cudnn"), reason="needs nvidia-cudnn-frontend")
