@@ -224,6 +224,9 @@ def prepare(column: str, module: torch.nn.Module, kwargs: dict[str, Any], recipe
         sdnq_post_load_quant(module, weights_dtype="int8", quant_conv=True, use_quantized_matmul=True,
                              use_quantized_matmul_conv=True)
     if column != "sdnq-int8":
+        if not getattr(module, "_repeated_blocks", None):  # diffusers' own list, which is empty for SD3's class
+            lists = [child for child in module.children() if isinstance(child, torch.nn.ModuleList)]
+            module._repeated_blocks = sorted({type(block).__name__ for blocks in lists for block in blocks})  # type: ignore[assignment]
         module.compile_repeated_blocks(dynamic=False)  # type: ignore[operator]
     return module
 

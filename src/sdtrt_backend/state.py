@@ -26,7 +26,7 @@ from .graphs import Graphed, Memory
 from .options import Options
 from .recipe import Recipe
 from .report import merged
-from .rules import MODULES, layers_of, reason_to_keep
+from .rules import layers_of, reason_to_keep
 from .timesteps import Trajectories
 from .values import LayerReport, Report
 
@@ -159,8 +159,9 @@ class State:
         if root is None or self.closed or not names.runs_compiled(root):
             return
         in_graphs = {id(p) for p in self.covered()}
-        self.stepped_in = [m for m in root.modules() if type(m) in MODULES and m._compiled_call_impl is None
-                           and id(m.weight) not in in_graphs]
+        left = [layer.name for layer in layers_of(root) if id(layer.weight) not in in_graphs
+                and reason_to_keep(layer, self.options.exclude, self.options.level) is None]
+        self.stepped_in = [m for m in map(root.get_submodule, left) if m._compiled_call_impl is None]
         for module in self.stepped_in:
             module._compiled_call_impl = MethodType(_call, module)
         if self.stepped_in:
