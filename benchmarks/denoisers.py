@@ -145,8 +145,8 @@ def build(name: str, tiny: bool, device: torch.device) -> torch.nn.Module:
         torch.set_default_dtype(torch.float32)
     parameters = sum(p.numel() for p in module.parameters())
     assert tiny or parameters == found.parameters, f"{name} has {parameters} parameters, the published one {found.parameters}"
-    for p in module.parameters():  # empty ones hold what memory held
-        if p.device.type != "meta" and not p.isfinite().all():
+    for path, p in module.named_parameters():  # Z-Image's tokens for padding hold what memory held
+        if p.device.type != "meta" and (path.endswith("pad_token") or not p.isfinite().all()):
             torch.nn.init.normal_(p, std=0.02)
     return module.eval().requires_grad_(False)
 
