@@ -15,6 +15,7 @@ import sdtrt_backend
 from sdtrt_backend.measure import compare
 from sdtrt_backend.observe import Calibration, observed
 from sdtrt_backend.options import Options
+from sdtrt_backend.state import states
 
 STEPS = (900, 500, 100)
 OPTIONS = {"engine": "reference", "calibration_runs": 1}
@@ -383,6 +384,22 @@ def test_layers_of_a_function_that_dynamo_gives_up_on_are_in_8_bits(in_place):
     sdtrt_backend.restore(SimpleNamespace(unet=module))
     assert not any(m._compiled_call_impl for m in module.modules())
     assert torch.equal(call(module), call(plain))
+
+
+@torch.no_grad()
+def test_layers_of_no_graph_belong_to_a_module_whose_timestep_has_another_name():
+    class Moments(Picking):
+        def forward(self, x, moment):
+            return Picking.forward(self, x, moment)
+
+    module = Moments()
+    compiled = torch.compile(module, backend="sd_int8", options=OPTIONS)
+    for seed in range(10):
+        draw(compiled, seed)
+    report = sdtrt_backend.explain(module)
+    assert report.state == "ready"
+    assert in_8_bits(report) == layers(module)
+    assert len(states(module)) == 1
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,9 +150,8 @@ class State:
     # --- layers that no graph has
 
     def step_in(self) -> None:
-        """Dynamo runs a function as it is where a break lies in a loop of it, with the layers that it calls, as torch's own code
-        is never compiled by itself. From now on those that no graph has are called through a function of ours, which Dynamo takes
-        for a piece like any other. Outside of a compiled call that function changes nothing."""
+        """Dynamo runs a function as it is where a break lies in a loop of it, with the layers that it calls. From now on those of
+        them that no graph has are pieces like any other."""
         self.looking = False
         root = None if self.root is None else self.root()
         if root is None or self.closed or not names.runs_compiled(root):
@@ -163,7 +161,7 @@ class State:
                 and reason_to_keep(layer, self.options.exclude, self.options.level) is None]
         self.stepped_in = [m for m in map(root.get_submodule, left) if m._compiled_call_impl is None]
         for module in self.stepped_in:
-            module._compiled_call_impl = MethodType(_call, module)
+            names.step_into(module)
         if self.stepped_in:
             self.runs += 1  # the picture that has begun has them from its second step on
 
@@ -299,10 +297,6 @@ class State:
                 "Dynamo runs them as they are, or no call reached them; where Dynamo's limit of recompilations was hit, set "
                 "torch._dynamo.config.recompile_limit = 64 before compiling")
         return replace(found, layers=(*found.layers, *rows), notes=(note,))
-
-
-def _call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
 
 
 def _status_of(units: Sequence[Unit]) -> str:
