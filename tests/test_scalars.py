@@ -69,6 +69,7 @@ def tensors_do(x, k):
 ROUNDING = {torch.float32: 1e-7, torch.float64: 1e-15, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.int64: 1e-7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_a_tensor_stands_for_the_number_in_arithmetic(dtype):
     for theirs, mine, compiled, baked, _ in record(tensors_do, *strengths(dtype), compiled=True):

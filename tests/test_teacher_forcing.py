@@ -502,7 +502,7 @@ HOW = {"operators": {}, "oneDNN": {"packed": True}, "operators in bf16": {"narro
 
 
 @pytest.mark.parametrize(("model", "how"), [
-    pytest.param(m, how, marks=[pytest.mark.slow] if m != "flux" else [], id=f"{m}-{name}")
+    pytest.param(m, how, marks=[pytest.mark.slow], id=f"{m}-{name}")
     for m in MODELS for name, how in HOW.items()])
 def test_each_operation_for_the_cpu_gives_what_its_reference_gives(calibrated, model, how):
     case = for_the_cpu(calibrated(model), **how)
@@ -514,7 +514,7 @@ def test_each_operation_for_the_cpu_gives_what_its_reference_gives(calibrated, m
 
 
 @pytest.mark.parametrize(("model", "precision", "dtype"), [
-    pytest.param(m, p, d, marks=[pytest.mark.slow] if m != "flux" else [], id=f"{m}-{p}-{str(d)[6:]}")
+    pytest.param(m, p, d, marks=[pytest.mark.slow], id=f"{m}-{p}-{str(d)[6:]}")
     for m in MODELS for p in ("int8", "fp8") for d in (torch.float32, torch.float16, torch.bfloat16)])
 def test_each_operation_for_cuda_gives_what_its_reference_gives(calibrated, model, precision, dtype):
     case = for_cuda(calibrated(model, dtype), precision)
