@@ -501,8 +501,9 @@ HOW = {"operators": {}, "oneDNN": {"packed": True}, "operators in bf16": {"narro
        "oneDNN in bf16": {"narrow": torch.bfloat16, "packed": True}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "how"), [
-    pytest.param(m, how, marks=[pytest.mark.slow], id=f"{m}-{name}")
+    pytest.param(m, how, id=f"{m}-{name}")
     for m in MODELS for name, how in HOW.items()])
 def test_each_operation_for_the_cpu_gives_what_its_reference_gives(calibrated, model, how):
     case = for_the_cpu(calibrated(model), **how)
@@ -513,8 +514,9 @@ def test_each_operation_for_the_cpu_gives_what_its_reference_gives(calibrated, m
     assert any(d.two_codes for d in case.layers.values()) or model == "flux"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "precision", "dtype"), [
-    pytest.param(m, p, d, marks=[pytest.mark.slow], id=f"{m}-{p}-{str(d)[6:]}")
+    pytest.param(m, p, d, id=f"{m}-{p}-{str(d)[6:]}")
     for m in MODELS for p in ("int8", "fp8") for d in (torch.float32, torch.float16, torch.bfloat16)])
 def test_each_operation_for_cuda_gives_what_its_reference_gives(calibrated, model, precision, dtype):
     case = for_cuda(calibrated(model, dtype), precision)
