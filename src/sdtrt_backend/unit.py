@@ -159,7 +159,7 @@ class Unit:
                 return self._failed(error, "looking at what was watched", self._key(self.inputs(args), args), args)
         if self.state.looking:
             if self.called:  # another call of the root
-                self.state.step_in()
+                self._step_in()
             self.called = True
         if self.state.slept and self.constants[0].is_cuda:
             self.state.woken()
@@ -175,6 +175,12 @@ class Unit:
             return self._run(variant, args)
         except Exception as error:
             return self._failed(error, "running the step", key, args)
+
+    def _step_in(self) -> None:
+        try:
+            self.state.step_in()
+        except Exception as error:
+            self._say_failure(error, "looking for layers that no graph has")
 
     def _key(self, inputs: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
         """See ``signature``; with the numbers that became part of steps."""

@@ -39,7 +39,7 @@ class MeasuredChooser:
         providers.register()
         self.device = device
         self.measurements = Measurements(device)
-        self.lost: Counter[tuple[str, ...]] = Counter()  # (provider, precision, a family's first) -> times in a row
+        self.lost: Counter[tuple[str, ...]] = Counter()  # (op, provider, precision, a family's first) -> times in a row
         self.rate = 0.0  # FLOPs per millisecond, the highest of the products that were asked for
 
     def _known(self, name: str, measure: Callable[[], Mapping[str, float | Refusal]]) -> dict[str, Any]:
@@ -167,21 +167,21 @@ class MeasuredChooser:
             def tried(variant: str, run: Any = run, tail: Any = tail, expected: Any = expected) -> float | Refusal:
                 return timing.timed(run, weights, (*tail, variant), expected, timing.ERROR_BOUND)
 
-            families = [f for f in p.variants(precision) if self.lost[p.name, precision, f[0]] < LOST]
+            families = [f for f in p.variants(precision) if self.lost[op, p.name, precision, f[0]] < LOST]
             found = timing.search(families, p.fallback, tried)
-            if problem.op == "linear":  # the best configuration of a convolution depends on its place in the model
-                self._remember(p.name, precision, families, found)
+            if op == "linear8":  # the best configuration of a convolution depends on its place in the model
+                self._remember(p, families, found)
             times |= {f"{p.name}:{variant}": ms for variant, ms in found.items()}
         return times
 
-    def _remember(self, name: str, precision: str, families: Sequence[tuple[str, ...]],
-                  found: Mapping[str, float | Refusal]) -> None:
+    def _remember(self, p: providers.Provider, families: Sequence[tuple[str, ...]], found: Mapping[str, float | Refusal]) -> None:
         """Which families were far from the best of this provider."""
         times = {variant: t for variant, t in found.items() if not isinstance(t, Refusal)}
         for family in families:
             mine = [times[variant] for variant in family if variant in times]
             slow = bool(mine) and min(mine) > FAMILY_SPREAD * min(times.values())
-            self.lost[name, precision, family[0]] = self.lost[name, precision, family[0]] + 1 if slow else 0
+            key = p.op, p.name, p.precision, family[0]
+            self.lost[key] = self.lost[key] + 1 if slow else 0
 
     def _time_wide(self, problem: Problem) -> float:
         noise = torch.Generator(self.device).manual_seed(0)
