@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from sdtrt_backend.fx import (
     ATTENTION,
@@ -14,7 +15,9 @@ from sdtrt_backend.fx import (
     module_path,
     pair,
     plain_attention,
+    propagate,
     read_through_copies,
+    written,
 )
 
 
@@ -154,3 +157,61 @@ def test_what_is_changed_through_any_view_is_read_through_a_copy():
     silu, changed = gm(torch.ones(4))
     assert torch.equal(silu, torch.nn.functional.silu(2 * torch.ones(4)))
     assert torch.equal(changed, torch.zeros(4))
+
+
+def blocks(x, w):
+    for _ in range(5):
+        y = torch.nn.functional.linear(x.to(torch.bfloat16), w)
+        x = x + torch.nn.functional.silu(y.transpose(0, 1)).transpose(0, 1)
+    return x
+
+
+def described(gm):
+    return [(n.name, v.shape, v.stride(), v.dtype) for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+
+
+def test_what_blocks_have_in_common_is_propagated_once_and_comes_out_the_same(monkeypatch):
+    gm, inputs = fx.symbolic_trace(blocks), (torch.randn(4, 6), torch.randn(6, 6).bfloat16())
+    FakeTensorProp(gm).propagate(*inputs)
+    expected, computed, run = described(gm), [], FakeTensorProp.run_node
+    for n in gm.graph.nodes:
+        n.meta.clear()
+    monkeypatch.setattr(FakeTensorProp, "run_node", lambda self, n: (computed.append(n.target), run(self, n))[1])
+    propagate(gm, inputs)
+    assert described(gm) == expected
+    assert [computed.count(t) for t in ("to", torch.nn.functional.linear, torch.nn.functional.silu)] == [1, 1, 1]
+    computed.clear()
+    propagate(gm, inputs)
+    assert "transpose" in computed  # whose memory a view lies in is looked at anew
+    assert torch.nn.functional.linear not in computed
+    propagate(gm, (torch.randn(8, 6), inputs[1]))
+    assert gm.graph.find_nodes(op="output")[0].args[0].meta["val"].shape == (8, 6)
+
+
+def test_a_view_of_what_a_pass_has_made_anew_lies_in_its_memory():
+    def changed_through_a_view(x, w):
+        y = torch.nn.functional.linear(x, w)
+        y.view(6, 4).view(-1).zero_()
+        return y
+
+    gm, inputs = fx.symbolic_trace(changed_through_a_view), (torch.randn(4, 6), torch.randn(6, 6))
+    propagate(gm, inputs)
+    old = node(gm, torch.nn.functional.linear)
+    with gm.graph.inserting_before(old):
+        new = gm.graph.call_function(torch.matmul, old.args)
+    old.replace_all_uses_with(new)
+    gm.graph.erase_node(old)
+    propagate(gm, inputs)
+    assert new in written(gm.graph)
+
+
+def test_a_call_in_autocast_is_not_the_one_before_it():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    outside = graph.call_function(torch.mm, (x, x))
+    entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, False))
+    inside = graph.call_function(torch.mm, (x, x))
+    graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    graph.output((outside, inside))
+    propagate(fx.GraphModule(torch.nn.Module(), graph), (torch.randn(4, 4),))
+    assert [n.meta["val"].dtype for n in (outside, inside)] == [torch.float32, torch.bfloat16]

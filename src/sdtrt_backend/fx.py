@@ -13,14 +13,16 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from .calls import arguments, call_arguments, changes, inputs_changed, written
+from . import identity
+from .calls import arguments, call_arguments, changes, inputs_changed, name_of, shares, written
+from .errors import GraphError
 
 __all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "call_arguments", "changes", "drop_dead", "finish",
            "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate",
            "read_through_copies", "start_workers", "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
-MADE_BY = "made by"  # key of ``meta``: (what "val" was computed from, its shape, strides, dtype and device)
+MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text
 WORK = "work"  # key of ``meta``: the share of a graph's products and attentions that those of this call's shapes are, together
 LEAST_SHARE = 1e-3  # of it: below that nothing is measured for an attention
 
@@ -56,37 +58,54 @@ def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
 
 
 def propagate(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> None:
-    """Write every node's shape, dtype and strides for these inputs into ``meta["val"]``. What is there already from such a call,
-    and would come out the same, is not computed again: that takes seconds of a large graph."""
-    known = (n.meta["val"].fake_mode for n in gm.graph.nodes if MADE_BY in n.meta and isinstance(n.meta["val"], FakeTensor))
+    """Write every node's shape, dtype and strides for these inputs into ``meta["val"]``. What one call makes of tensors of some
+    shapes, dtypes and strides is not computed again for another like it, in another block or before a pass, but where its result
+    may lie in memory of what it reads: whose that is shows in ``val`` too."""
+    known = {n.meta[MADE_BY]: n.meta["val"] for n in gm.graph.nodes if MADE_BY in n.meta}
+    modes = (v.fake_mode for v in known.values() if isinstance(v, FakeTensor))
     with torch.no_grad():
-        _Propagate(gm, next(known, None) or FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example)
+        _Propagate(gm, next(modes, None) or FakeTensorMode(allow_non_fake_inputs=True), known).propagate(*example)
 
 
 class _Propagate(FakeTensorProp):
-    """changed: nodes that are not what those who read them were told before."""
+    """known: a call as text, with what it reads described, -> its result; within: the autocast it is in."""
 
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, known: dict[str, Any]) -> None:
         super().__init__(gm, mode)
-        self.changed: set[fx.Node] = set()
+        self.known, self.within = known, ""
 
     def run_node(self, n: fx.Node) -> Any:
-        made_by = (n.target, *fx.map_arg((n.args, n.kwargs), lambda a: f"%{a.name}"), self._mode)
-        before, described = n.meta.get(MADE_BY, (None, None))
-        if n.op.startswith("call_") and before == made_by and "val" in n.meta and self.changed.isdisjoint(n.all_input_nodes):
-            return n.meta["val"]
-        result = super().run_node(n)
-        now = _described(n.meta.get("val"))
-        n.meta[MADE_BY] = made_by, now
-        if before is None or described != now:
-            self.changed.add(n)
+        n.meta.pop(MADE_BY, None)
+        if "autocast" in name_of(n):
+            self.within += f"{name_of(n)}{n.args}"
+        made_by = self._described(n)
+        if made_by in self.known:
+            n.meta["val"] = result = self.known[made_by]
+        else:
+            result = super().run_node(n)
+            if not made_by or not isinstance(n.meta.get("val"), FakeTensor) or shares(n):
+                return result
+            self.known[made_by] = n.meta["val"]
+        n.meta[MADE_BY] = made_by
         return result
 
+    def _described(self, n: fx.Node) -> str:
+        """"" of what is like no other call."""
+        if n.op == "get_attr":
+            held = self.fetch_attr(str(n.target))
+            return f"constant {_described(held)}" if type(held) in (torch.Tensor, torch.nn.Parameter) else ""
+        if n.op not in ("call_function", "call_method") or changes(n) is not None:
+            return ""
+        try:
+            return self.within + identity.call(n, lambda a: _described(a.meta["val"]))
+        except (GraphError, KeyError):
+            return ""
 
-def _described(value: Any) -> Any:
+
+def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    return [_described(v) for v in value] if isinstance(value, list | tuple) else value
+        return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
+    return str([_described(v) for v in value] if isinstance(value, list | tuple) else value)
 
 
 def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],
