@@ -15,6 +15,7 @@ from sdtrt_backend.kernels import (
     Problem,
     Provider,
     Unsteady,
+    gpu,
     measurements,
     missing,
     onednn,
@@ -277,16 +278,39 @@ def test_a_product_at_the_rate_of_the_fastest_one_has_nothing_to_win(clock, monk
     assert CONV.flops == 2 * CONV.x[0] * CONV.x[2] * CONV.x[3] * math.prod(CONV.weight)
 
 
-def test_a_family_of_kernels_that_lost_twice_is_not_compiled_for_other_linears(clock, monkeypatch):
+def names_tried(chooser, clock, problem):
+    clock.clear()
+    assert chooser.best(problem, "int8").kernel == "good:fast"
+    assert "fast" in clock
+    return [name for name in clock if name in ("slow", "slow2")]
+
+
+def test_a_configuration_that_lost_twice_is_not_compiled_for_other_linears(clock, monkeypatch):
     monkeypatch.setattr(providers, "PROVIDERS", (*rows("linear8"), *rows("conv8")))
     chooser, asked = MeasuredChooser(CPU), [LINEAR, CONV, LINEAR, LINEAR, CONV]
-    tried = []
-    for times, problem in enumerate(asked):
-        clock.clear()
-        assert chooser.best(replace(problem, weight=(16 + 16 * times, *problem.weight[1:])), "int8").kernel == "good:fast"
-        assert "fast" in clock
-        tried.append("slow" in clock)
-    assert tried == [True, True, True, False, True]  # a convolution's best one depends on its place in the model
+    tried = [names_tried(chooser, clock, replace(problem, weight=(16 + 16 * times, *problem.weight[1:])))
+             for times, problem in enumerate(asked)]
+    both = ["slow", "slow2"]
+    assert tried == [both, both, both, [], both]  # a convolution's best one depends on its place in the model
+
+
+def test_a_configuration_that_lost_once_by_far_is_not_compiled_for_other_large_linears(clock, monkeypatch):
+    monkeypatch.setattr(providers, "PROVIDERS", rows("linear8"))
+    monkeypatch.setattr(gpu, "LARGE", LINEAR.x[0] * LINEAR.weight[0])
+    chooser, (rows_in, width) = MeasuredChooser(CPU), LINEAR.x
+    like_it = [replace(LINEAR, x=(rows_in * n, width)) for n in (1, 2)]
+    longer, small = (replace(LINEAR, x=(rows_in * 3, 2 * width), weight=(16, 2 * width)), replace(LINEAR, weight=(8, width)))
+    assert [names_tried(chooser, clock, p) for p in (*like_it, longer, small)] == [
+        ["slow", "slow2"], [], ["slow", "slow2"], ["slow", "slow2"]]
+
+
+@pytest.mark.parametrize(("ms", "losses"), [((1.0, 1.05), 1), ((1.0, 1.2), 2), ((1.0, 1.0), 0)])
+def test_what_counts_as_a_loss_among_large_linears(clock, ms, losses):
+    chooser = MeasuredChooser(CPU)
+    chooser._remember(lambda variant: (variant,), dict(zip("ab", ms, strict=True)), True)
+    assert [chooser.lost["a",], chooser.lost["b",]] == [0, losses]
+    chooser._remember(lambda variant: (variant,), {"b": 1.0}, True)
+    assert chooser.lost["b",] == 0  # in a row
 
 
 @pytest.mark.parametrize(("precision", "capability", "says"), [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,11 @@ ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
 ATTENTION_SPREAD = 1.25
 # Of the best rate that a product reached on this GPU: rates nearer to it are as good
 FULL_RATE = 0.95
-# A family of a linear's kernels that was so much slower than the best of all as often in a row is not tried again
-FAMILY_SPREAD, LOST = 1.25, 2
+# A configuration of a linear's kernels is not tried again for linears like those that it lost LOST times in a row: it was slower
+# than the best by SPREAD. Of LARGE outputs, waves of tiles on every GPU, which one is best hardly depends on the shape: there it
+# has lost where it was slower at all, and a loss by LARGE_SPREAD is enough
+SPREAD, LOST = 1.25, 2
+LARGE, LARGE_SPREAD = 2**23, 1.1
 ATTENTION_FP8_CAPABILITY = (9, 0)  # of cuDNN's kernel
 
 
@@ -39,7 +42,7 @@ class MeasuredChooser:
         providers.register()
         self.device = device
         self.measurements = Measurements(device)
-        self.lost: Counter[tuple[str, ...]] = Counter()  # (op, provider, precision, a family's first) -> times in a row
+        self.lost: Counter[tuple[Any, ...]] = Counter()  # see _like -> times in a row
         self.rate = 0.0  # FLOPs per millisecond, the highest of the products that were asked for
 
     def _known(self, name: str, measure: Callable[[], Mapping[str, float | Refusal]]) -> dict[str, Any]:
@@ -167,21 +170,23 @@ class MeasuredChooser:
             def tried(variant: str, run: Any = run, tail: Any = tail, expected: Any = expected) -> float | Refusal:
                 return timing.timed(run, weights, (*tail, variant), expected, timing.ERROR_BOUND)
 
-            families = [f for f in p.variants(precision) if self.lost[op, p.name, precision, f[0]] < LOST]
-            found = timing.search(families, p.fallback, tried)
+            like = partial(_like, p, problem)
+            families = [tuple(v for v in family if self.lost[like(v)] < LOST) for family in p.variants(precision)]
+            found = timing.search([family for family in families if family], p.fallback, tried)
             if op == "linear8":  # the best configuration of a convolution depends on its place in the model
-                self._remember(p, families, found)
+                self._remember(like, found, _large(problem))
             times |= {f"{p.name}:{variant}": ms for variant, ms in found.items()}
         return times
 
-    def _remember(self, p: providers.Provider, families: Sequence[tuple[str, ...]], found: Mapping[str, float | Refusal]) -> None:
-        """Which families were far from the best of this provider."""
+    def _remember(self, like: Callable[[str], tuple[Any, ...]], found: Mapping[str, float | Refusal], large: bool) -> None:
+        """Which configurations were far from the best of this provider."""
         times = {variant: t for variant, t in found.items() if not isinstance(t, Refusal)}
-        for family in families:
-            mine = [times[variant] for variant in family if variant in times]
-            slow = bool(mine) and min(mine) > FAMILY_SPREAD * min(times.values())
-            key = p.op, p.name, p.precision, family[0]
-            self.lost[key] = self.lost[key] + 1 if slow else 0
+        for variant, t in times.items():
+            behind = t / min(times.values())
+            if behind <= (1.0 if large else SPREAD):
+                self.lost[like(variant)] = 0
+            else:
+                self.lost[like(variant)] += LOST if large and behind > LARGE_SPREAD else 1
 
     def _time_wide(self, problem: Problem) -> float:
         noise = torch.Generator(self.device).manual_seed(0)
@@ -196,3 +201,12 @@ class MeasuredChooser:
             return timing.graph_ms([partial(torch.nn.functional.linear, x, w, bias) for w in weights])
         geometry = (problem.stride, problem.padding, problem.dilation)
         return timing.graph_ms([partial(torch.nn.functional.conv2d, x, w, bias, *geometry) for w in weights])
+
+
+def _large(problem: Problem) -> bool:
+    return problem.op == "linear" and problem.x[0] * problem.weight[0] >= LARGE
+
+
+def _like(p: providers.Provider, problem: Problem, variant: str) -> tuple[Any, ...]:
+    """Equal for a configuration of ``p`` and problems where it is as good: those not large, or of about as long products."""
+    return p.op, p.name, p.precision, variant, problem.x[1].bit_length() if _large(problem) else 0
