@@ -23,6 +23,7 @@ from sdtrt_backend.kernels import (
     timing,
 )
 from sdtrt_backend.kernels.timing import Refusal
+from sdtrt_backend.stats import relative_error
 
 LINEAR = Problem("linear", (8, 32), (16, 32), (1, 1), (0, 0), torch.float16)
 CONV = Problem("conv2d", (1, 32, 6, 6), (16, 32, 3, 3), (1, 1), (1, 1), torch.float16)
@@ -262,6 +263,24 @@ def test_of_a_slow_attention_kernel_few_configurations_are_compiled(attentions, 
     ran.clear()
     MeasuredChooser(CPU).attention_times(query, 32, half, torch.int8)
     assert [v for v, dtype in dict.fromkeys(ran)] == narrow
+
+
+@pytest.mark.parametrize("tokens", [77, 4096, 32768])
+def test_the_tokens_of_a_video_take_no_fp8_attention_out_of_the_error_bound(clock, monkeypatch, tokens):
+    """What is compared with the kernel's result is itself rounded to e4m3: that is half of the bound at most."""
+    errors = []
+
+    def exact(q, k, v, scales, scale, *variant):
+        return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).transpose(
+            1, 2).flatten(2)
+
+    monkeypatch.setattr(providers, "installed", lambda module: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(timing, "checked", lambda result, expected, bound: errors.append((relative_error(result, expected), bound)))
+    monkeypatch.setitem(ops.KERNELS, ("attention_fp8", "cudnn"), exact)
+    assert MeasuredChooser(CPU).attention_fp8_ms((1, 2, 64, 16), tokens) == 5.0
+    ((error, bound),) = errors
+    assert 0.01 < error < bound / 2
 
 
 def test_a_product_at_the_rate_of_the_fastest_one_has_nothing_to_win(clock, monkeypatch):

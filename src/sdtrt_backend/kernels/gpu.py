@@ -19,6 +19,9 @@ from .timing import Refusal
 
 ATTENTION_BOUND = 2e-2  # ERROR_BOUND of attention written in 8 bits: a rounding tie is a step of 1/32 of a standard deviation
 ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
+# Standard deviation of v's codes, about that of a real v with ``assign.ATTENTION_HEADROOM``. The mean over the tokens of a video is
+# a hundredth of it, and e4m3 has nothing between 0 and 2^-9
+CODES_OF_V = 8.0
 # A kernel's configurations were never this far apart: where one is so much slower than torch's attention, no other is tried
 ATTENTION_SPREAD = 1.25
 # Of the best rate that a product reached on this GPU: rates nearer to it are as good
@@ -106,7 +109,8 @@ class MeasuredChooser:
             own = timing.graph_ms([lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)])
             least = own + (self.quantize_ms(q.numel(), dtype) if out.itemsize == 1 else 0.0)
             times: dict[str, float | Refusal] = {"torch": least}
-            scale = torch.full((1,), 32.0, device=self.device) if out.itemsize == 1 else None
+            # the mean of normally distributed v with weights exp(normal): a standard deviation of sqrt(e / tokens), here 32 codes
+            scale = torch.full((1,), 32 * math.sqrt(tokens / math.e), device=self.device) if out.itemsize == 1 else None
             arguments = (q, k, v, query[-1] ** -0.5, scale, out)
             expected = ops.KERNELS["attention8", "reference"](*arguments)
             taken = providers.installed("triton") and dtype in NARROW
@@ -135,7 +139,7 @@ class MeasuredChooser:
             b, h, queries, d = query
             q, k, v = (timing.codes((b, t, h, d), torch.float8_e4m3fn, noise).transpose(1, 2).contiguous().transpose(1, 2)
                        .view(b, t, h, d).transpose(1, 2) for t in (queries, tokens, tokens))
-            tail = (v, torch.ones(3, device=self.device), d**-0.5)
+            tail = ((v.float() * CODES_OF_V).to(v.dtype), torch.ones(3, device=self.device), d**-0.5)
             expected = ops.KERNELS["attention_fp8", "reference"](q, k, *tail)
             return {"cudnn": timing.timed(partial(ops.KERNELS["attention_fp8", "cudnn"], q), [k], tail, expected,
                                           ATTENTION_FP8_BOUND)}
