@@ -20,7 +20,7 @@ LAYERS = {
     "tables": ["roles", "rules", "options", "modelopt", "recipe", "report"],
     "memory": ["weights", "constants", "graphs"],
     "arithmetic": ["ops", "emulate", "measure", "latency"],
-    "program": ["names", "identity", "calls", "fx", "scalars", "capture", "work", "regions"],
+    "program": ["names", "identity", "calls", "fx", "scalars", "work", "capture", "regions"],
     "kernels": ["kernels.problem", "kernels.timing", "kernels.measurements", "kernels.cudnn", "kernels.cublaslt",
                 "kernels.triton_gemm", "kernels.triton_conv", "kernels.triton_norm", "kernels.triton_attention",
                 "kernels.triton_rope", "kernels.triton_candidates", "kernels.providers", "kernels.gpu", "kernels.onednn",

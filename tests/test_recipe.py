@@ -119,6 +119,17 @@ def test_a_recipe_of_schema_1_is_loaded_and_replaced(recipe, tmp_path):
     assert Recipe.load(tmp_path).content_hash() == recipe.content_hash()
 
 
+def test_a_recipe_of_schema_2_is_loaded_and_its_layers_have_no_role(recipe, tmp_path):
+    recipe.save(tmp_path)
+    body = json.loads((tmp_path / JSON_NAME).read_text())
+    for layer in body["layers"].values():
+        assert layer.pop("role") == ""
+    body = {**body, "schema": 2}
+    del body["sha256"]
+    (tmp_path / JSON_NAME).write_text(json.dumps({**body, "sha256": digest(body)}))
+    assert Recipe.load(tmp_path).content_hash() == recipe.content_hash()
+
+
 def test_the_content_hash_is_of_all_that_is_saved_and_survives_the_disk(recipe, tmp_path):
     others = [replace(recipe, timesteps=(999.0,)), replace(recipe, smoothing={}), replace(recipe, provenance={"seed": 1}),
               replace(recipe, layers={**recipe.layers, "b": replace(recipe.layers["b"], keep="a reason")}),

@@ -11,7 +11,10 @@ from torch import nn
 
 from sdtrt_backend import names
 from sdtrt_backend.capture import capture
-from sdtrt_backend.rules import KEEP, ONE_VECTOR, reason_to_keep
+from sdtrt_backend.quantize import plan
+from sdtrt_backend.recipe import LayerRecipe, Recipe, fingerprint
+from sdtrt_backend.roles import CONDITIONING, FIRST, LAST
+from sdtrt_backend.rules import BY_ROLE, KEEP, ONE_VECTOR, layers_of, reason_to_keep
 
 WIDTH = 32
 
@@ -49,7 +52,7 @@ def layers(module, *args, **kwargs):
 
 
 def conditioning(module, *args, **kwargs):
-    return {name for name, layer in layers(module, *args, **kwargs).items() if layer.role}
+    return {name for name, layer in layers(module, *args, **kwargs).items() if layer.role == CONDITIONING}
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -138,6 +141,92 @@ def test_a_layer_of_that_role_stays_and_says_why():
     assert reason_to_keep(found["c"], ()) is None
 
 
+class Ends(nn.Module):
+    """``a`` reads the latent, ``b`` the prompt, ``z`` makes the result; blocks of wide layers between them."""
+
+    def __init__(self, blocks=2, width=256):
+        super().__init__()
+        self.a, self.b, self.z = nn.Linear(4, width), nn.Linear(8, width), nn.Linear(width, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({name: nn.Linear(width, width) for name in "qkvo"}) for _ in range(blocks))
+
+    def forward(self, tokens, timestep, prompt, rotary):
+        x, text = self.a(tokens), self.b(prompt)
+        for block in self.blocks:
+            context = torch.cat([text, x], 1)
+            x = x + block["o"](F.scaled_dot_product_attention(block["q"](x) * rotary, block["k"](context), block["v"](context)))
+        return self.z(F.layer_norm(x, x.shape[-1:])) * timestep[:, None, None]
+
+
+def ends(module, *args, **kwargs):
+    return {name: layer.role for name, layer in layers(module, *args, **kwargs).items() if layer.role in (FIRST, LAST)}
+
+
+ENDS = torch.randn(2, 16, 4), torch.rand(2), torch.randn(2, 5, 8), torch.randn(16, 256)
+
+
+def test_what_alone_reads_an_input_or_makes_the_result_is_first_or_last():
+    assert ends(Ends(), *ENDS) == {"a": FIRST, "b": FIRST, "z": LAST}
+    assert ends(Ends(1), *ENDS) == {"a": FIRST, "b": FIRST, "z": LAST}  # what rotates the queries leads to "o" alone: not first
+
+
+def test_what_reads_the_prompt_beside_others_is_not_first():
+    class ReadByAll(Ends):
+        def forward(self, tokens, timestep, prompt, rotary):
+            return super().forward(tokens, timestep, prompt, rotary) + self.b(prompt).mean()
+
+    assert ends(ReadByAll(), *ENDS) == {"a": FIRST}  # "b" reads it twice, and the result has two makers
+
+
+def test_the_layers_of_one_block_are_neither():
+    """A block that is compiled alone: its projections are all of the work there is."""
+    block = Ends().blocks[0]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return self.block["o"](F.gelu(self.block["q"](x)))
+
+    assert ends(Block(), torch.randn(2, 16, 256)) == {}
+
+
+def test_results_for_another_model_have_no_last_layer():
+    class Control(Ends):
+        def forward(self, tokens, timestep, prompt, rotary):
+            x = super().forward(tokens, timestep, prompt, rotary)
+            return x, self.z(self.blocks[0]["q"](prompt.new_ones(2, 16, 256))), x.mean()
+
+    assert LAST not in ends(Control(), *ENDS).values()
+
+
+def test_the_recipe_tells_where_there_is_no_graph_and_the_graph_where_there_is_one():
+    module = Ends()
+    roles = {name: layer.role for name, layer in layers(module, *ENDS).items()}
+    told = Recipe("", {name: LayerRecipe("linear", fingerprint(module.get_submodule(name).weight), name, 1.0, role=role)
+                       for name, role in roles.items()})
+    wide = [layer for layer in layers_of(module) if layer.role is None]  # too few channels would be a reason too
+    assert {d.layer.name: d.reason for d in plan(wide, told, ()) if d.layer.name in "abz"} == {
+        name: BY_ROLE[roles[name]] for name in "abz"}
+    block = layers(module, *ENDS)["blocks.0.q"]
+    once = Recipe("", {block.name: LayerRecipe("linear", fingerprint(block.weight), block.name, 1.0, role=CONDITIONING)})
+    assert [d.precision for d in plan([block], once, ())] == ["int8"]  # a prompt of one token was a vector then
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "found"), [
+    ("flux", {"x_embedder": FIRST, "context_embedder": FIRST, "proj_out": LAST}),
+    ("sdxl_unet", {"conv_in": FIRST, "conv_out": LAST}),
+    ("lumina2", {"x_embedder": FIRST, "norm_out.linear_2": LAST}),
+    ("kandinsky5", {"text_embeddings.in_layer": FIRST, "visual_embeddings.in_layer": FIRST, "out_layer.out_layer": LAST}),
+    ("stable_cascade", {"embedding.1": FIRST, "clip_txt_mapper": FIRST, "clf.1": LAST}),
+])
+def test_the_ends_of_known_families(family, found):
+    module, draw = (FAMILIES | MORE)[family]()
+    assert ends(module, **draw(torch.Generator().manual_seed(0), 0.6)) == found
+
+
 # what embeds a timestep, guidance or pooled text, or modulates a block by them
 NAMED = [pattern for pattern, why in KEEP if "timestep" in why or "embedding" in why or "modulation" in why]
 
@@ -148,4 +237,4 @@ def test_the_graph_finds_the_layers_that_the_names_of_known_families_tell(family
     module, draw = (FAMILIES | MORE)[family]()
     found = layers(module, **draw(torch.Generator().manual_seed(0), 0.6))
     named = {name for name in found if any(fnmatchcase(name, pattern) for pattern in NAMED)}
-    assert {name for name, layer in found.items() if layer.role} == named != set()
+    assert {name for name, layer in found.items() if layer.role == CONDITIONING} == named != set()

@@ -16,11 +16,12 @@ from .errors import GraphError
 from .fx import alive, finish, module_path
 from .names import layer_name
 from .recipe import fingerprint
-from .roles import CONDITIONING, conditioning
+from .roles import CONDITIONING, conditioning, ends
 from .rules import OPS
 from .scalars import without_item
 from .timesteps import find_timestep
 from .values import Layer
+from .work import weighted
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
     changed = written(graph.graph)
     timestep = find_timestep([n.name for n in placeholders], example_inputs)
     vectors = conditioning(graph.graph, value_of.keys(), None if timestep is None else placeholders[timestep])
+    weights = {w.node: w.weight for w in weighted(graph.graph, lambda n: n in value_of or n.op == "get_attr")}
+    first_and_last = ends(graph.graph, weights, value_of.keys(), vectors)
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target not in OPS:
             continue
@@ -90,7 +93,7 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
         while any(known.name == name and known.weight is not weight for known in layers):
             name += "'"  # a second call in one submodule, with another weight
         layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight, arguments.get("groups", 1),
-                            CONDITIONING if arguments["input"] in vectors else ""))
+                            CONDITIONING if arguments["input"] in vectors else first_and_last.get(node, "")))
     others = tuple(i for i in range(len(placeholders)) if i not in constants)
     return Captured(graph, tuple(layers), constants, timestep, unquantizable, others,
                     frozenset(i for i, n in enumerate(placeholders) if n in biases))

@@ -60,7 +60,7 @@ class Calibration:
 
     total_step: calls of a trajectory for rules of ``rules.BY_CALL``, whose timestep is the count of calls modulo this; else 0.
     inputs: group -> timestep -> InputStats; ranges: group -> (smallest, largest value) [channels] over all calls;
-    group_of: layer -> group (the first layer that reads the same tensor).
+    group_of: layer -> group (the first layer that reads the same tensor); roles: layer -> ``roles``, where there is a graph.
     """
 
     total_step: int = 0
@@ -68,6 +68,7 @@ class Calibration:
     ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     group_of: dict[str, str] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
     weight_amax: dict[str, torch.Tensor] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
@@ -174,7 +175,8 @@ class Calibration:
                 amax = float((channel_amax / s).max())
             low, high = float((self.ranges[group][0] / s).min()), float((self.ranges[group][1] / s).max())
             for name in members:
-                layers[name] = LayerRecipe(self.ops[name], self.fingerprints[name], group, amax, alpha, plain, low, high)
+                layers[name] = LayerRecipe(self.ops[name], self.fingerprints[name], group, amax, alpha, plain, low, high,
+                                           role=self.roles.get(name, ""))
         facts = {"rule": options.rule, "percentile": options.percentile, "alpha": options.alpha,
                  "alpha_conv": options.alpha_conv, "versions": versions(),
                  "skipped_nonfinite": dict(sorted(self.nonfinite.items())), **provenance}

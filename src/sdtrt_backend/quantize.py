@@ -87,8 +87,9 @@ def for_torchao(decision: Decision, source: torch.Tensor) -> Decision:
 
 def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float, free: bool,
             two_codes: tuple[str, ...]) -> Decision:
-    reason = reason_to_keep(layer, exclude, level)
     calibrated = recipe.layers.get(layer.name)
+    told = layer if layer.role is not None or calibrated is None else replace(layer, role=calibrated.role)
+    reason = reason_to_keep(told, exclude, level)
     if reason is None and calibrated is None:
         reason = "the recipe has no range for it: it did not run, or saw no finite input, during calibration"
     elif reason is None and calibrated is not None and not calibrated.amax > TINY_AMAX:

@@ -1,15 +1,17 @@
-"""What a layer is for, from the data that flows to it and not from its name."""
+"""What a layer is for, from the data that flows through it and not from its name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import fx
 
-CONDITIONING = "conditioning"
+CONDITIONING, FIRST, LAST = "conditioning", "first", "last"
+SMALL = 0.02  # of a graph's work. What alone reads the input of one block, or makes its result, is more than that
+MOST_RESULTS = 2  # of a denoiser, as of pictures and sound; a graph with more of them computes features for another model
 
 
 def conditioning(graph: fx.Graph, constants: Collection[fx.Node], timestep: fx.Node | None) -> set[fx.Node]:
@@ -35,6 +37,44 @@ def conditioning(graph: fx.Graph, constants: Collection[fx.Node], timestep: fx.N
         if not (_vectors(sizes) and sizes[0] in pictures) or math.prod(sizes) >= max(math.prod(_sizes(a)) for a in read):
             streams.add(n)
     return {n for n in graph.nodes if n not in streams and n not in constants and _vectors(_sizes(n))}
+
+
+def ends(graph: fx.Graph, weights: Mapping[fx.Node, tuple[int, ...]], constants: Collection[fx.Node],
+         vectors: Set[fx.Node]) -> dict[fx.Node, str]:
+    """FIRST: an operation that alone reads an input, and nothing that another has made; LAST: one that alone makes a result.
+    Those that are much of the work are neither, and nor is what reads ``vectors``.
+
+    weights: the operations with a weight and its shape [out, in, ...].
+    """
+    work = {n: math.prod(_sizes(n)) * math.prod(shape[1:]) for n, shape in weights.items()}
+    small = {n for n in weights if work[n] <= SMALL * sum(work.values()) and vectors.isdisjoint(n.all_input_nodes)}
+    inputs = [n for n in graph.find_nodes(op="placeholder") if n not in constants]
+    results = [n for n in graph.output_node().all_input_nodes if isinstance(_value(n), torch.Tensor)]
+    readers = (_until([n], weights, lambda n: n.users) for n in inputs)
+    makers = (_until([n], weights, _read) for n in results) if len(results) <= MOST_RESULTS else ()
+    last = {n: LAST for found in makers if len(found) == 1 for n in found & small}
+    first = {n: FIRST for found in readers if len(found) == 1 for n in found & small if not _until(_read(n), weights, _read)}
+    return last | first
+
+
+def _read(node: fx.Node) -> Iterable[fx.Node]:
+    return node.all_input_nodes
+
+
+def _until(starts: Iterable[fx.Node], stops: Container[fx.Node],
+           onward: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Those of ``stops`` that are reached from ``starts``, themselves among them, through no other."""
+    waiting = list(starts)
+    seen, met = set(waiting), set[fx.Node]()
+    while waiting:
+        n = waiting.pop()
+        if n in stops:
+            met.add(n)
+            continue
+        fresh = [m for m in onward(n) if m not in seen]
+        seen.update(fresh)
+        waiting += fresh
+    return met
 
 
 def _vectors(sizes: tuple[int, ...]) -> bool:

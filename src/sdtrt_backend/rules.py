@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import stats
-from .roles import CONDITIONING
+from .roles import CONDITIONING, FIRST, LAST
 from .values import Layer
 
 
@@ -45,7 +45,8 @@ TENSORRT = ("tensorrt_rtx", "tensorrt")  # modules, either of which is a TensorR
 RESTS = ("auto", "float32", "bfloat16")
 
 # Module paths that stay in the user's precision. They hold about 1 % of the FLOPs and much of the error. Where there is a graph,
-# ``roles.conditioning`` finds embeddings and modulations whatever their names are; the names are for where there is none.
+# ``roles`` finds embeddings, modulations and the first and last layer whatever their names are; the names are for where there is
+# none.
 KEEP: tuple[tuple[str, str], ...] = (
     ("*time_embedding*", "timestep embedding: every layer depends on it, and it is a negligible share of the work"),
     ("*time_emb_proj*", "timestep projection: every layer depends on it, and it is a negligible share of the work"),
@@ -70,6 +71,11 @@ KEEP: tuple[tuple[str, str], ...] = (
 )
 ONE_VECTOR = ("it reads one vector of each picture, made of timestep, pooled text or sizes: every layer depends on it, and it is "
               "a negligible share of the work")
+BY_ROLE = {
+    CONDITIONING: ONE_VECTOR,
+    FIRST: "first layer: its input is the latent, the text or an image itself, and it is a small share of the work",
+    LAST: "last layer: its error reaches the latent undamped, and it is a small share of the work",
+}
 SIDE_BRANCH = "*.lora_[AB].*"  # reads what the layer beside it reads, and is no layer of the checkpoint: not calibrated
 # Linears that are one product of several, and of which: ``fuse_qkv_projections`` of diffusers. They read the same tensor, so the
 # range and the smoothing of either are right for the other
@@ -135,8 +141,8 @@ def reason_to_keep(layer: Layer, exclude: tuple[str, ...], level: float = LEVELS
     for pattern, why in KEEP:
         if fnmatchcase(layer.name, pattern):
             return why
-    if layer.role == CONDITIONING:
-        return ONE_VECTOR
+    if layer.role:
+        return BY_ROLE[layer.role]
     if level_of(layer) > level:
         return f"quantised from level {level_of(layer):g} on, the option level is {level:g}"
     out_channels, in_channels = layer.weight.shape[:2]

@@ -261,6 +261,7 @@ class Unit:
     def _calibrate(self, args: Sequence[Any]) -> Any:
         calibration = self.state.calibration
         parameters = {layer.name: layer.weight for layer in self.captured.layers}
+        calibration.roles |= {layer.name: layer.role for layer in self.captured.layers if layer.role}
         failure: list[Exception] = []
 
         def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:

@@ -25,7 +25,8 @@ class Layer:
     """One quantisable call in a captured graph.
 
     name: see ``names.layer_name``; op: key of ``rules.OPS`` table; node: FX node name; source: FX node that produces the input.
-    weight: the user's parameter, [out, in] (linear) or [out, in, kh, kw] (convolution). role: ``roles.CONDITIONING``, or "".
+    weight: the user's parameter, [out, in] (linear) or [out, in, kh, kw] (convolution); role: one of ``roles``, "" for none of
+    them, None where no graph has told.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Layer:
     source: str
     weight: torch.Tensor
     groups: int = 1
-    role: str = ""
+    role: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class LayerRecipe:
     amax: clipping value after smoothing; alpha: migration strength or None; plain_amax: clipping value without smoothing or
     None, see ``rules.FREE_CONVS``; low, high: smallest and largest value after smoothing, or None; keep: the sentence why the
     layer is to stay in the user's precision, or None; second: the sentence why its input is to have two codes, or to stay in
-    the user's precision where kernels take one, or None.
+    the user's precision where kernels take one, or None; role: one of ``roles`` where a graph told it, else "".
     """
 
     op: str
@@ -58,6 +59,7 @@ class LayerRecipe:
     high: float | None = None
     keep: str | None = None
     second: str | None = None
+    role: str = ""
 
 
 @dataclass(frozen=True)

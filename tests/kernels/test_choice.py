@@ -270,13 +270,16 @@ def test_the_tokens_of_a_video_take_no_fp8_attention_out_of_the_error_bound(cloc
     """What is compared with the kernel's result is itself rounded to e4m3: that is half of the bound at most."""
     errors = []
 
+    def compared(result, expected, bound):
+        errors.append((relative_error(result, expected), bound))
+
     def exact(q, k, v, scales, scale, *variant):
         return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).transpose(
             1, 2).flatten(2)
 
     monkeypatch.setattr(providers, "installed", lambda module: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(timing, "checked", lambda result, expected, bound: errors.append((relative_error(result, expected), bound)))
+    monkeypatch.setattr(timing, "checked", compared)
     monkeypatch.setitem(ops.KERNELS, ("attention_fp8", "cudnn"), exact)
     assert MeasuredChooser(CPU).attention_fp8_ms((1, 2, 64, 16), tokens) == 5.0
     ((error, bound),) = errors

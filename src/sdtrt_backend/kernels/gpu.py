@@ -19,8 +19,8 @@ from .timing import Refusal
 
 ATTENTION_BOUND = 2e-2  # ERROR_BOUND of attention written in 8 bits: a rounding tie is a step of 1/32 of a standard deviation
 ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
-# Standard deviation of v's codes, about that of a real v with ``assign.ATTENTION_HEADROOM``. The mean over the tokens of a video is
-# a hundredth of it, and e4m3 has nothing between 0 and 2^-9
+# Standard deviation of v's codes, about that of a real v with ``assign.ATTENTION_HEADROOM``. The mean over the tokens of a video
+# is a hundredth of it, and e4m3 has nothing between 0 and 2^-9
 CODES_OF_V = 8.0
 # A kernel's configurations were never this far apart: where one is so much slower than torch's attention, no other is tried
 ATTENTION_SPREAD = 1.25
