@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdtrt_backend import measure, ops
+from sdtrt_backend import measure, ops, stats
+from sdtrt_backend.values import Decision, Layer
 
 
 def test_an_error_is_relative_and_the_largest_of_all_outputs():
@@ -116,3 +118,20 @@ def test_every_counted_operator_exists_with_the_arguments_it_is_counted_by():
             names = {a.name for a in getattr(packet, overload)._schema.arguments}
             assert names & {"qw", "packed", "weight", "mat2"}, (name, overload)
             assert names & {"qx", "x", "self"}, (name, overload)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_the_noise_of_a_layer_in_16_bits_is_that_of_its_codes(dtype, precision, smoothed):
+    """What the operands and the result are rounded to is below what 8 bits do: half a dB in bf16."""
+    seeded = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=seeded).to(dtype) for shape in ((512, 256), (128, 256), (128,)))
+    s = torch.rand(256, generator=seeded) + 0.5 if smoothed else None
+    decision = Decision(Layer("a", "linear", "a", "x", weight), precision, "", 4.0, s)
+    found, flops = measure.layer_noise(decision, (x, weight, bias), F.linear)
+    wide = stats.fake_quantize_input(decision, x), stats.fake_quantize_weight(decision, weight)
+    expected = stats.sqnr_db(F.linear(*wide, bias.float()), F.linear(x.float(), weight.float(), bias.float()))
+    assert found == pytest.approx(expected, abs=0.5)
+    assert 20 < found < 45
+    assert flops == 2 * 512 * 256 * 128

@@ -118,5 +118,5 @@ def layer_noise(decision: Decision, arguments: tuple[Any, ...], call: Callable[.
     if not decision.quantized:
         return None, flops
     x8, w8 = stats.fake_quantize_input(decision, x), stats.fake_quantize_weight(decision, weight)
-    # in the call's own dtypes: in fp32 the products of a large model take seconds of a GPU
+    # in the call's own dtypes, which in bf16 takes half a dB at 38: in fp32 a large model's products take seconds of a GPU
     return stats.sqnr_db(call(x8.to(x.dtype), w8.to(weight.dtype), *rest), y), flops
