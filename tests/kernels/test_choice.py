@@ -319,11 +319,34 @@ def test_a_configuration_that_lost_twice_is_not_compiled_for_other_linears(clock
 def test_a_configuration_that_lost_once_by_far_is_not_compiled_for_other_large_linears(clock, monkeypatch):
     monkeypatch.setattr(providers, "PROVIDERS", rows("linear8"))
     monkeypatch.setattr(gpu, "LARGE", LINEAR.x[0] * LINEAR.weight[0])
+    monkeypatch.setattr(gpu, "NEAR_ENOUGH", math.inf)  # here the same milliseconds are of any size
     chooser, (rows_in, width) = MeasuredChooser(CPU), LINEAR.x
     like_it = [replace(LINEAR, x=(rows_in * n, width)) for n in (1, 2)]
     longer, small = (replace(LINEAR, x=(rows_in * 3, 2 * width), weight=(16, 2 * width)), replace(LINEAR, weight=(8, width)))
     assert [names_tried(chooser, clock, p) for p in (*like_it, longer, small)] == [
         ["slow", "slow2"], [], ["slow", "slow2"], ["slow", "slow2"]]
+
+
+@pytest.mark.parametrize(("large", "share", "kernel"), [(True, 0.95, "slow"), (True, 0.85, "fast"), (False, 0.95, "fast")])
+def test_a_large_linear_near_the_highest_rate_takes_the_first_configuration(clock, monkeypatch, large, share, kernel):
+    """"slow", which takes 3 ms, has ``share`` of the highest rate."""
+    monkeypatch.setattr(providers, "PROVIDERS", rows("linear8"))
+    monkeypatch.setattr(gpu, "LARGE", LINEAR.x[0] * LINEAR.weight[0] + (not large))
+    chooser = MeasuredChooser(CPU)
+    chooser.rate = LINEAR.flops / 3.0 / share
+    assert chooser.best(LINEAR, "int8").kernel == f"good:{kernel}"
+    assert ("fast" in clock) is (kernel == "fast")
+
+
+@pytest.mark.parametrize(("tokens", "capability", "ours"), [(4096, (9, 0), False), (4096, (8, 9), True), (77, (9, 0), True)])
+def test_attention_of_many_keys_is_torchs_own_where_that_is_cudnns(attentions, monkeypatch, tokens, capability, ours):
+    set_times, ran = attentions
+    set_times({"s1": 4.0, "s2": 3.0})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for out in (torch.float16, torch.int8):
+        times = MeasuredChooser(CPU).attention_times((1, 1, 16, 16), tokens, torch.float16, out)
+        assert (set(times) == {"torch"}) is not ours
+    assert bool(ran) is ours
 
 
 @pytest.mark.parametrize(("ms", "losses"), [((1.0, 1.05), 1), ((1.0, 1.2), 2), ((1.0, 1.0), 0)])

@@ -24,6 +24,8 @@ ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
 CODES_OF_V = 8.0
 # A kernel's configurations were never this far apart: where one is so much slower than torch's attention, no other is tried
 ATTENTION_SPREAD = 1.25
+# Keys from which on torch's attention (cuDNN's) was 1.38 times and more as fast as ours on GPUs of ATTENTION_FP8_CAPABILITY
+LONG = 4096
 # Of the best rate that a product reached on this GPU: rates nearer to it are as good
 FULL_RATE = 0.95
 # A configuration of a linear's kernels is not tried again for linears like those that it lost LOST times in a row: it was slower
@@ -31,6 +33,8 @@ FULL_RATE = 0.95
 # has lost where it was slower at all, and a loss by LARGE_SPREAD is enough
 SPREAD, LOST = 1.25, 2
 LARGE, LARGE_SPREAD = 2**23, 1.1
+# A configuration of a large linear that comes so near to the highest rate is taken as it is: the best was 1 % faster at most
+NEAR_ENOUGH = 0.9
 ATTENTION_FP8_CAPABILITY = (9, 0)  # of cuDNN's kernel
 
 
@@ -113,7 +117,8 @@ class MeasuredChooser:
             scale = torch.full((1,), 32 * math.sqrt(tokens / math.e), device=self.device) if out.itemsize == 1 else None
             arguments = (q, k, v, query[-1] ** -0.5, scale, out)
             expected = ops.KERNELS["attention8", "reference"](*arguments)
-            taken = providers.installed("triton") and dtype in NARROW
+            taken = providers.installed("triton") and dtype in NARROW and (
+                tokens < LONG or torch.cuda.get_device_capability(self.device) < ATTENTION_FP8_CAPABILITY)
             for variant in providers.attention_variants(tokens, query[-1]) if taken else ():
                 if out.itemsize == 1 and least < wide.get(f"triton:{variant}", math.inf):
                     continue  # what it writes is the least of its work: it was slower in 16 bits than both passes are together
@@ -176,7 +181,8 @@ class MeasuredChooser:
 
             like = partial(_like, p, problem)
             families = [tuple(v for v in family if self.lost[like(v)] < LOST) for family in p.variants(precision)]
-            found = timing.search([family for family in families if family], p.fallback, tried)
+            enough_ms = problem.flops / (NEAR_ENOUGH * self.rate) if self.rate and _large(problem) else 0.0
+            found = timing.search([family for family in families if family], p.fallback, tried, enough_ms)
             if op == "linear8":  # the best configuration of a convolution depends on its place in the model
                 self._remember(like, found, _large(problem))
             times |= {f"{p.name}:{variant}": ms for variant, ms in found.items()}

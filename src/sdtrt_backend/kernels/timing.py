@@ -115,10 +115,15 @@ def timed(run: Callable[..., torch.Tensor], rotated: Sequence[torch.Tensor], tai
     return attempt(work)
 
 
-def search(families: Sequence[tuple[str, ...]], fallback: Sequence[str],
-           tried: Callable[[str], float | Refusal]) -> dict[str, float | Refusal]:
-    """variant -> milliseconds or refusal of those that ``tried`` was called with: see ``Provider``."""
-    times = {family[0]: tried(family[0]) for family in families}
+def search(families: Sequence[tuple[str, ...]], fallback: Sequence[str], tried: Callable[[str], float | Refusal],
+           enough_ms: float = 0.0) -> dict[str, float | Refusal]:
+    """variant -> milliseconds or refusal of those that ``tried`` was called with: see ``Provider``. No other is tried behind the
+    first of a family that takes ``enough_ms`` or less."""
+    times: dict[str, float | Refusal] = {}
+    for family in families:
+        times[family[0]] = tried(family[0])
+        if _ms(times[family[0]]) <= enough_ms:
+            return times
     fastest = min((f for f in families if not isinstance(times[f[0]], Refusal)), key=lambda f: _ms(times[f[0]]), default=None)
     times |= {v: tried(v) for family in ([fastest] if fastest else families) for v in family[1:]}
     found = any(not isinstance(t, Refusal) for t in times.values())
