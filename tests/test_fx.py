@@ -9,6 +9,7 @@ from sdtrt_backend.fx import (
     ATTENTION,
     add_constant,
     alive,
+    await_workers,
     call_arguments,
     finish,
     inserting_after,
@@ -17,6 +18,7 @@ from sdtrt_backend.fx import (
     plain_attention,
     propagate,
     read_through_copies,
+    start_workers,
     written,
 )
 
@@ -215,3 +217,22 @@ def test_a_call_in_autocast_is_not_the_one_before_it():
     graph.output((outside, inside))
     propagate(fx.GraphModule(torch.nn.Module(), graph), (torch.randn(4, 4),))
     assert [n.meta["val"].dtype for n in (outside, inside)] == [torch.float32, torch.bfloat16]
+
+
+def test_workers_are_waited_for_and_no_longer_than_is_said(monkeypatch):
+    pytest.importorskip("triton", reason="Inductor starts no workers without Triton")
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+    waited = []
+
+    def wait(seconds):
+        waited.append(seconds)
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncCompile, "wait_pool_ready", wait)
+        await_workers(0.5)
+    assert waited == [0.5]
+    start_workers()
+    await_workers()
+    assert AsyncCompile.use_process_pool() is (get_compile_threads() > 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, cast
 
 import torch
@@ -17,8 +17,8 @@ from . import identity
 from .calls import arguments, call_arguments, changes, inputs_changed, name_of, shares, written
 from .errors import GraphError
 
-__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "call_arguments", "changes", "drop_dead", "finish",
-           "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate",
+__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "call_arguments", "changes", "drop_dead",
+           "finish", "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate",
            "read_through_copies", "start_workers", "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -141,6 +141,17 @@ def start_workers() -> None:
     warm = getattr(async_compile, "maybe_warm_pool", None)  # of no public API
     if warm is not None:
         warm()
+
+
+def await_workers(seconds: float = 20.0) -> None:
+    """Where they are on their way, until they are there, or for ``seconds``: they compile more kernels at a time than this
+    process does meanwhile."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    wait = getattr(AsyncCompile, "wait_pool_ready", None)  # of no public API
+    if wait is not None:
+        with suppress(TimeoutError):
+            wait(seconds)
 
 
 def _let_go(modules: Sequence[Any]) -> None:

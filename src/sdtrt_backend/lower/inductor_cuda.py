@@ -16,7 +16,7 @@ from torch import fx
 
 from .. import ops, regions
 from ..assign import problem
-from ..fx import add_constant, call_arguments, drop_dead, finish, inductor, propagate, read_through_copies
+from ..fx import add_constant, await_workers, call_arguments, drop_dead, finish, inductor, propagate, read_through_copies
 from ..kernels import Chooser, Problem, chooser, provider
 from ..options import Options
 from ..quantize import QD
@@ -41,6 +41,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     propagate(gm, example)
     simplify(gm)
     to_8_bit_operators(gm, chooser(example[0].device))
+    await_workers()
     return Lowered(regions.compiled(gm, example, compiled), list(gm.buffers()))
 
 
