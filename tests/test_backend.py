@@ -166,6 +166,7 @@ def test_a_module_on_meta_is_refused(make_denoiser):
                  encoder_hidden_states=torch.empty(2, 5, 64, device="meta"))
 
 
+@pytest.mark.slow
 def test_a_module_with_nothing_to_quantise_is_left_to_inductor():
     module = torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.SiLU())
     compiled, x = torch.compile(module, backend="sd_int8"), torch.randn(1, 4, 8, 8)
@@ -175,6 +176,7 @@ def test_a_module_with_nothing_to_quantise_is_left_to_inductor():
         sdtrt_backend.explain(compiled)
 
 
+@pytest.mark.slow
 def test_a_module_whose_layers_all_stay_is_refused_with_the_first_reason(denoiser):
     compiled = calibrated(denoiser, exclude=["*"])
     call(compiled, 999)

@@ -101,6 +101,7 @@ def test_one_odd_input_among_many_is_no_drift(ready, monkeypatch):
     assert notes(compiled) == []
 
 
+@pytest.mark.slow
 def test_the_unfused_graph_runs_on_sampled_calls_only(ready, monkeypatch):
     ran = []
     monkeypatch.setattr(drift.Drift, "sample", lambda self, step, tensors: ran.append(self.called))
@@ -160,6 +161,7 @@ def test_a_graph_that_quantises_in_an_unknown_way_still_has_its_outputs_watched(
     assert call(compiled).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "words"), [
     (lambda y: y * float("nan"), "NaN or infinite values"), (lambda y: y / 0, "NaN or infinite values"),
     (torch.zeros_like, "nothing but zeros")])
@@ -230,6 +232,7 @@ def slow(monkeypatch):
     monkeypatch.setattr(Slow, "arrived", False)
 
 
+@pytest.mark.slow
 def test_numbers_that_arrive_later_refuse_the_step_on_a_later_call(slow, broken, ready, denoiser):
     compiled = ready()
     broken.spoil = lambda y: y * float("nan")

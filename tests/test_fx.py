@@ -219,6 +219,7 @@ def test_a_call_in_autocast_is_not_the_one_before_it():
     assert [n.meta["val"].dtype for n in (outside, inside)] == [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.slow
 def test_workers_are_waited_for_and_no_longer_than_is_said(monkeypatch):
     pytest.importorskip("triton", reason="Inductor starts no workers without Triton")
     from torch._inductor.async_compile import AsyncCompile, get_compile_threads

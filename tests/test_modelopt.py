@@ -169,6 +169,7 @@ def test_ranges_and_factors_are_modelopts(quantized):
     check_ranges(theirs, plain, Recipe.from_modelopt(theirs, original=plain))
 
 
+@pytest.mark.slow
 def test_ranges_and_factors_of_the_bundled_unet_are_modelopts(unet):
     theirs, plain, _ = unet
     recipe = Recipe.from_modelopt(theirs, original=plain)

@@ -236,6 +236,7 @@ class Pictures(TwoStages):
         return types.SimpleNamespace(images=images)
 
 
+@pytest.mark.slow
 def test_a_picture_budget_is_for_all_parts(monkeypatch):
     """Of whichever part, most of its layers are the ones to leave 8 bits where it alone brings the error."""
     monkeypatch.setattr(budget, "times_ms", lambda problem, device: (3.0, 1.0))

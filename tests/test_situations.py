@@ -599,6 +599,7 @@ def test_a_layer_that_gets_an_empty_tensor_does_not_end_a_picture(fresh):
     assert {"first", "last"} <= in_8_bits(compiled)
 
 
+@pytest.mark.slow
 def test_a_module_that_writes_into_its_input_is_executed_once_per_call_and_refused(fresh):
     """A cache of keys and values, a counter of steps."""
     class Caching(Block):
