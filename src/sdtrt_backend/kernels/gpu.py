@@ -24,7 +24,7 @@ ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
 CODES_OF_V = 8.0
 # A kernel's configurations were never this far apart: where one is so much slower than torch's attention, no other is tried
 ATTENTION_SPREAD = 1.25
-# Keys from which on torch's attention (cuDNN's) was 1.38 times and more as fast as ours on GPUs of ATTENTION_FP8_CAPABILITY
+# Keys from which on torch's attention (cuDNN's) was 1.37 times and more as fast as ours on GPUs of ATTENTION_FP8_CAPABILITY
 LONG = 4096
 # Of the best rate that a product reached on this GPU: rates nearer to it are as good
 FULL_RATE = 0.95
