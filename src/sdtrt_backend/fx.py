@@ -17,9 +17,9 @@ from . import identity
 from .calls import arguments, call_arguments, changes, inputs_changed, name_of, shares, written
 from .errors import GraphError
 
-__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "call_arguments", "changes", "drop_dead",
-           "finish", "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention", "propagate",
-           "read_through_copies", "start_workers", "written"]
+__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "call_arguments", "changes", "described",
+           "drop_dead", "finish", "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention",
+           "propagate", "read_through_copies", "start_workers", "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text
@@ -78,7 +78,7 @@ class _Propagate(FakeTensorProp):
         n.meta.pop(MADE_BY, None)
         if "autocast" in name_of(n):
             self.within += f"{name_of(n)}{n.args}"
-        made_by = self._described(n)
+        made_by = self._text(n)
         if made_by in self.known:
             n.meta["val"] = result = self.known[made_by]
         else:
@@ -89,23 +89,24 @@ class _Propagate(FakeTensorProp):
         n.meta[MADE_BY] = made_by
         return result
 
-    def _described(self, n: fx.Node) -> str:
-        """"" of what is like no other call."""
+    def _text(self, n: fx.Node) -> str:
+        """What it does and reads; "" of what is like no other call."""
         if n.op == "get_attr":
             held = self.fetch_attr(str(n.target))
-            return f"constant {_described(held)}" if type(held) in (torch.Tensor, torch.nn.Parameter) else ""
+            return f"constant {described(held)}" if type(held) in (torch.Tensor, torch.nn.Parameter) else ""
         if n.op not in ("call_function", "call_method") or changes(n) is not None:
             return ""
         try:
-            return self.within + identity.call(n, lambda a: _described(a.meta["val"]))
+            return self.within + identity.call(n, lambda a: described(a.meta["val"]))
         except (GraphError, KeyError):
             return ""
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Shape, strides, dtype and device of a tensor, as text; of a list or a number what it holds."""
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
-    return str([_described(v) for v in value] if isinstance(value, list | tuple) else value)
+    return str([described(v) for v in value] if isinstance(value, list | tuple) else value)
 
 
 def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],

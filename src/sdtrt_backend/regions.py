@@ -21,7 +21,7 @@ from torch import fx
 from . import identity
 from .calls import written
 from .errors import GraphError
-from .fx import inductor, propagate, runnable
+from .fx import described, inductor, propagate, runnable
 
 Compile = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
 LEAST_PERIOD = 16  # calls: what repeats sooner is no block, and each piece costs Inductor a second whatever is in it
@@ -68,7 +68,7 @@ class _Graph:
 
     def _kind(self, node: fx.Node) -> str:
         def name(n: fx.Node) -> str:
-            return _meta(_held(self.gm, n)) if n.op == "get_attr" else ""
+            return described(_held(self.gm, n)) if n.op == "get_attr" else ""
 
         try:
             return identity.call(node, name)
@@ -99,10 +99,6 @@ def _parts_behind_the_whole(calls: Sequence[fx.Node], changed: Container[fx.Node
 
 def _held(gm: fx.GraphModule, node: fx.Node) -> Any:
     return getattr(gm, str(node.target))
-
-
-def _meta(t: torch.Tensor) -> str:
-    return f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device}"
 
 
 # where to cut
@@ -179,7 +175,7 @@ def _piece(graph: _Graph, start: int, end: int) -> _Piece:
         lines = [identity.call(n, names.__getitem__) for n in calls]
     except GraphError:
         lines = [f"like no other {start}"]
-    lines += [_meta(_held(graph.gm, a) if a.op == "get_attr" else a.meta["val"]) for a in reads]
+    lines += [described(_held(graph.gm, a) if a.op == "get_attr" else a.meta["val"]) for a in reads]
     results = frozenset(i for i, n in enumerate(calls) if any(not start <= graph.place.get(u, -1) < end for u in n.users))
     return _Piece(start, end, tuple(reads), "\n".join(lines), results)
 
