@@ -68,7 +68,7 @@ def qwen_image(config: Any, batch: int, tiny: bool, noise: Noise) -> Arguments:
     side, tokens = (4, 5) if tiny else (64, 128)
     latent = mixed(noise, batch, side * side, config.in_channels)
     fixed = {"encoder_hidden_states": noise(batch, tokens, config.joint_attention_dim), "img_shapes": [[(1, side, side)]] * batch,
-             "encoder_hidden_states_mask": torch.ones(batch, tokens, dtype=torch.long, device=noise.device), "return_dict": False}
+             "return_dict": False}  # no mask, as pipelines call it for prompts of one length
     return lambda t: fixed | {"hidden_states": latent(t), "timestep": noise.full(batch, t / 1000)}
 
 

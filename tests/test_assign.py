@@ -209,6 +209,16 @@ def test_the_bound_is_every_16_bit_kernel_of_the_graph(bound, attending):
     assert kernels_ms(attending[0], Measured(wide=2.0)) == pytest.approx(2.0 * 4 + 3.0)
 
 
+def test_the_bound_counts_a_masked_attention_as_one_without_its_mask(attending):
+    gm, _ = attending
+    (attention,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    attention.kwargs = {**attention.kwargs, "attn_mask": attention.all_input_nodes[0]}
+    assert plain_attention(attention) is None
+    assert kernels_ms(gm, Measured(wide=2.0)) == pytest.approx(2.0 * 4 + 3.0)
+    attention.kwargs = {**attention.kwargs, "is_causal": True}  # half of its products are left out
+    assert kernels_ms(gm, Measured(wide=2.0)) == pytest.approx(2.0 * 4)
+
+
 def test_calls_that_are_never_quantised_or_name_their_arguments_are_read_too():
     def body(m, x):
         return m.linear(torch.flatten(input=m.words(m.conv(x)), start_dim=2))

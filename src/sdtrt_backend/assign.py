@@ -92,7 +92,7 @@ def kernels_ms(gm: fx.GraphModule, chooser: Timed) -> float:
             # a bound may leave out what is never quantised, and a Problem has neither groups nor padding in words
             if given.get("groups", 1) == 1 and not isinstance(given.get("padding"), str):
                 total += chooser.wide_ms(problem([node]))
-        elif (attention := plain_attention(node)) is not None:
+        elif (attention := plain_attention(node, masked=True)) is not None:  # a mask does not make it faster
             query, key = (a.meta["val"] for a in attention[:2])
             total += chooser.attention_times(tuple(query.shape), key.shape[-2], query.dtype, query.dtype)["torch"]
     return total

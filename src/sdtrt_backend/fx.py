@@ -38,13 +38,13 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"^(?:self|[LG]\['[^']+'\])\.?", "", path).strip(".") or node.name
 
 
-def plain_attention(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
-    """(query, key, value, factor of the scores) of a call of ATTENTION without mask, dropout or anything broadcast, keys and
-    values of one width, of which it matters how they are computed (``LEAST_SHARE``); else None."""
+def plain_attention(node: fx.Node, masked: bool = False) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """(query, key, value, factor of the scores) of a call of ATTENTION without mask, unless ``masked``, without dropout or
+    anything broadcast, keys and values of one width, of which it matters how they are computed (``LEAST_SHARE``); else None."""
     if node.target is not ATTENTION or node.meta.get(WORK, 1.0) < LEAST_SHARE:
         return None
     given = arguments(node)
-    if given["attn_mask"] is not None or any(given[name] for name in ("dropout_p", "is_causal", "enable_gqa")):
+    if (given["attn_mask"] is not None and not masked) or any(given[name] for name in ("dropout_p", "is_causal", "enable_gqa")):
         return None
     q, k, v, scale = (given[name] for name in ("query", "key", "value", "scale"))
     query, key, value = (t.meta["val"].shape for t in (q, k, v))
@@ -176,9 +176,10 @@ def add_constant(gm: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:
 
 
 def inserting_after(node: fx.Node) -> AbstractContextManager[None]:
-    """Insertion point behind ``node``; behind the last placeholder when it is one, as passes expect those first."""
+    """Insertion point behind ``node`` for calls in their order; behind the last placeholder when it is one, as passes expect
+    those first."""
     inputs = node.graph.find_nodes(op="placeholder") if node.op == "placeholder" else [node]
-    return node.graph.inserting_after(inputs[-1])
+    return node.graph.inserting_before(inputs[-1].next)
 
 
 def read_through_copies(gm: fx.GraphModule) -> None:

@@ -302,7 +302,7 @@ def _rms_rope8(x: torch.Tensor, first: torch.Tensor | None, weight: torch.Tensor
                cos: torch.Tensor, sin: torch.Tensor, eps: float, out_scale: torch.Tensor | None, dtype: torch.dtype,
                kernel: str) -> torch.Tensor:
     """RMS norm of x [b, t, h, d] over d, behind that of ``first`` [b, t0, h, d], then the rotary embedding with cos, sin
-    fp32 [t0 + t, d] of neighbouring pairs -> ``dtype`` [b, t0 + t, h, d]."""
+    fp32 [t0 + t, d], or [b, t0 + t, d] of each image, of neighbouring pairs -> ``dtype`` [b, t0 + t, h, d]."""
     y: torch.Tensor = _run("rms_rope8", kernel, x, first, weight, first_weight, cos, sin, eps, out_scale, dtype)
     return y
 
@@ -354,7 +354,7 @@ def _attention8_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 def _rms_rope8_fake(x: torch.Tensor, first: torch.Tensor | None, weight: torch.Tensor, first_weight: torch.Tensor | None,
                     cos: torch.Tensor, sin: torch.Tensor, eps: float, out_scale: torch.Tensor | None, dtype: torch.dtype,
                     kernel: str) -> torch.Tensor:
-    return x.new_empty((x.shape[0], cos.shape[0], *x.shape[2:]), dtype=dtype)
+    return x.new_empty((x.shape[0], cos.shape[-2], *x.shape[2:]), dtype=dtype)
 
 
 @torch.library.register_fake("sdtrt_backend::attention_fp8", lib=LIBRARY)
@@ -408,7 +408,7 @@ def reference_rms_rope(x: torch.Tensor, first: torch.Tensor | None, weight: torc
     n = torch.cat([torch.nn.functional.rms_norm(t.float(), t.shape[-1:], _float(w), eps) for t, w in streams], 1)
     a, b = n.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([-b, a], -1).flatten(-2)
-    return encode(n * cos[:, None] + rotated * sin[:, None], out_scale, dtype).contiguous()
+    return encode(n * cos.unsqueeze(-2) + rotated * sin.unsqueeze(-2), out_scale, dtype).contiguous()
 
 
 def reference_attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,

@@ -78,6 +78,40 @@ def rotary(m, x, text, cos, sin):
     return m.o(y.permute(0, 2, 1, 3).flatten(2, 3))
 
 
+class PlainNorms(Norms):
+    """The same, in the operations that diffusers' own RMSNorm is written in."""
+
+    def forward(self, name, x):
+        x, norm = x.unflatten(-1, (-1, 16)), self.norms[name]
+        y = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + norm.eps)
+        return y.to(norm.weight.dtype) * norm.weight
+
+
+def rotate_complex(x, factors, dim):
+    """Rotary embedding as a product of complex numbers; dim: of the heads in ``factors``."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * factors.unsqueeze(dim)).flatten(3).type_as(x)
+
+
+def rotary_complex(m, x, text, factors, of_text):
+    """Joint attention of two streams, each embedded before they are put together."""
+    q, k = (torch.cat([rotate_complex(m.n(f"{name}2", layer(text)), of_text, 1), rotate_complex(m.n(name, layer(x)), factors, 1)],
+                      dim=1) for name, layer in (("q", m.q), ("k", m.k)))
+    v = torch.cat([m.v(text), m.v(x)], dim=1).unflatten(-1, (-1, 16))
+    y = F.scaled_dot_product_attention(*(t.permute(0, 2, 1, 3) for t in (q, k, v)))
+    return m.o(y.permute(0, 2, 1, 3).flatten(2, 3))
+
+
+def rotary_by_image(m, x, factors):
+    q, k = (rotate_complex(m.n(name, layer(x)), factors, 2) for name, layer in (("q", m.q), ("k", m.k)))
+    v = m.v(x).unflatten(-1, (-1, 16))
+    return m.o(F.scaled_dot_product_attention(*(t.permute(0, 2, 1, 3) for t in (q, k, v))).permute(0, 2, 1, 3).flatten(2, 3))
+
+
+def angles(*shape):
+    return torch.polar(torch.ones(shape), 3 * noise(*shape))
+
+
 def rotary_single(m, x, cos, sin):
     q, k = (rotate(m.n(name, layer(x)), cos, sin) for name, layer in (("q", m.q), ("k", m.k)))
     v = m.v(x).unflatten(-1, (-1, 16))
@@ -91,6 +125,9 @@ MODULES = {
                noise(16, 8).T),
     "rotary single": (Fragment(rotary_single, q=linear, k=linear, v=linear, mlp=linear, o=lambda: nn.Linear(128, 64), n=Norms),
                       TOKENS, noise(5, 16), noise(16, 5).T),
+    "rotary complex": (Fragment(rotary_complex, q=linear, k=linear, v=linear, o=linear, n=PlainNorms), TOKENS, noise(2, 3, 64),
+                       angles(5, 8), angles(3, 8)),
+    "rotary by image": (Fragment(rotary_by_image, q=linear, k=linear, v=linear, o=linear, n=PlainNorms), TOKENS, angles(2, 5, 8)),
     "linear": (Fragment(lambda m, x: m.a(x), a=linear), TOKENS),
     "vector": (Fragment(lambda m, x: m.a(F.silu(x)), a=linear), noise(2, 64)),
     "no bias": (Fragment(lambda m, x: m.a(x), a=lambda: nn.Linear(64, 128, bias=False)), TOKENS),
@@ -141,11 +178,34 @@ def test_what_computes_a_tensor_writes_it_in_8_bits(name, op):
     assert count(gm, torch.round) == (1 if name in ("shift", "geglu", "attention") else 0)
 
 
-@pytest.mark.parametrize("name", ["rotary", "rotary single"])
+@pytest.mark.parametrize("name", ["rotary", "rotary single", "rotary complex", "rotary by image"])
 def test_the_norm_and_rotation_of_q_and_k_are_one_kernel_each(name):
     gm, _, _ = lower(*MODULES[name])
     assert count(gm, ops.rms_rope8) == 2
-    assert count(gm, torch.rms_norm) == count(gm, torch.stack) == 0
+    assert count(gm, torch.rms_norm) == count(gm, torch.stack) == count(gm, torch.rsqrt) == count(gm, torch.view_as_complex) == 0
+    tables = sum(n.target in ("repeat_interleave", torch.cat) for n in gm.graph.nodes)
+    assert tables == {"rotary complex": 7, "rotary by image": 2}.get(name, tables)  # made once, for q and k; one more is of v
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x, f: attend_to(m, rotate_complex(split(m.q(x)), f, 2), split(x)),
+    lambda m, x, f: attend_to(m, rotate_complex(split(m.q(x)), f[:1, :1], 2), split(x)),
+    lambda m, x, f: m.o(torch.view_as_real(torch.view_as_complex(m.q(x).reshape(2, 5, 32, 2)) * f[0, 0, 0]).flatten(2)),
+], ids=["no norm", "one angle for all", "a number"])
+def test_complex_products_that_no_kernel_takes_are_real_ones(body):
+    gm, reference, tensors = lower(Fragment(body, q=linear, o=linear), TOKENS, angles(2, 5, 8))
+    assert count(gm, ops.rms_rope8) == count(gm, torch.view_as_complex) == 0
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+
+
+def test_a_complex_product_of_other_pairs_stays():
+    gm, reference, tensors = lower(Fragment(lambda m, x, f: m.o(torch.view_as_real(torch.view_as_complex(
+        m.q(x).reshape(2, 5, 2, 32).transpose(2, 3).contiguous()) * f[:, :, :1]).flatten(2)), q=linear, o=linear), TOKENS,
+        angles(2, 5, 8))
+    assert count(gm, torch.view_as_complex) == 1
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
 
 
 @pytest.mark.parametrize("other", ["rotate_half", "no norm", "no eps"])
@@ -168,7 +228,7 @@ def test_another_embedding_or_norm_is_left_as_it_is(other):
         assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
 
 
-@pytest.mark.parametrize("name", ["rotary", "rotary single", "attention"])
+@pytest.mark.parametrize("name", ["rotary", "rotary single", "rotary complex", "rotary by image", "attention"])
 def test_a_planned_attention_reads_and_writes_fp8(name):
     captured, args, decisions, tensors = planned(*MODULES[name])
     graph, nodes = bind(captured, args)

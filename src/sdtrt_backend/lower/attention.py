@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
+from itertools import permutations
 from typing import Any
 
 import torch
 from torch import fx
 
 from .. import ops
-from ..calls import arguments, name_of, rearranges
-from ..fx import ATTENTION, add_constant, drop_dead, plain_attention
+from ..calls import arguments, dimension, name_of, rearranges
+from ..fx import ATTENTION, add_constant, drop_dead, inserting_after, plain_attention
 from ..kernels import Chooser
 from ..values import FP8_MAX
 from .producers import ADDITIONS, PRODUCTS, concatenated, heads_in_front, operands
@@ -71,21 +72,66 @@ def _in_fp8(gm: fx.GraphModule, node: fx.Node, codes: list[fx.Node], scales: lis
     return y
 
 
+def complex_in_real(gm: fx.GraphModule) -> None:
+    """Neighbouring pairs taken as complex numbers and multiplied by others, as x * cos + swapped(x) * sin: Inductor fuses no
+    complex numbers, and ``rms_rope`` knows this form. The tables of cosines and sines are made once, where the factors are."""
+    tables: dict[fx.Node, list[fx.Node]] = {}
+    for product in [n for n in gm.graph.nodes if n.target in PRODUCTS]:
+        for merged in [m for real in product.users if real.target is torch.view_as_real for m in real.users]:
+            for pairs, factor in permutations(operands(product, PRODUCTS) or (), 2):
+                found = _paired(pairs, merged)
+                if found is None:
+                    continue
+                spread = name_of(factor) == "unsqueeze"
+                angles = arguments(factor)["input"] if spread else factor
+                if angles not in tables:
+                    with inserting_after(angles):
+                        parts = [_call(gm, torch.select, _call(gm, torch.view_as_real, angles), -1, i) for i in (0, 1)]
+                        one_for_all = angles.meta["val"].shape[-1:] in ((), (1,))
+                        tables[angles] = parts if one_for_all else [_call(gm, "repeat_interleave", p, 2, -1) for p in parts]
+                with gm.graph.inserting_before(merged):
+                    cos, sin = (_call(gm, "unsqueeze", t, arguments(factor)["dim"]) if spread else t for t in tables[angles])
+                    halves = _call(gm, "unbind", _call(gm, "unflatten", found, -1, (-1, 2)), -1)
+                    even, odd = (_call(gm, operator.getitem, halves, i) for i in (0, 1))
+                    swapped = _call(gm, "flatten", _call(gm, torch.stack, [_call(gm, torch.neg, odd), even], -1), -2)
+                    y = _call(gm, torch.add, _call(gm, torch.mul, found, cos), _call(gm, torch.mul, swapped, sin))
+                merged.replace_all_uses_with(y)
+                break
+    drop_dead(gm.graph)
+
+
+def _call(gm: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
+    """The call of a function or method, with its ``meta["val"]``."""
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    if isinstance(target, str):
+        node, made = gm.graph.call_method(target, args), getattr(values[0], target)(*values[1:])
+    else:
+        node, made = gm.graph.call_function(target, args), target(*values)
+    node.meta["val"] = made
+    return node
+
+
+def _paired(pairs: fx.Node, merged: fx.Node) -> fx.Node | None:
+    """x, where ``pairs`` are its neighbours as complex numbers and ``merged`` has the shape of x again."""
+    if pairs.target is not torch.view_as_complex or name_of(merged) not in ("flatten", "reshape", "view"):
+        return None
+    split = arguments(pairs)["input"]
+    x = arguments(split)["input"] if rearranges(split) else split
+    return x if _in_pairs(split, x) and merged.meta["val"].shape == x.meta["val"].shape else None
+
+
 def rms_rope(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node | None, dtype: torch.dtype, kernel: str) -> fx.Node | None:
     """The operand [b, h, t, d] from one kernel, where it is rms_norm -> rotary embedding of neighbouring pairs -> heads in
-    front: (n * cos + rotated * sin), of one stream of tokens or of two one behind the other. ``dtype`` fp8: codes, times
-    ``inverse``."""
+    front: (n * cos + rotated * sin), of one stream of tokens or of two, which are put one behind the other before the embedding
+    or after it. ``dtype`` fp8: codes, times ``inverse``."""
     if not heads_in_front(operand):
         return None
-    terms = operands(_uncast(arguments(operand)["input"]), ADDITIONS)
-    products = [operands(_uncast(term), PRODUCTS) for term in terms or ()]
-    if len(products) != 2 or products[0] is None or products[1] is None:
+    whole = _uncast(arguments(operand)["input"])
+    parts = concatenated(whole, 1) or [whole]
+    embedded = [e for e in map(_embedded, parts) if e is not None]
+    if len(embedded) != len(parts):
         return None
-    normed, rotated = (_uncast(p[0]) for p in products)
-    cos, sin = (_table(p[1], operand.meta["val"].shape[2:]) for p in products)
-    if cos is None or sin is None or not _swaps_neighbours(rotated, normed):
-        return None
-    streams = concatenated(normed, 1) or [normed]
+    streams = [part for x, _ in embedded for part in concatenated(x, 1) or [x]]
     norms = [n for n in map(_norm, streams) if n is not None]
     if len(norms) != len(streams) or len(norms) > 2 or len({eps for _, _, eps in norms}) > 1:
         return None
@@ -94,28 +140,55 @@ def rms_rope(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node | None, dtyp
     width = x.meta["val"].shape[-1]
     if width & (width - 1):
         return None
-    tables = [gm.graph.call_method("contiguous", (gm.graph.call_method("to", (t, torch.float32)),)) for t in (cos, sin)]
+    tables = [_one_behind_the_other(gm, [both[i] for _, both in embedded]) for i in (0, 1)]
+    tables = [gm.graph.call_method("contiguous", (gm.graph.call_method("to", (t, torch.float32)),)) for t in tables]
     y = gm.graph.call_function(ops.rms_rope8, (x, first, weight, first_weight, *tables, eps, inverse, dtype, kernel))
     y = gm.graph.call_method("transpose", (y, 1, 2))
     y.meta.update(operand.meta)
     return y
 
 
+def _embedded(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """(x, [cos, sin]) where the node is x * cos + rotated(x) * sin, all [b, t, h, d]."""
+    node = _uncast(node)
+    products = [operands(_uncast(term), PRODUCTS) for term in operands(node, ADDITIONS) or ()]
+    if len(products) != 2 or products[0] is None or products[1] is None:
+        return None
+    x, rotated = (_uncast(p[0]) for p in products)
+    tables = [t for p in products if (t := _table(p[1], node.meta["val"].shape)) is not None]
+    return (x, tables) if len(tables) == 2 and _swaps_neighbours(rotated, x) else None
+
+
+def _one_behind_the_other(gm: fx.GraphModule, tables: list[fx.Node]) -> fx.Node:
+    """The tables of both streams as one, made once for all that read them."""
+    if len(tables) == 1:
+        return tables[0]
+    for user in tables[0].users:
+        if user.target is torch.cat and user.args == (tables, -2):
+            return user
+    with inserting_after(next(n for n in reversed(gm.graph.nodes) if n in tables)):
+        return _call(gm, torch.cat, tables, -2)
+
+
 def _uncast(node: Any) -> fx.Node:
     """The node that conversions between floating-point types start from."""
-    while isinstance(node, fx.Node) and node.op == "call_method" and node.target in ("float", "to"):
+    while isinstance(node, fx.Node) and node.op == "call_method" and node.target in ("float", "to", "type_as"):
         node = node.args[0]
     return node  # type: ignore[no-any-return]
 
 
 def _table(node: Any, shape: torch.Size) -> fx.Node | None:
-    """[t, d] of that shape behind table[None, :, None, :]."""
+    """[t, d], or [b, t, d] of one image or of each, behind a table that is the same for all heads of [b, t, h, d]."""
     node = _uncast(node)
     whole = slice(None, None, None)
-    if node.target is not operator.getitem or node.args[1] != (None, whole, None, whole):
+    if node.target is operator.getitem and node.args[1] == (None, whole, None, whole):
+        table = node.args[0]
+    elif name_of(node) == "unsqueeze" and dimension(arguments(node)["dim"], node) == node.meta["val"].dim() - 2:
+        table = arguments(node)["input"]
+    else:
         return None
-    table = node.args[0]
-    return table if table.meta["val"].shape == shape else None
+    b, t, _, d = shape
+    return table if tuple(table.meta["val"].shape) in ((t, d), (1, t, d), (b, t, d)) else None
 
 
 def _swaps_neighbours(node: fx.Node, x: fx.Node) -> bool:
@@ -132,15 +205,38 @@ def _swaps_neighbours(node: fx.Node, x: fx.Node) -> bool:
     if unbind is not other or name_of(unbind) != "unbind" or arguments(unbind)["dim"] not in (-1, value.dim()):
         return False
     pairs = arguments(unbind)["input"]
-    return rearranges(pairs) and arguments(pairs)["input"] is x and (
-        pairs.meta["val"].shape == (*value.shape[:-1], value.shape[-1] // 2, 2) and name_of(pairs) in SPLITS)
+    return _in_pairs(pairs, x) and _uncast(arguments(pairs)["input"]) is x
+
+
+def _in_pairs(pairs: fx.Node, x: fx.Node) -> bool:
+    """Whether ``pairs`` [..., d / 2, 2] are the neighbours of x [..., d]."""
+    shape = x.meta["val"].shape
+    return rearranges(pairs) and name_of(pairs) in SPLITS and pairs.meta["val"].shape == (*shape[:-1], shape[-1] // 2, 2)
 
 
 def _norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
     """(input [b, t, h, d], weight [d], eps) of an RMS norm over the last dimension."""
-    if node.target not in NORMS:
+    found = _norm_in_parts(node) if node.target in PRODUCTS else None
+    if node.target in NORMS:
+        given = arguments(node)
+        if given["weight"] is not None and given["eps"] is not None and len(given["normalized_shape"]) == 1:
+            found = given["input"], given["weight"], given["eps"]
+    return found if found is not None and found[0].meta["val"].dim() == 4 else None
+
+
+def _norm_in_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    """x * rsqrt(mean(x ** 2) + eps) * weight, as diffusers' own RMSNorm computes it."""
+    scaled, weight = operands(node, PRODUCTS) or (node, node)
+    x, root = operands(_uncast(scaled), PRODUCTS) or (node, node)
+    total = arguments(root)["input"] if name_of(root) == "rsqrt" else node
+    mean, eps = ((given := arguments(total))["input"], given["other"]) if total.target in ADDITIONS else (node, None)
+    given = arguments(mean) if name_of(mean) == "mean" else {}
+    square = given.get("input", node)
+    if name_of(square) != "pow" or arguments(square)["exponent"] != 2 or _uncast(arguments(square)["input"]) is not _uncast(x):
         return None
-    given = arguments(node)
-    if given["weight"] is None or given["eps"] is None or len(given["normalized_shape"]) != 1:
-        return None
-    return (given["input"], given["weight"], given["eps"]) if given["input"].meta["val"].dim() == 4 else None
+    last = given["keepdim"] is True and [dimension(d, square) for d in _listed(given["dim"])] == [square.meta["val"].dim() - 1]
+    return (_uncast(x), weight, eps) if last and isinstance(eps, float) and weight.meta["val"].dim() == 1 else None
+
+
+def _listed(dim: int | list[int]) -> list[int]:
+    return [dim] if isinstance(dim, int) else dim

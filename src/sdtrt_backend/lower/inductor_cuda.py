@@ -23,7 +23,7 @@ from ..quantize import QD
 from ..rules import OPS
 from ..values import DTYPES, FP8_MAX, INT8_MAX
 from . import producers
-from .attention import rewrite_attention
+from .attention import complex_in_real, rewrite_attention
 from .lowered import Lowered
 from .producers import ADDITIONS, gelu_by_sigmoid, simplify
 
@@ -73,6 +73,7 @@ def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
     """Every quantised convolution becomes conv8, the linears that read one tensor become one linear8."""
     read_through_copies(gm)
     gelu_by_sigmoid(gm)
+    complex_in_real(gm)
     rewrite_attention(gm, choose)
     for quantize in [n for n in gm.graph.nodes if n.target in QUANTIZE]:
         readers = [call for dq in quantize.users for call in dq.users]
