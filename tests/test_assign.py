@@ -22,8 +22,8 @@ class Measured:
 
     place, gain, joins, names_kernels, opaque = "GPU", 1.0, True, True, ()
 
-    def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5, attention_fp8=None, room=1.0):
-        self.attention_fp8, self.left = attention_fp8, room
+    def __init__(self, int8=1.0, fp8=1.0, wide=2.0, quantize=0.5, attention_fp8=None, room=1.0, saves=0.0):
+        self.attention_fp8, self.left, self.saves = attention_fp8, room, saves
         self.asked = set()
         self.times = {"int8": int8, "fp8": fp8}
         self.wide, self.quantize = wide, quantize
@@ -44,6 +44,9 @@ class Measured:
 
     def quantize_ms(self, numel, dtype):
         return self.quantize
+
+    def gelu_saves(self, problem, out):
+        return self.saves
 
     def attention_ms(self, query, tokens, dtype, out):
         return 4.0 if out.itemsize == 1 else 3.0
@@ -103,6 +106,24 @@ def test_sd_fp8_takes_int8_where_that_is_faster(bound):
     assert run(bound, Measured(int8=1.0, fp8=0.9), "fp8")["conv1"].precision == "fp8"
     assert run(bound, Measured(int8=1.0, fp8=None), "fp8")["conv1"].precision == "int8"
     assert run(bound, Measured(int8=1.0, fp8=0.9), "int8")["conv1"].precision == "int8"
+
+
+def test_a_product_that_applies_gelu_saves_a_pass():
+    def body(m, x):
+        return m.b(F.gelu(m.a(x), approximate="tanh")) + m.c(F.gelu(x))
+
+    captured, args, decisions, tensors = planned(Fragment(body, a=linear, b=linear, c=linear), TOKENS)
+    gm, nodes = bind(captured, args)
+    propagate(gm, tensors)
+
+    def precisions(**times):
+        chosen = assign(decisions, nodes, Measured(fp8=1.0, wide=3.0, quantize=0.0, **times), "fp8")
+        return "".join({"int8": "i", "fp8": "f"}[d.precision] for d in chosen)
+
+    assert precisions(int8=1.2, saves=0.3) == "iff"
+    assert precisions(int8=1.2, saves=0.1) == "fff"
+    assert precisions(int8=1.2, saves=0.3, room=0.0) == "iff"  # asked for where fp8 is at the highest rate, too
+    assert precisions(int8=None, saves=0.3) == "fff"
 
 
 def test_where_fp8_has_nothing_to_lose_no_int8_kernel_is_asked_for(bound):

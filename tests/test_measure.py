@@ -88,14 +88,15 @@ def test_torchs_own_8_bit_products_count():
 
 @pytest.mark.parametrize("kernel", ["reference", "counted"])
 def test_our_operators_count_where_their_kernel_has_8_bits(monkeypatch, kernel):
-    for op in ("linear8", "conv8"):  # a kernel of another name, which computes what the reference does
+    for op in ("linear8", "linear_gelu8", "conv8"):  # a kernel of another name, which computes what the reference does
         monkeypatch.setitem(ops.KERNELS, (op, "counted"), ops.KERNELS[op, "reference"])
     x, weight = torch.ones(2, 5, 64, dtype=torch.int8), torch.ones(32, 64, dtype=torch.int8)
     image, kernels = torch.ones(2, 16, 7, 7, dtype=torch.int8), torch.ones(32, 16, 3, 3, dtype=torch.int8)
     with measure.CountInt8() as counted:
         ops.linear8(x, weight, torch.ones(32), None, torch.float32, kernel)
+        ops.linear_gelu8(x, weight, torch.ones(32), None, torch.ones(32), torch.int8, kernel)
         ops.conv8(image, kernels, torch.ones(32), None, None, [2, 2], [1, 1], torch.float32, kernel)
-    assert counted.flops == (0 if kernel == "reference" else 2 * 10 * 64 * 32 + 2 * 2 * 32 * 16 * 16 * 9)
+    assert counted.flops == (0 if kernel == "reference" else 2 * 2 * 10 * 64 * 32 + 2 * 2 * 32 * 16 * 16 * 9)
 
 
 def test_layers_that_hold_a_packed_weight_count():

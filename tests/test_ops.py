@@ -104,6 +104,7 @@ def test_operators_with_a_chosen_kernel_have_the_shape_and_layout_they_promise(d
     affine = torch.rand(32).half()
     cases = [(ops.linear8, (x, w, torch.rand(16), None, half, "reference")),
              (ops.linear8, (x, w, one, torch.rand(16), torch.bfloat16, "reference")),
+             (ops.linear_gelu8, (x, w, torch.rand(16), torch.rand(16), torch.rand(16), dtype, "reference")),
              (ops.conv8, (pixels, taps, torch.rand(16), torch.rand(16), None, [2, 2], [1, 1], half, "reference")),
              (ops.conv8, (pixels, taps, torch.rand(16), torch.rand(16), torch.randn(2, 16, 5, 4).half(), [1, 1], [0, 0], half,
                           "reference")),

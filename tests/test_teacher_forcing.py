@@ -43,7 +43,7 @@ from sdtrt_backend.values import FP8_MAX
 QUANTIZE = (QD.quantize_per_tensor.default, ops.quantize_fp8)
 DEQUANTIZE = (QD.dequantize_per_tensor.default, QD.dequantize_per_channel.default, ops.dequantize_fp8)
 ONEDNN = (torch.ops.onednn.qconv_pointwise.default, torch.ops.onednn.qlinear_pointwise.default)
-PRODUCTS_8 = (ops.int8_conv2d, ops.int8_linear, ops.conv8, ops.linear8, *ONEDNN)
+PRODUCTS_8 = (ops.int8_conv2d, ops.int8_linear, ops.conv8, ops.linear8, ops.linear_gelu8, *ONEDNN)
 ARITHMETIC = (operator.add, torch.add, operator.mul, torch.mul, operator.truediv)
 CASTS = ("to", "float", "half", "bfloat16", "type", "type_as")
 MODELS = {"bundled_unet": bundled_unet, "flux": FAMILIES["flux"], "sdxl_unet": FAMILIES["sdxl_unet"]}
@@ -263,18 +263,20 @@ class TeacherForcing(fx.Interpreter):
             seen.add(n)
             if n.target in OPS and n.all_input_nodes[0].target in DEQUANTIZE:
                 found.append(n)
-            front += [i for i in n.all_input_nodes if i.name not in known]
+            front += [i for i in n.all_input_nodes if i.name not in known and i.target not in QUANTIZE]
         return found
 
     def find_codes(self):
         """Node of an 8-bit tensor that a product reads -> (name of the quantisation, how the code is written)."""
         codes, known = {}, set(self.stands_for.values())
         by_product = {}
-        for product in [n for n in self.case.gm.graph.nodes if n.target in PRODUCTS_8]:
+        for product in [n for n in reversed(self.case.gm.graph.nodes) if n.target in PRODUCTS_8]:
             ends, front = set(), [product]
             while front:
                 n = front.pop()
-                if n in self.stands_for:
+                if n in codes:  # it writes what the next one reads
+                    ends.add(codes[n][0])
+                elif n in self.stands_for:
                     ends.add(self.stands_for[n])
                 else:
                     front += n.users
@@ -372,8 +374,10 @@ class TeacherForcing(fx.Interpreter):
         return max([UNIT[torch.float32], *(UNIT[d] for d in narrow)])
 
     def probabilities_unit(self, cone):
-        """Attention kernels other than the reference round the probabilities to the dtype of the values."""
-        return sum(UNIT[self.env[c.args[2]].dtype] for c in cone if c.target is ops.attention8 and c.args[-1] != "reference")
+        """Attention kernels other than the reference round the probabilities to the dtype of the values, and GELU in a product
+        is made of PTX's tanh.approx, whose error is 2**-11 of its value."""
+        return sum(UNIT[self.env[c.args[2]].dtype] if c.target is ops.attention8 else 2**-11 for c in cone
+                   if c.target in (ops.attention8, ops.linear_gelu8) and c.args[-1] != "reference")
 
 
 WRITTEN = {"signed": lambda code: code, "unsigned": lambda code: code + 128, "high": lambda code: (code / 256).floor() + 128,
@@ -527,9 +531,11 @@ def count_for_cuda(case, found, model):
     attentions = len(calls(case.reference, ATTENTION))
     decisions = case.layers.values()
     assert found["conv8"] == sum(d.layer.op == "conv2d" for d in decisions)
-    assert found["linear8"] == len({(d.layer.source, d.group) for d in decisions if d.layer.op == "linear"})
+    products = {(d.layer.source, d.group) for d in decisions if d.layer.op == "linear"}
+    assert found["linear8"] + found["linear_gelu8"] == len(products)
     if model == "flux":
         assert found["rms_rope8"] == 2 * attentions
+        assert bool(found["linear_gelu8"]) is all(d.precision == "int8" for d in decisions)
     else:
         assert found["geglu8"] == len(calls(case.reference, F.gelu)) > 0
         assert found["layer_norm8"] + found["add_layer_norm8"] == len(calls(case.reference, F.layer_norm)) > 0
@@ -606,6 +612,8 @@ FOR_CUDA = {
     "silu": (ops.group_norm8, argument(7, operator.not_), always, "sdxl_unet"),
     "groups": (ops.group_norm8, argument(3, lambda groups: groups // 2), always, "sdxl_unet"),
     "a norm's scale": (ops.group_norm8, constant(8, 1.001), has(8), "sdxl_unet"),
+    "a product's scale behind gelu": (ops.linear_gelu8, constant(4, 1.01), always, "flux"),
+    "a product's bias in front of gelu": (ops.linear_gelu8, drop(3), has(3), "flux"),
     "a norm's weight": (ops.layer_norm8, drop(1), always, "sdxl_unet"),
     "a sum": (ops.add_layer_norm8, lambda gm, node: swapped_in(node), always, "sdxl_unet"),
     "a gate's scale": (ops.geglu8, constant(1, 1.001), always, "sdxl_unet"),

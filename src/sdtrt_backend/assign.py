@@ -13,7 +13,7 @@ from torch import fx
 
 from . import ops
 from .calls import call_arguments, name_of, rearranges
-from .fx import ATTENTION, WORK, pair, plain_attention
+from .fx import ATTENTION, WORK, by_tanh, pair, plain_attention
 from .kernels import Problem, Timed, Unsteady
 from .rules import OPS
 from .stats import relative_error
@@ -30,6 +30,7 @@ PARTS = ("chunk", "split", "unbind", "getitem", "to", "float", "half", "bfloat16
 # of the work of a graph's products and attentions: what another precision could win at most, for it to be worth the seconds that
 # compiling its candidates takes
 LEAST_GAIN = 0.01
+PASS_OF_PRODUCT = 0.25  # that GELU's pass takes, of the time of the product in front of it (4096x3072 by 12288x3072, H200)
 
 
 def mark_work(gm: fx.GraphModule) -> None:
@@ -108,7 +109,8 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
         return precisions[0], ""
     refusals = {precisions[0]: _refusal(problems, chooser, precisions[0])}
     share = max(c.meta.get(WORK, 1.0) for c in calls)
-    if refusals[precisions[0]] or share * max(chooser.room(p, precisions[0]) for p in problems) > LEAST_GAIN:
+    gelu = len(linears) == 1 and all(map(by_tanh, linears[0].users)) and gelu_pays(linears[0])
+    if gelu or refusals[precisions[0]] or share * max(chooser.room(p, precisions[0]) for p in problems) > LEAST_GAIN:
         refusals |= {other: _refusal(problems, chooser, other) for other in precisions[1:]}  # takes seconds to compile
     taken = [precision for precision, refusal in refusals.items() if refusal is None]
     if not taken:
@@ -121,12 +123,19 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
         return taken[0], ""  # the machine was too busy to tell: what was planned stays
     products = 2 if members[0].two_codes else 1
     times = {p: products * (quantization_ms(source, chooser, DTYPES[p]) + sum(each)) for p, each in narrow.items()}
+    if gelu and "int8" in times:
+        times["int8"] -= chooser.gelu_saves(problems[0], DTYPES[precisions[0]])
     fastest = min(times, key=times.__getitem__)
     if times[fastest] >= chooser.gain * sum(wide):
         least = "" if chooser.gain == 1 else f"; 8 bits must save {1 - chooser.gain:.0%}"
         return "16-bit", (f"measured on this {chooser.place}: {times[fastest]:.4f} ms in {fastest} with quantising the input, "
                           f"{sum(wide):.4f} ms in {str(problems[0].dtype)[6:]}{least}")
     return fastest, ""
+
+
+def gelu_pays(product: fx.Node) -> bool:
+    """Whether an int8 kernel that applies the GELU behind a product is worth the time that compiling it takes."""
+    return bool(product.meta.get(WORK, 1.0) * PASS_OF_PRODUCT > LEAST_GAIN)
 
 
 def _refusal(problems: Sequence[Problem], chooser: Timed, precision: str) -> str | None:

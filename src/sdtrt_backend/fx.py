@@ -17,9 +17,9 @@ from . import identity
 from .calls import arguments, call_arguments, changes, inputs_changed, name_of, shares, written
 from .errors import GraphError
 
-__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "call_arguments", "changes", "described",
-           "drop_dead", "finish", "inductor", "inputs_changed", "inserting_after", "module_path", "pair", "plain_attention",
-           "propagate", "read_through_copies", "start_workers", "written"]
+__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "by_tanh", "call_arguments", "changes",
+           "described", "drop_dead", "finish", "inductor", "inputs_changed", "inserting_after", "module_path", "pair",
+           "plain_attention", "propagate", "read_through_copies", "start_workers", "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text
@@ -50,6 +50,11 @@ def plain_attention(node: fx.Node, masked: bool = False) -> tuple[fx.Node, fx.No
     query, key, value = (t.meta["val"].shape for t in (q, k, v))
     plain = len(query) == 4 and key == value and key[:2] == query[:2] and not isinstance(scale, fx.Node)
     return (q, k, v, query[-1] ** -0.5 if scale is None else scale) if plain else None
+
+
+def by_tanh(node: fx.Node) -> bool:
+    """Whether the call is GELU by its formula with tanh."""
+    return node.target is torch.nn.functional.gelu and arguments(node)["approximate"] == "tanh"
 
 
 def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:

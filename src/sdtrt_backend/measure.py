@@ -85,6 +85,7 @@ KERNELS_8: dict[str, Callable[[Any, Mapping[str, Any]], int]] = {
     "aten::_int_mm": _by_input,
     **{f"aten::{name}": _scaled for name in ("_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm", "_scaled_grouped_mm_v2")},
     "sdtrt_backend::linear8": _our_own,
+    "sdtrt_backend::linear_gelu8": _our_own,
     "sdtrt_backend::conv8": _our_own,
     "sdtrt_backend::packed_conv2d": _by_weight,  # what they call is not seen from outside
     "sdtrt_backend::packed_linear": _by_input,

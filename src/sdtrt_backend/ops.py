@@ -127,18 +127,22 @@ def _packed_linear_fake(x: torch.Tensor, x_scale: float, x_zero_point: int, pack
 
 # --- operators whose kernel is chosen by measurement: ``kernel`` names a row of KERNELS ---------------------------------
 LIBRARY.define("linear8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype, str kernel) -> Tensor")
+LIBRARY.define("linear_gelu8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor out_scale, ScalarType dtype, "
+               "str kernel) -> Tensor")
 LIBRARY.define("conv8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
                "ScalarType dtype, str kernel) -> Tensor")
 LIBRARY.define("quantize_fp8(Tensor x, float scale) -> Tensor")
 LIBRARY.define("dequantize_fp8(Tensor q, Tensor scale, ScalarType dtype) -> Tensor")
 linear8 = torch.ops.sdtrt_backend.linear8.default
+linear_gelu8 = torch.ops.sdtrt_backend.linear_gelu8.default
 conv8 = torch.ops.sdtrt_backend.conv8.default
 quantize_fp8 = torch.ops.sdtrt_backend.quantize_fp8.default
 dequantize_fp8 = torch.ops.sdtrt_backend.dequantize_fp8.default
 
 # (operator, provider) -> function(*arguments of the operator, variant); providers add theirs when they are imported
 KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
-VARIED = ("linear8", "conv8", "attention8")  # operators whose kernels take the name of a variant as their last argument
+# operators whose kernels take the name of a variant as their last argument
+VARIED = ("linear8", "linear_gelu8", "conv8", "attention8")
 
 
 def _run(op: str, kernel: str, *arguments: Any) -> Any:
@@ -158,6 +162,15 @@ def _linear8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: t
     return y
 
 
+@torch.library.impl(LIBRARY, "linear_gelu8", "CompositeExplicitAutograd")
+def _linear_gelu8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+                  out_scale: torch.Tensor, dtype: torch.dtype, kernel: str) -> torch.Tensor:
+    """gelu, by its formula with tanh, of what ``linear8`` gives, * out_scale fp32 [out], rounded and saturated -> 8-bit dtype
+    [..., out]."""
+    y: torch.Tensor = _run("linear_gelu8", kernel, x, weight, scale, bias, out_scale, dtype)
+    return y
+
+
 @torch.library.impl(LIBRARY, "conv8", "CompositeExplicitAutograd")
 def _conv8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
            stride: list[int], padding: list[int], dtype: torch.dtype, kernel: str) -> torch.Tensor:
@@ -170,6 +183,12 @@ def _conv8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
 @torch.library.register_fake("sdtrt_backend::linear8", lib=LIBRARY)
 def _linear8_fake(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
                   kernel: str) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("sdtrt_backend::linear_gelu8", lib=LIBRARY)
+def _linear_gelu8_fake(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+                       out_scale: torch.Tensor, dtype: torch.dtype, kernel: str) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
@@ -198,7 +217,15 @@ def reference_conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, b
     return (y if residual is None else y + residual.float()).to(dtype, memory_format=torch.channels_last)
 
 
+def reference_linear_gelu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+                          out_scale: torch.Tensor, dtype: torch.dtype, variant: str = "") -> torch.Tensor:
+    """Plain torch in fp32."""
+    y = reference_linear(x, weight, scale, bias, torch.float32)
+    return encode(torch.nn.functional.gelu(y, approximate="tanh"), out_scale, dtype)
+
+
 KERNELS["linear8", "reference"] = reference_linear
+KERNELS["linear_gelu8", "reference"] = reference_linear_gelu
 KERNELS["conv8", "reference"] = reference_conv
 
 

@@ -57,6 +57,30 @@ def test_linear(row, rows, with_bias):
     check(row, (x, weight, scale, bias, torch.float16), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("rows", [3, 1031])
+def test_linear_with_gelu(rows, dtype):
+    """In 8 bits: rounded, not cut off, and saturated."""
+    kernels.register()
+    torch.manual_seed(rows)
+    x, weight, bias = codes((rows, 192), "int8"), codes((320, 192), "int8"), torch.randn(320, device=DEVICE)
+    scale, out_scale = torch.rand(320, device=DEVICE) * 2e-4, torch.rand(320, device=DEVICE) * 100
+    y = torch.nn.functional.gelu(x.double() @ weight.double().t() * scale + bias.double(), approximate="tanh")
+    expected = ops.encode(y * out_scale, None, dtype)
+    assert int((expected.double().abs() >= (127 if dtype is torch.int8 else 448)).sum()) > rows
+    taken = 0
+    for variant in chain(*PROVIDERS[0].variants("int8")):
+        try:
+            mine = ops.KERNELS["linear_gelu8", "cudnn"](x, weight, scale, bias, out_scale, dtype, variant)
+        except Exception:  # as above
+            continue
+        taken += 1
+        assert stats.relative_error(mine, expected) < gpu.GELU_BOUND, variant
+        if dtype is torch.int8:
+            assert int((mine.int() - expected.int()).abs().max()) <= 1
+    assert taken
+
+
 @pytest.mark.parametrize("row", [r for r in ROWS if r.op == "conv8"], ids=lambda r: f"{r.name}-{r.precision}")
 @pytest.mark.parametrize(("size", "taps", "stride", "padding"), [
     ((2, 64, 13, 9), 3, 1, 1), ((1, 96, 16, 16), 3, 2, 1), ((3, 64, 7, 11), 1, 1, 0)])

@@ -218,6 +218,32 @@ def test_what_a_library_says_tells_whether_it_lasts(error, lasting):
     assert str(error) in found.reason
 
 
+@pytest.mark.parametrize(("ms", "taken"), [(1.5, True), (3.5, False), (None, False)], ids=["faster", "slower", "refused"])
+def test_gelu_is_applied_by_the_product_where_that_is_faster(clock, monkeypatch, ms, taken):
+    asked = []
+
+    def graph_ms(calls):
+        calls[0]()
+        return 1.0 if calls[0].func is ops.KERNELS["linear8", "cudnn"] else ms
+
+    def fused(*arguments):
+        *arguments, variant = arguments
+        asked.append(variant)
+        if ms is None:
+            raise ERRORS["refuses"]
+        return ops.KERNELS["linear_gelu8", "reference"](*arguments)
+
+    monkeypatch.setitem(ops.KERNELS, ("linear8", "cudnn"), lambda *a: ops.KERNELS["linear8", "reference"](*a))
+    monkeypatch.setitem(ops.KERNELS, ("linear_gelu8", "cudnn"), fused)
+    monkeypatch.setattr(providers, "PROVIDERS", (Provider("cudnn", "linear8", "int8", "", lambda p: [("4.2",)]),))
+    monkeypatch.setattr(timing, "graph_ms", graph_ms)
+    chooser = MeasuredChooser(CPU)
+    monkeypatch.setattr(chooser, "quantize_ms", lambda numel, dtype: 4.0)  # a pass is half of it: 1.0 + 2.0 in two steps
+    assert chooser.gelu_kernel(LINEAR, torch.int8) == ("cudnn:4.2" if taken else None)
+    assert chooser.gelu_saves(LINEAR, torch.int8) == (1.5 if taken else 0.0)
+    assert asked[:1] == ["4.2"]
+
+
 def test_torchs_own_attention_is_a_candidate_that_pays_for_its_quantisation(clock, monkeypatch):
     chooser = MeasuredChooser(CPU)
     monkeypatch.setattr(chooser, "quantize_ms", lambda numel, dtype: 7.0)

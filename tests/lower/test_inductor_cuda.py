@@ -149,6 +149,8 @@ MODULES = {
     "plain layer norm": (Fragment(lambda m, x: m.a(m.n(x)), a=linear, n=lambda: nn.LayerNorm(64, elementwise_affine=False)),
                          TOKENS),
     "geglu": (Fragment(gated, a=lambda: linear(256), b=lambda: nn.Linear(128, 64)), TOKENS),
+    "gelu": (Fragment(lambda m, x: m.b(F.dropout(F.gelu(m.a(x), approximate="tanh"), 0.0)), a=lambda: linear(128),
+                      b=lambda: nn.Linear(128, 64)), TOKENS),
     "attention": (Fragment(attend, q=linear, k=linear, v=linear, o=linear), TOKENS),
     "masked attention": (Fragment(lambda m, x: attend(m, x, is_causal=True), q=linear, k=linear, v=linear, o=linear), TOKENS),
 }
@@ -465,6 +467,27 @@ def negate_a_query(m, x):
     (negate_a_gate, {"a": lambda: linear(128), "b": linear}, TOKENS), (negate_a_query, dict.fromkeys("kvo", linear), TOKENS)])
 def test_what_is_changed_in_place_is_changed_for_all_who_read_it(body, children, x):
     gm, reference, tensors = lower(Fragment(body, **children), x)
+    with torch.no_grad():
+        assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+
+
+def test_a_product_in_int8_applies_gelu_and_writes_the_codes():
+    gm, _, _ = lower(*MODULES["gelu"])
+    assert count(gm, ops.linear_gelu8) == count(gm, ops.linear8) == count(gm, torch.round) == 1  # the input's, and the second one
+    gm, _, _ = lower(*MODULES["gelu"], precision="fp8")
+    assert (count(gm, ops.linear_gelu8), count(gm, ops.linear8), count(gm, F.gelu)) == (0, 2, 0)
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: m.b(F.gelu(m.a(x))),
+    lambda m, x: m.b(F.gelu(y := m.a(x), approximate="tanh")) + y,
+    lambda m, x: m.b(y := F.gelu(m.a(x), approximate="tanh")) + y,
+    lambda m, x: m.b(F.gelu(m.a(x) + x, approximate="tanh")),
+    lambda m, x: m.b(F.gelu(m.a(x).flatten(), approximate="tanh").view(2, 5, 64)),
+], ids=["exact", "product read twice", "result read twice", "sum", "views"])
+def test_a_gelu_that_no_product_can_apply_stays(body):
+    gm, reference, tensors = lower(Fragment(body, a=linear, b=linear), TOKENS)
+    assert count(gm, ops.linear_gelu8) == 0
     with torch.no_grad():
         assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
 

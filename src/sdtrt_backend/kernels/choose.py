@@ -26,6 +26,11 @@ class Chooser(Protocol):
         """The kernel that computes attention fastest, writing ``out``; None for torch's own and a quantisation behind it."""
 
 
+    def gelu_kernel(self, problem: Problem, out: torch.dtype) -> str | None:
+        """The int8 kernel of a linear that applies GELU and writes ``out`` itself, where it is faster than ``best`` with a pass
+        behind it; None else."""
+
+
 class Timed(Chooser, Protocol):
     """What the assignment of precisions asks: the same with milliseconds and reasons.
 
@@ -47,6 +52,9 @@ class Timed(Chooser, Protocol):
     def room(self, problem: Problem, precision: str) -> float:
         """Share of ``best``'s time that another precision might save: up to the highest rate that a product was seen to reach on
         this device."""
+
+    def gelu_saves(self, problem: Problem, out: torch.dtype) -> float:
+        """Milliseconds that ``gelu_kernel`` saves at least."""
 
     def wide_ms(self, problem: Problem) -> float:
         """Milliseconds of the kernel in the user's precision; it and ``best`` may be ``Unsteady``."""

@@ -29,10 +29,10 @@ def variants(operand: torch.dtype) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What a plan is built for: y = conv(x, w) * scale [+ bias] [+ residual].
+    """What a plan is built for: y = conv(x, w) * scale [+ bias] [+ residual], or gelu(that) * out_scale.
 
     x: [n, c, h, w], weight: [out, c, kh, kw], all tensors channels last; operand: int8 or float8_e4m3fn; scale fp32 [out];
-    bias: fp32 [out]; residual: of the shape and dtype ``out`` of y.
+    bias, out_scale: fp32 [out]; residual: of the shape and dtype ``out`` of y; gelu: by its formula with tanh.
     """
 
     x: tuple[int, int, int, int]
@@ -43,6 +43,7 @@ class Fusion:
     out: torch.dtype
     bias: bool = True
     residual: bool = False
+    gelu: bool = False
 
     @property
     def y(self) -> tuple[int, int, int, int]:
@@ -83,6 +84,9 @@ class Plans:
         if fusion.residual:
             self.inputs.append(tensor("residual", fusion.y, fusion.out))
             y = g.add(a=y, b=self.inputs[-1], compute_data_type=FLOAT)
+        if fusion.gelu:
+            self.inputs.append(tensor("out_scale", channels, torch.float32))
+            y = g.mul(a=g.gelu_approx_tanh(input=y, compute_data_type=FLOAT), b=self.inputs[-1], compute_data_type=FLOAT)
         n, c, h, w = fusion.y
         y.set_output(True).set_data_type(kinds[fusion.out]).set_dim([n, c, h, w]).set_stride([c * h * w, 1, c * w, c])
         self.output, self.graph = y, g
@@ -103,7 +107,7 @@ class Plans:
         return index, self.graph.get_workspace_size_plan_at_index(index)
 
     def __call__(self, variant: str, y: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """Write ``y``; inputs in order: x, weight, scale, then bias and residual where the fusion has them."""
+        """Write ``y``; inputs in order: x, weight, scale, then bias, residual and out_scale where the fusion has them."""
         import cudnn
 
         if variant not in self.built:
@@ -214,12 +218,20 @@ def plans(fusion: Fusion, device: int) -> Plans:
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
            variant: str) -> torch.Tensor:
     """A 1x1 convolution over [1, in, rows, 1]; see ``ops.linear8``."""
+    return linear_gelu(x, weight, scale, bias, None, dtype, variant)
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+                out_scale: torch.Tensor | None, dtype: torch.dtype, variant: str) -> torch.Tensor:
+    """See ``ops.linear_gelu8``; without an out_scale there is no GELU."""
     k, n = x.shape[-1], weight.shape[0]
     x = x.contiguous()
-    fusion = Fusion((1, k, x.numel() // k, 1), (n, k, 1, 1), (1, 1), (0, 0), x.dtype, dtype, bias is not None)
+    fusion = Fusion((1, k, x.numel() // k, 1), (n, k, 1, 1), (1, 1), (0, 0), x.dtype, dtype, bias is not None,
+                    gelu=out_scale is not None)
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
+    extra = [t for t in (bias, out_scale) if t is not None]
     with _ONE_AT_A_TIME:
-        return plans(fusion, x.device.index)(variant, y, x, weight, scale, *(() if bias is None else (bias,)))
+        return plans(fusion, x.device.index)(variant, y, x, weight, scale, *extra)
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,

@@ -18,12 +18,17 @@ from .problem import NARROW, Choice, Problem
 from .timing import Refusal
 
 ATTENTION_BOUND = 2e-2  # ERROR_BOUND of attention written in 8 bits: a rounding tie is a step of 1/32 of a standard deviation
+# ERROR_BOUND behind GELU, whose values are about 1 and become CODES_OF_GELU codes: rounding ties are 6e-3 of them, codes that are
+# cut off instead of rounded 4e-2
+GELU_BOUND, CODES_OF_GELU = 2e-2, 16.0
 ATTENTION_FP8_BOUND = 6e-2  # likewise with probabilities rounded to e4m3
 # Standard deviation of v's codes, about that of a real v with ``assign.ATTENTION_HEADROOM``. The mean over the tokens of a video
 # is a hundredth of it, and e4m3 has nothing between 0 and 2^-9
 CODES_OF_V = 8.0
 # A kernel's configurations were never this far apart: where one is so much slower than torch's attention, no other is tried
 ATTENTION_SPREAD = 1.25
+# Inductor's pass over a tensor, from 16 bits to 8, took 0.58 of the time of torch's copy, by which a pass is timed here
+PASS_OF_COPY = 0.5
 # Keys from which on torch's attention (cuDNN's) was 1.37 times and more as fast as ours on GPUs of ATTENTION_FP8_CAPABILITY
 LONG = 4096
 # Of the best rate that a product reached on this GPU: rates nearer to it are as good
@@ -74,6 +79,35 @@ class MeasuredChooser:
         share = problem.flops / best.ms / before if before else 0.0
         share = self._known(f"share of the full rate, {precision} {problem}", lambda: {"share": share})["share"]
         return 0.0 if share >= FULL_RATE else 1.0 - share
+
+    def gelu_kernel(self, problem: Problem, out: torch.dtype) -> str | None:
+        """See ``Chooser``."""
+        found = self._with_gelu(problem, out)
+        return found.kernel if found is not None and self.gelu_saves(problem, out) > 0 else None
+
+    def gelu_saves(self, problem: Problem, out: torch.dtype) -> float:
+        """See ``Timed``."""
+        plain, found = self.best(problem, "int8"), self._with_gelu(problem, out)
+        if plain is None or found is None:
+            return 0.0
+        return max(0.0, plain.ms + PASS_OF_COPY * self.quantize_ms(problem.x[0] * problem.weight[0], problem.dtype) - found.ms)
+
+    def _with_gelu(self, problem: Problem, out: torch.dtype) -> Choice | None:
+        """The configuration that is best for the product alone, with GELU behind it."""
+        best = self.best(problem, "int8")
+        if best is None or not best.kernel.startswith("cudnn:"):
+            return None
+
+        def measure() -> dict[str, float | Refusal]:
+            x, weights, bias = self._operands(problem, "int8", torch.float32)
+            n, k = problem.weight
+            scale = torch.full((n,), 1 / (32 * 32 * math.sqrt(k)), device=self.device)
+            tail = (scale, bias, torch.full_like(bias, CODES_OF_GELU), out)
+            expected = ops.KERNELS["linear_gelu8", "reference"](x, weights[0], *tail)
+            run, variant = partial(ops.KERNELS["linear_gelu8", "cudnn"], x), best.kernel.partition(":")[2]
+            return {best.kernel: timing.timed(run, weights, (*tail, variant), expected, GELU_BOUND)}
+
+        return fastest(self._known(f"gelu to {str(out)[6:]} behind int8 {problem}", measure))
 
     def reasons(self, problem: Problem, precision: str) -> tuple[str, ...]:
         """See ``Timed``."""
@@ -162,21 +196,19 @@ class MeasuredChooser:
 
     def _time(self, problem: Problem, precision: str) -> dict[str, float | Refusal]:
         op = {"linear": "linear8", "conv2d": "conv8"}[problem.op]
-        noise = torch.Generator(self.device).manual_seed(0)
-        dtype, copies = DTYPES[precision], timing.copies(problem.weight, 1)
-        x, *weights = (timing.codes(shape, dtype, noise) for shape in (problem.x, *[problem.weight] * copies))
-        out = problem.weight[0]
         times: dict[str, float | Refusal] = {}
         for p in providers.rows(op, precision):
+            x, weights, bias = self._operands(problem, precision, problem.dtype if p.narrow_bias else torch.float32)
+            out = problem.weight[0]
             scale = torch.full((1 if p.one_scale else out,), 1 / math.sqrt(math.prod(problem.weight[1:])), device=self.device)
-            bias = torch.randn(out, generator=noise, device=self.device, dtype=problem.dtype if p.narrow_bias else torch.float32)
             tail: tuple[Any, ...] = (scale, bias, problem.dtype)
             if op == "conv8":
                 tail = (scale, bias, None, list(problem.stride), list(problem.padding), problem.dtype)
             run = partial(ops.KERNELS[op, p.name], x)
             expected = ops.KERNELS[op, "reference"](x, weights[0], *tail)
 
-            def tried(variant: str, run: Any = run, tail: Any = tail, expected: Any = expected) -> float | Refusal:
+            def tried(variant: str, run: Any = run, weights: Any = weights, tail: Any = tail,
+                      expected: Any = expected) -> float | Refusal:
                 return timing.timed(run, weights, (*tail, variant), expected, timing.ERROR_BOUND)
 
             like = partial(_like, p, problem)
@@ -187,6 +219,13 @@ class MeasuredChooser:
                 self._remember(like, found, _large(problem))
             times |= {f"{p.name}:{variant}": ms for variant, ms in found.items()}
         return times
+
+    def _operands(self, problem: Problem, precision: str,
+                  dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """(x, copies of a weight, bias in ``dtype``)."""
+        noise, copies = torch.Generator(self.device).manual_seed(0), timing.copies(problem.weight, 1)
+        x, *weights = (timing.codes(shape, DTYPES[precision], noise) for shape in (problem.x, *[problem.weight] * copies))
+        return x, weights, torch.randn(problem.weight[0], generator=noise, device=self.device, dtype=dtype)
 
     def _remember(self, like: Callable[[str], tuple[Any, ...]], found: Mapping[str, float | Refusal], large: bool) -> None:
         """Which configurations were far from the best of this provider."""

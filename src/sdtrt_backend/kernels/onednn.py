@@ -60,6 +60,14 @@ class CpuChooser:
         """See ``Timed``: there is one precision."""
         return 0.0
 
+    def gelu_kernel(self, problem: Problem, out: torch.dtype) -> str | None:
+        """None: Inductor's loops write the codes."""
+        return None
+
+    def gelu_saves(self, problem: Problem, out: torch.dtype) -> float:
+        """See ``Timed``."""
+        return 0.0
+
     def wide_ms(self, problem: Problem) -> float:
         """Milliseconds of the kernel in the user's precision that Inductor calls with weights packed ahead."""
         own: float = self._race(problem)["own"]

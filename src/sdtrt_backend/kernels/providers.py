@@ -91,6 +91,7 @@ def register() -> None:
         ops.KERNELS["attention8", "triton"] = triton_candidates.attention
     ops.KERNELS["linear8", "cublaslt"] = cublaslt.linear
     ops.KERNELS["linear8", "cudnn"] = cudnn.linear
+    ops.KERNELS["linear_gelu8", "cudnn"] = cudnn.linear_gelu
     ops.KERNELS["conv8", "cudnn"] = cudnn.conv
     ops.KERNELS["attention_fp8", "cudnn"] = cudnn.attention_fp8
 

@@ -72,7 +72,6 @@ def _choices() -> Any:
 def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
     """Every quantised convolution becomes conv8, the linears that read one tensor become one linear8."""
     read_through_copies(gm)
-    gelu_by_sigmoid(gm)
     complex_in_real(gm)
     rewrite_attention(gm, choose)
     for quantize in [n for n in gm.graph.nodes if n.target in QUANTIZE]:
@@ -86,6 +85,7 @@ def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
         if linears:
             _linears(gm, linears, code, scale, precision, choose)
     drop_dead(gm.graph)
+    gelu_by_sigmoid(gm)
     for norm in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.group_norm):
         _wide_group_norm(gm, norm, choose)
     for merged in [n for how in ("reshape", "flatten") for n in gm.graph.find_nodes(op="call_method", target=how)]:
@@ -146,7 +146,8 @@ def _produced(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: 
         made = None if kernel is None else produce(gm, source, factor, dtype, kernel)
         if made is not None:
             return made
-    return producers.attention(gm, source, factor, dtype, choose.attention_kernel)
+    return (producers.linear_gelu(gm, source, factor, dtype, choose.gelu_kernel)
+            or producers.attention(gm, source, factor, dtype, choose.attention_kernel))
 
 
 def _plain(gm: fx.GraphModule, quantize: fx.Node, source: fx.Node, inverse: torch.Tensor, dtype: torch.dtype) -> fx.Node:

@@ -15,8 +15,10 @@ import torch
 from torch import fx
 
 from .. import ops
+from ..assign import gelu_pays
 from ..calls import arguments, dimension, name_of, rearranges, written
-from ..fx import ATTENTION, add_constant, plain_attention
+from ..fx import ATTENTION, add_constant, by_tanh, plain_attention
+from ..kernels import Problem
 
 # not in place: a kernel that takes the sum along does not write it where others read it under its first operand's name
 ADDITIONS = (operator.add, torch.add)
@@ -45,10 +47,9 @@ def gelu_by_sigmoid(gm: fx.GraphModule) -> None:
     """gelu(x, "tanh") as x * sigmoid(2 u), which it equals: one exponential, where the library's tanh makes the pass over a
     transformer's widest tensor compute-bound."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.gelu):
-        given = arguments(node)
-        if given["approximate"] != "tanh":
+        if not by_tanh(node):
             continue
-        call, dtype = gm.graph.call_function, node.meta["val"].dtype
+        given, call, dtype = arguments(node), gm.graph.call_function, node.meta["val"].dtype
         with gm.graph.inserting_before(node):
             x = gm.graph.call_method("float", (given["input"],))
             cubic = call(torch.mul, (call(torch.square, (x,)), TWO_ROOT * 0.044715))
@@ -207,6 +208,26 @@ def geglu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torc
         return None
     out_scale = add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1))
     return gm.graph.call_function(ops.geglu8, (x, out_scale, dtype, kernel))
+
+
+def linear_gelu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype,
+                choose: Callable[[Problem, torch.dtype], str | None]) -> fx.Node | None:
+    """int8 linear -> gelu, by its formula with tanh; ``choose`` names the kernel or declines."""
+    if not by_tanh(source):
+        return None
+    product = arguments(source)["input"]
+    if product.target is not ops.linear8 or len(product.users) != 1 or not gelu_pays(product):
+        return None
+    x, weight, scale, bias, wide, _ = product.args
+    codes, value = getattr(gm, str(weight.target)), product.meta["val"]
+    if codes.dtype is not torch.int8:
+        return None
+    rows = value.numel() // len(codes)
+    kernel = choose(Problem("linear", (rows, codes.shape[1]), tuple(codes.shape), (1, 1), (0, 0), wide), dtype)
+    if kernel is None:
+        return None
+    out_scale = add_constant(gm, f"{source.name}_out_scale", factor.float().view(-1).expand(len(codes)).contiguous())
+    return gm.graph.call_function(ops.linear_gelu8, (x, weight, scale, bias, out_scale, dtype, kernel))
 
 
 def attention(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor | None, dtype: torch.dtype,

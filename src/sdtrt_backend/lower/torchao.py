@@ -29,6 +29,9 @@ class OneKernel:
     def producer(self, op: str) -> str | None:
         return None
 
+    def gelu_kernel(self, problem: Problem, out: torch.dtype) -> str | None:
+        return None
+
     def attention_kernel(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> str | None:
         return None
 
