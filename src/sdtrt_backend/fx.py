@@ -22,7 +22,7 @@ __all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_wor
            "plain_attention", "propagate", "read_through_copies", "start_workers", "written"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
-MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text
+MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text, and the tensors whose memory it may share
 WORK = "work"  # key of ``meta``: the share of a graph's products and attentions that those of this call's shapes are, together
 LEAST_SHARE = 1e-3  # of it: below that nothing is measured for an attention
 
@@ -64,18 +64,22 @@ def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
 
 def propagate(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> None:
     """Write every node's shape, dtype and strides for these inputs into ``meta["val"]``. What one call makes of tensors of some
-    shapes, dtypes and strides is not computed again for another like it, in another block or before a pass, but where its result
-    may lie in memory of what it reads: whose that is shows in ``val`` too."""
-    known = {n.meta[MADE_BY]: n.meta["val"] for n in gm.graph.nodes if MADE_BY in n.meta}
-    modes = (v.fake_mode for v in known.values() if isinstance(v, FakeTensor))
+    shapes, dtypes and strides is not computed again for another like it, in another block or before a pass; where its result may
+    lie in memory of what it reads, only for another of the same tensors: whose memory it is shows in ``val`` too."""
+    known = {_key(*n.meta[MADE_BY]): (n.meta[MADE_BY][1], n.meta["val"]) for n in gm.graph.nodes if MADE_BY in n.meta}
+    modes = (v.fake_mode for _, v in known.values() if isinstance(v, FakeTensor))
     with torch.no_grad():
         _Propagate(gm, next(modes, None) or FakeTensorMode(allow_non_fake_inputs=True), known).propagate(*example)
 
 
-class _Propagate(FakeTensorProp):
-    """known: a call as text, with what it reads described, -> its result; within: the autocast it is in."""
+def _key(made_by: str, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    return made_by, *map(id, tensors)
 
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, known: dict[str, Any]) -> None:
+
+class _Propagate(FakeTensorProp):
+    """known: ``_key`` of a call -> (the tensors in the key, which it keeps alive, the result); within: the autocast it is in."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, known: dict[tuple[Any, ...], tuple[Sequence[Any], Any]]) -> None:
         super().__init__(gm, mode)
         self.known, self.within = known, ""
 
@@ -84,14 +88,20 @@ class _Propagate(FakeTensorProp):
         if "autocast" in name_of(n):
             self.within += f"{name_of(n)}{n.args}"
         made_by = self._text(n)
-        if made_by in self.known:
-            n.meta["val"] = result = self.known[made_by]
-        else:
-            result = super().run_node(n)
-            if not made_by or not isinstance(n.meta.get("val"), FakeTensor) or shares(n):
+        if not made_by:
+            return super().run_node(n)
+        read = [a.meta["val"] for a in n.all_input_nodes]
+        for tensors in ([], read):
+            if (key := _key(made_by, tensors)) in self.known:
+                n.meta[MADE_BY] = made_by, tensors
+                n.meta["val"] = result = self.known[key][1]
                 return result
-            self.known[made_by] = n.meta["val"]
-        n.meta[MADE_BY] = made_by
+        result = super().run_node(n)
+        made = n.meta.get("val")
+        if all(isinstance(v, FakeTensor) for v in (made if isinstance(made, list | tuple) else [made])):
+            tensors = read if shares(n) else []
+            n.meta[MADE_BY] = made_by, tensors
+            self.known[_key(made_by, tensors)] = tensors, made
         return result
 
     def _text(self, n: fx.Node) -> str:
