@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from . import identity
 from .calls import call_arguments, written
@@ -132,7 +133,9 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
     for node in captured.placeholders():  # what is computed of an input may depend on its dtype
         if node.name in nodes and "example_value" in node.meta:
             nodes[node.name].meta["example_value"] = node.meta["example_value"]
-    gm, baked = fx.GraphModule(root, graph), frozenset[str]()
+    # written as Python code when it is first called, and passes call it never: for a deep model that is a second each time
+    gm: fx.GraphModule = _LazyGraphModule(root, graph)
+    baked = frozenset[str]()
     if numbers:
         gm, baked = without_item(gm, numbers)
     gm.meta["baked"] = baked

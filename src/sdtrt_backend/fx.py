@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from . import identity
@@ -24,6 +25,8 @@ __all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_wor
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text, and the tensors whose memory it may share
 WORK = "work"  # key of ``meta``: the share of a graph's products and attentions that those of this call's shapes are, together
+# calls whose numbers do not tell the shape or dtype of what they make
+SCALED = ("quantize_per_tensor", "dequantize_per_tensor", "quantize_fp8")
 LEAST_SHARE = 1e-3  # of it: below that nothing is measured for an attention
 
 
@@ -112,9 +115,14 @@ class _Propagate(FakeTensorProp):
         if n.op not in ("call_function", "call_method") or changes(n) is not None:
             return ""
         try:
-            return self.within + identity.call(n, lambda a: described(a.meta["val"]))
+            return self.within + identity.call(n, lambda a: described(a.meta["val"]),
+                                               _without_scale if name_of(n) in SCALED else identity.own_arguments)
         except (GraphError, KeyError):
             return ""
+
+
+def _without_scale(node: fx.Node) -> tuple[Any, Any]:
+    return [a for a in node.args if not isinstance(a, float)], node.kwargs
 
 
 def described(value: Any) -> str:
@@ -142,7 +150,7 @@ def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],
         try:
             known = {id(module) for module in PyCodeCache.modules}
             compiled = cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
-            runnable(gm)  # which Inductor keeps
+            _without_graph(gm)  # Inductor keeps the module
             weakref.finalize(compiled, _let_go, [m for m in PyCodeCache.modules if id(m) not in known]).atexit = False
             return compiled
         finally:
@@ -217,13 +225,12 @@ def drop_dead(graph: fx.Graph) -> None:
 
 
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
-    """Clean up after a pass: drop dead nodes and unused constants, check, recompile."""
-    drop_dead(gm.graph)
+    """Clean up after a pass: check, drop dead nodes and unused constants, recompile."""
+    drop_dead(gm.graph)  # which checks it
     gm.delete_all_unused_submodules()
     used = {n.target for n in gm.graph.nodes if n.op == "get_attr"}
     for name in [name for name, _ in gm.named_buffers() if name not in used]:
         delattr(gm, name)
-    gm.graph.lint()
     gm.recompile()
     return gm
 
@@ -235,9 +242,15 @@ def alive(nodes: Mapping[str, fx.Node], gm: fx.GraphModule) -> dict[str, fx.Node
 
 
 def runnable(gm: fx.GraphModule) -> Callable[..., Any]:
-    """Its forward, for good: the graph is let go. A graph and its module hold each other, so that the tensors of a step that is
-    dropped would wait for Python's collection of cycles."""
+    """Its forward, for good: the graph is let go."""
+    _LazyGraphModule.force_recompile(gm)
     forward = gm.forward
+    _without_graph(gm)
+    return forward
+
+
+def _without_graph(gm: fx.GraphModule) -> None:
+    """A graph and its module hold each other, so that the tensors of a step that is dropped would wait for Python's collection of
+    cycles."""
     gm.graph._owning_module = None
     del gm._graph
-    return forward

@@ -75,29 +75,41 @@ def _in_fp8(gm: fx.GraphModule, node: fx.Node, codes: list[fx.Node], scales: lis
 def complex_in_real(gm: fx.GraphModule) -> None:
     """Neighbouring pairs taken as complex numbers and multiplied by others, as x * cos + swapped(x) * sin: Inductor fuses no
     complex numbers, and ``rms_rope`` knows this form. The tables of cosines and sines are made once, where the factors are."""
+    call, method = gm.graph.call_function, gm.graph.call_method
     tables: dict[fx.Node, list[fx.Node]] = {}
     for product in [n for n in gm.graph.nodes if n.target in PRODUCTS]:
         for merged in [m for real in product.users if real.target is torch.view_as_real for m in real.users]:
-            for pairs, factor in permutations(operands(product, PRODUCTS) or (), 2):
-                found = _paired(pairs, merged)
+            for complex_x, factor in permutations(operands(product, PRODUCTS) or (), 2):
+                found = _paired(complex_x, merged)
                 if found is None:
                     continue
-                spread = name_of(factor) == "unsqueeze"
-                angles = arguments(factor)["input"] if spread else factor
-                if angles not in tables:
-                    with inserting_after(angles):
-                        parts = [_call(gm, torch.select, _call(gm, torch.view_as_real, angles), -1, i) for i in (0, 1)]
-                        one_for_all = angles.meta["val"].shape[-1:] in ((), (1,))
-                        tables[angles] = parts if one_for_all else [_call(gm, "repeat_interleave", p, 2, -1) for p in parts]
+                x, pairs = found
+                if factor not in tables:
+                    tables[factor] = _cos_and_sin(gm, factor, tables)
                 with gm.graph.inserting_before(merged):
-                    cos, sin = (_call(gm, "unsqueeze", t, arguments(factor)["dim"]) if spread else t for t in tables[angles])
-                    halves = _call(gm, "unbind", _call(gm, "unflatten", found, -1, (-1, 2)), -1)
-                    even, odd = (_call(gm, operator.getitem, halves, i) for i in (0, 1))
-                    swapped = _call(gm, "flatten", _call(gm, torch.stack, [_call(gm, torch.neg, odd), even], -1), -2)
-                    y = _call(gm, torch.add, _call(gm, torch.mul, found, cos), _call(gm, torch.mul, swapped, sin))
+                    cos, sin = tables[factor]
+                    halves = method("unbind", (pairs, -1))
+                    even, odd = (call(operator.getitem, (halves, i)) for i in (0, 1))
+                    swapped = method("flatten", (call(torch.stack, ([call(torch.neg, (odd,)), even], -1)), -2))
+                    y = call(torch.add, (call(torch.mul, (x, cos)), call(torch.mul, (swapped, sin))))
+                swapped.meta["val"] = y.meta["val"] = merged.meta["val"]
                 merged.replace_all_uses_with(y)
                 break
-    drop_dead(gm.graph)
+
+
+def _cos_and_sin(gm: fx.GraphModule, factor: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+    """Real and imaginary parts for each of a pair's values, made behind ``factor``, or behind what it spreads over the heads."""
+    if name_of(factor) == "unsqueeze":
+        given = arguments(factor)
+        if given["input"] not in known:
+            known[given["input"]] = _cos_and_sin(gm, given["input"], known)
+        tables = known[given["input"]]
+        with inserting_after(tables[-1]):
+            return [_call(gm, "unsqueeze", t, given["dim"]) for t in tables]
+    with inserting_after(factor):
+        parts = [_call(gm, torch.select, _call(gm, torch.view_as_real, factor), -1, i) for i in (0, 1)]
+        one_for_all = factor.meta["val"].shape[-1:] in ((), (1,))
+        return parts if one_for_all else [_call(gm, "repeat_interleave", part, 2, -1) for part in parts]
 
 
 def _call(gm: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
@@ -111,13 +123,13 @@ def _call(gm: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
     return node
 
 
-def _paired(pairs: fx.Node, merged: fx.Node) -> fx.Node | None:
-    """x, where ``pairs`` are its neighbours as complex numbers and ``merged`` has the shape of x again."""
-    if pairs.target is not torch.view_as_complex or name_of(merged) not in ("flatten", "reshape", "view"):
+def _paired(complex_x: fx.Node, merged: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(x, its neighbours in pairs), where those are taken as complex numbers and ``merged`` has the shape of x again."""
+    if complex_x.target is not torch.view_as_complex or name_of(merged) not in ("flatten", "reshape", "view"):
         return None
-    split = arguments(pairs)["input"]
-    x = arguments(split)["input"] if rearranges(split) else split
-    return x if _in_pairs(split, x) and merged.meta["val"].shape == x.meta["val"].shape else None
+    pairs = arguments(complex_x)["input"]
+    x = arguments(pairs)["input"] if rearranges(pairs) else pairs
+    return (x, pairs) if _in_pairs(pairs, x) and merged.meta["val"].shape == x.meta["val"].shape else None
 
 
 def rms_rope(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node | None, dtype: torch.dtype, kernel: str) -> fx.Node | None:
