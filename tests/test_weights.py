@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
+import time
 import weakref
+from collections import defaultdict
 
 import pytest
 import torch
@@ -38,6 +41,35 @@ def test_the_memory_it_had_is_free(parameter):
     weights.release([parameter])
     gc.collect()
     assert memory() is None
+
+
+def test_host_memory_that_was_pinned_ahead_is_taken(monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK", 4096)
+    parameters = [torch.nn.Parameter(torch.randn(10, 50)) for _ in range(5)]  # two in a chunk
+    before, spare, started = [p.detach().clone() for p in parameters], defaultdict(list), threading.active_count()
+    with weights.pinning(parameters, spare):
+        while len(spare[torch.device("cpu")]) < 2:
+            time.sleep(0.001)
+    assert threading.active_count() == started
+    (ahead,) = spare.values()
+    assert [len(chunk) for chunk in ahead] == [4096, 4096]  # no more than they surely fill
+    weights.release(parameters, spare)
+    assert ahead == []
+    assert all(map(torch.equal, parameters, before))
+
+
+def test_memory_that_cannot_be_pinned_ahead_is_no_error(parameter, monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK", parameter.nbytes)
+    spare, tried = defaultdict(list), threading.Event()
+
+    def failing(size, device):
+        tried.set()
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(weights, "_pinned", failing)
+    with weights.pinning([parameter], spare):
+        assert tried.wait(10)
+    assert not spare[parameter.device]
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), lambda p: p.detach().clone()])

@@ -23,7 +23,7 @@ from .options import Options
 from .quantize import covering, free_convs, insert, plan
 from .recipe import Recipe
 from .values import Decision, LayerReport, Plan, Report
-from .weights import key
+from .weights import key, pinning
 
 RACES = 2  # that an 8-bit step must lose to be refused: what else runs on the machine decides a close one
 
@@ -159,7 +159,9 @@ def build(request: Request) -> Ready | Refused:
         watched = options.watch and tensors[0].device.type in drift.DEVICES
         counter = drift.counter(quantized, by_node, request.recipe) if watched else None  # before a lowering changes the graph
         read = {key(buffer) for _, buffer in quantized.named_buffers()}  # also by a call of a layer that stays in 16 bits
-        lowered = lowering.lower(quantized, tensors, options)
+        leaving = [d.layer.weight for d in planned.decisions if d.quantized and options.weights == "release"]
+        with pinning(leaving, request.memory.spare):
+            lowered = lowering.lower(quantized, tensors, options)
         if counter is not None:  # it reads them when the step was called, and sleeps with it
             lowered = replace(lowered, constants=(*lowered.constants, *counter.constants))
         made = replace(made, timings=replace(made.timings, build_s=time.perf_counter() - start))

@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from .constants import Stamps
-from .weights import key
+from .weights import Spare, key
 
 WARM_UPS = 2
 _ONE_AT_A_TIME = threading.RLock()  # torch allows one capture in a process
@@ -75,6 +76,7 @@ class Memory:
     def __init__(self) -> None:
         self.codes: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.made: dict[Any, Any] = {}
+        self.spare: Spare = defaultdict(list)  # from a build to the release of the weights that it replaces
         self.stamps = Stamps()
         self.lock = threading.Lock()
         self.pool: Any = None

@@ -186,7 +186,8 @@ class State:
             read = {k for unit in self.units for k in unit.reads()}
             unread = {i: w for i, w in replaced.items() if i not in read and self._nobody_else_reads(w)}
         weights.restore(p for i, p in mine.items() if i not in unread)
-        weights.release(unread.values())
+        weights.release(unread.values(), self.memory.spare)
+        self.memory.spare.clear()
 
     def _nobody_else_reads(self, weight: torch.Tensor) -> bool:
         return all(state is self or id(weight) not in {k for unit in state.units for k in unit.reads()}

@@ -8,13 +8,17 @@ without knowing of it, only slower.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+log = logging.getLogger("sdtrt_backend")
+Spare = defaultdict[torch.device, list[torch.Tensor]]  # chunks of host memory that nobody uses yet, each for one device
 CHUNK = 256 * 2**20  # bytes of host memory that are pinned at a time: torch rounds each up to a power of two
 ALIGNMENT = 256
 _LOCK = threading.RLock()
@@ -38,14 +42,41 @@ def can_leave(parameter: torch.Tensor) -> bool:
     return parameter.is_cuda and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
 
 
-def release(parameters: Iterable[torch.Tensor]) -> None:
-    """Their values go to host memory, to the bit, and the GPU's is free. Those that cannot leave stay, and so do those that
-    somebody borrows."""
+@contextlib.contextmanager
+def pinning(parameters: Iterable[torch.Tensor], spare: Spare) -> Iterator[None]:
+    """While the context is open another thread pins host memory for ``release`` to take, which for a large model takes as long as
+    compiling it."""
+    with _LOCK:
+        leaving = [p for p in parameters if can_leave(p) and not away(p) and p not in _BORROWED]
+    small = [p for p in leaving if p.numel() * p.element_size() <= CHUNK and p.device == leaving[0].device]
+    chunks, ended = sum(p.numel() * p.element_size() for p in small) // CHUNK, threading.Event()
+
+    def pin() -> None:
+        try:
+            while len(spare[small[0].device]) < chunks and not ended.is_set():
+                spare[small[0].device].append(_pinned(CHUNK, small[0].device))
+        except RuntimeError as error:  # ``release`` tries again, where it is said
+            log.info("no host memory was pinned ahead: %s", error)
+
+    thread = threading.Thread(target=pin, name="sdtrt_backend pins host memory") if chunks else None
+    if thread is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread is not None:
+            thread.join()
+
+
+def release(parameters: Iterable[torch.Tensor], spare: Spare | None = None) -> None:
+    """Their values go to host memory, ``spare`` first, to the bit, and the GPU's is free. Those that cannot leave stay, and so do
+    those that somebody borrows."""
     with _LOCK:
         leaving = [p for p in parameters if not away(p) and p not in _BORROWED and can_leave(p)]
         if not leaving:
             return
-        homes = list(_host_tensors(leaving))
+        homes = list(_host_tensors(leaving, spare or defaultdict(list)))
         for p, home in zip(leaving, homes, strict=True):
             home.copy_(p.detach())
         _finish(leaving)
@@ -115,19 +146,23 @@ class _Mapped:
                                          "data": (host.data_ptr(), False), "strides": None}
 
 
-def _host_tensors(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _host_tensors(parameters: Iterable[torch.Tensor], spare: Spare) -> Iterator[torch.Tensor]:
     """A tensor in host memory for each, of its shape, strides, dtype and device, with a storage of its own. Pinned memory is
-    shared in chunks, each of which lives as long as the last tensor in it."""
+    shared in chunks, taken from ``spare``, each of which lives as long as the last tensor in it."""
     chunk, used, device = None, 0, None
     for p in parameters:
         size = p.numel() * p.element_size()
         if chunk is None or device != p.device or used + size > len(chunk):
-            room = max(size, CHUNK) if p.is_cuda else size
-            with torch.cuda.device_of(p):  # pinned memory belongs to the GPU that is current
-                chunk, used, device = torch.empty(room, dtype=torch.uint8, pin_memory=p.is_cuda), 0, p.device
+            there = spare.get(p.device) if size <= CHUNK else None
+            chunk, used, device = there.pop() if there else _pinned(max(size, CHUNK), p.device), 0, p.device
         part = _own_storage(chunk[used : used + size], p.device)
         used += -(-size // ALIGNMENT) * ALIGNMENT
         yield part.view(p.dtype).as_strided(p.shape, p.stride())
+
+
+def _pinned(size: int, device: torch.device) -> torch.Tensor:
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # pinned memory belongs to the GPU that is current
+        return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def _own_storage(part: torch.Tensor, device: torch.device) -> torch.Tensor:
