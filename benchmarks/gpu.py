@@ -15,7 +15,9 @@ line there and the others go on.
 Every column that does not make its own CUDA graph is replayed as one (the sd_ columns make theirs and are called as a user
 calls them); eager is timed without a graph as well. ``eager`` and ``compile`` always run, unless ``--no-baselines``, in the
 process of our columns and in turn with them. The other columns run before, each alone in a process of its own, which is
-killed when preparing and the first call take longer than ``--limit`` seconds; nothing else uses the GPU meanwhile.
+killed when preparing and the first call take longer than ``--limit`` seconds; nothing else uses the GPU meanwhile. With
+``--side-by-side`` those columns and ``compile`` make their first calls at the same time, which then say little ("&"), and take
+turns where steps are timed; the first calls of our columns come after all of them.
 
 What the columns of the table mean:
 step        median over ``--rounds`` of the mean of CALLS back-to-back calls, CUDA events, after one call that fills the queue;
@@ -43,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import gc
 import json
 import math
@@ -53,8 +56,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +78,7 @@ from sdtrt_backend.recipe import versions
 PEAK_8BIT, PEAK_ATTENTION = 1979e12, 790e12
 CALLS = 2
 ROUNDS_SO_FAR = 3
+PROCESSES: list[subprocess.Popen[bytes]] = []  # of columns
 TIMESTEPS = (999.0, 700.0, 400.0, 100.0)  # calibration; a step is timed at the third
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGES = ("sdtrt_backend", "torch", "triton", "nvidia-cudnn-frontend", "diffusers", "transformers", "torchao", "sdnq")
@@ -439,14 +445,19 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
     save_file({"exact": exact.contiguous()}, work / "reference.safetensors")
     (work / "facts.json").write_text(json.dumps(run.facts))
     memory()
-    for column in columns:
-        if column in ALONE:
-            in_its_own_process(run, column, work)
+    others = [threading.Thread(target=in_its_own_process, args=(run, c, work), daemon=True) for c in columns if c in ALONE]
+    for other in others:
+        other.start()
+        if not given.side_by_side:
+            other.join()
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], Any]] = {}
     together = [c for c in columns if c not in ALONE]
     started: dict[str, dict[str, Any]] = {}
     for column in together:
+        if column in OURS:
+            for other in others:
+                other.join()
         if column in OURS and not (given.no_warm or given.profile):
             started[column] = cold_start(run, column, work)
         if "error" in started.get(column, {}):
@@ -459,6 +470,8 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
                 before = before[0] - size, before[1] - size
             mine = copy.deepcopy(module) if column in OURS else module
             row, timed = start_column(column, mine, kwargs, exact, recipe, given.weights, before)
+            if others and given.side_by_side and column not in OURS:
+                row["side_by_side"] = True
             if column in started:
                 row |= {"cold_s": started[column]["cold_s"], "warm_s": row["cold_s"]}
             rows[column] = row
@@ -466,7 +479,7 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
         except Exception as error:
             run.write(column, {"error": first_line(error)})
             continue
-        if not given.profile:
+        if not (given.profile or any(other.is_alive() for other in others)):
             time_in_turn(run, rows, steps, ROUNDS_SO_FAR)  # a run that is stopped has its columns so far
             print(f"{column}: {row['step_ms']:.2f} ms", flush=True)
     if given.profile:
@@ -474,6 +487,8 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
             if column in steps and column in given.columns.split(","):
                 profile(run, column, steps[column])
         return
+    for other in others:
+        other.join()
     time_in_turn(run, rows, steps, given.rounds)
 
 
@@ -518,22 +533,23 @@ def again(run: Run, column: str) -> list[str]:
     given = run.given
     return [sys.executable, __file__, "--model", given.model, "--batch", str(given.batch), "--columns", column, "--out",
             str(given.out), "--rounds", str(given.rounds), "--stamp", run.stamp, "--weights", given.weights,
-            *["--tiny"] * given.tiny, *["--profile"] * given.profile, *["--cudnn-benchmark"] * given.cudnn_benchmark]
+            *["--tiny"] * given.tiny, *["--side-by-side"] * given.side_by_side,
+            *["--profile"] * given.profile, *["--cudnn-benchmark"] * given.cudnn_benchmark]
 
 
 def in_its_own_process(run: Run, column: str, work: Path) -> None:
     """Start a column in a process and kill it when it compiles for longer than the limit."""
-    for mark in ("compiling", "compiled"):
-        (work / mark).unlink(missing_ok=True)
+    compiling, compiled = marks(column, work)
     run.path(column).unlink(missing_ok=True)
     given = run.given
     process = subprocess.Popen([*again(run, column), "--alone", str(work)])
+    PROCESSES.append(process)
     since = 0.0
     try:
         while process.poll() is None:
             time.sleep(0.2)
-            since = since or (time.monotonic() if (work / "compiling").exists() else 0.0)
-            if since and not (work / "compiled").exists() and time.monotonic() - since > given.limit:
+            since = since or (time.monotonic() if compiling.exists() else 0.0)
+            if since and not compiled.exists() and time.monotonic() - since > given.limit:
                 run.write(column, {"error": f"did not compile in {given.limit / 60:g} min"})
                 return
     finally:
@@ -541,6 +557,19 @@ def in_its_own_process(run: Run, column: str, work: Path) -> None:
         process.wait()
     if not given.profile and not run.path(column).exists():
         run.write(column, {"error": f"its process ended with exit status {process.returncode}"})
+
+
+def marks(column: str, work: Path) -> tuple[Path, Path]:
+    """Files that are there once a column in its own process (compiles, has compiled)."""
+    return work / f"{column} compiling", work / f"{column} compiled"
+
+
+@contextmanager
+def turn(work: Path) -> Iterator[None]:
+    """One process at a time."""
+    with open(work / "turn", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @torch.no_grad()
@@ -556,14 +585,17 @@ def alone(run: Run, column: str, work: Path) -> None:
         if column == "torchao-fp8":
             module.to(torch.bfloat16)
         kwargs = inputs(module, given.batch, given.tiny, given.model)(TIMESTEPS[2])
-        (work / "compiling").touch()
-        row, steps = start_column(column, module, kwargs, exact, "", "", before, (work / "compiled").touch)
+        compiling, compiled = marks(column, work)
+        compiling.touch()
+        row, steps = start_column(column, module, kwargs, exact, "", "", before, compiled.touch)
+        row |= {"side_by_side": True} if given.side_by_side else {}
         if column == "torchao-fp8" and given.model in UNET:
             row["note"] = "; ".join(filter(None, ("bf16", row.get("note"))))
-        if given.profile:
-            profile(run, column, steps[column])
-        else:
-            row["step_ms"] = times_ms(steps, given.rounds)[column]
+        with turn(work):
+            if given.profile:
+                profile(run, column, steps[column])
+            else:
+                row["step_ms"] = times_ms(steps, given.rounds)[column]
     except Exception as error:
         row = {"error": first_line(error)}
         print(f"{column}: {row['error']}", flush=True)
@@ -640,8 +672,9 @@ def table(folder: Path) -> None:
                 continue
             same = {c: q["step_ms"] for q in mine if (c := q["column"]) in newest and q["run"] == r["run"]}
             best = min((same or newest).values(), default=math.nan)
-            print(f"{r['column']:18}{r['step_ms']:9.2f}{r['tflops']:9.1f}{r['share_of_floor']:7.1%}{number(r, 'cold_s', 8, 1)}"
-                  f"{number(r, 'warm_s', 8, 1)}{number(r, 'weights_gb', 11, 2)}{number(r, 'peak_gb', 9, 2)}"
+            print(f"{r['column']:18}{r['step_ms']:9.2f}{r['tflops']:9.1f}{r['share_of_floor']:7.1%}{number(r, 'cold_s', 7, 1)}"
+                  + ("&" if r.get("side_by_side") else " ") + f"{number(r, 'warm_s', 8, 1)}"
+                  f"{number(r, 'weights_gb', 11, 2)}{number(r, 'peak_gb', 9, 2)}"
                   f"{number(r, 'relative_error', 9, 5)}"
                   + ("" if math.isnan(best) else f"{best / r['step_ms']:7.2f}x{' ' if same else '*'} ")
                   + "; ".join(s for s in (r.get("state", ""), r.get("note", "")) if s))
@@ -680,6 +713,7 @@ if __name__ == "__main__":
     parser.add_argument("--weights", choices=("keep", "release"), default="release", help="option of the sd_ columns")
     parser.add_argument("--no-warm", action="store_true", help="one first call of our columns, the cold one")
     parser.add_argument("--no-baselines", action="store_true", help="only the columns named; ratios are to another run's")
+    parser.add_argument("--side-by-side", action="store_true", help="first calls of the other columns at the same time")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN chooses 16-bit convolutions by measuring")
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel of the columns named, no times of steps")
     parser.add_argument("--table", action="store_true", help="print the table of --out, run nothing")
@@ -702,7 +736,11 @@ if __name__ == "__main__":
         if not (given.profile or given.no_baselines):
             wanted = [*BASELINES, *(c for c in wanted if c not in BASELINES)]
         with tempfile.TemporaryDirectory() as work:
-            measure(Run(given, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), wanted, Path(work))
+            try:
+                measure(Run(given, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), wanted, Path(work))
+            finally:
+                for process in PROCESSES:
+                    process.kill()
     if not given.alone and not given.cold and not given.profile:
         table(given.out)
         profile_table(profiles(given.out))

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from . import identity
 from .calls import call_arguments, written
 from .errors import GraphError
-from .fx import alive, finish, module_path
+from .fx import alive, finish, for_passes, module_path
 from .names import layer_name
 from .recipe import fingerprint
 from .roles import CONDITIONING, conditioning, ends
@@ -133,9 +132,7 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
     for node in captured.placeholders():  # what is computed of an input may depend on its dtype
         if node.name in nodes and "example_value" in node.meta:
             nodes[node.name].meta["example_value"] = node.meta["example_value"]
-    # written as Python code when it is first called, and passes call it never: for a deep model that is a second each time
-    gm: fx.GraphModule = _LazyGraphModule(root, graph)
-    baked = frozenset[str]()
+    gm, baked = for_passes(root, graph), frozenset[str]()
     if numbers:
         gm, baked = without_item(gm, numbers)
     gm.meta["baked"] = baked

@@ -19,8 +19,8 @@ from .calls import arguments, call_arguments, changes, inputs_changed, name_of, 
 from .errors import GraphError
 
 __all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "by_tanh", "call_arguments", "changes",
-           "described", "drop_dead", "finish", "inductor", "inputs_changed", "inserting_after", "module_path", "pair",
-           "plain_attention", "propagate", "read_through_copies", "start_workers", "written"]
+           "described", "drop_dead", "finish", "for_passes", "inductor", "inputs_changed", "inserting_after", "module_path",
+           "pair", "plain_attention", "propagate", "read_through_copies", "start_workers", "written", "written_out"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text, and the tensors whose memory it may share
@@ -241,10 +241,21 @@ def alive(nodes: Mapping[str, fx.Node], gm: fx.GraphModule) -> dict[str, fx.Node
     return {name: node for name, node in nodes.items() if node in kept}
 
 
+def for_passes(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module that is written as Python code when it is first called: most are rewritten by passes and never called, and for a
+    deep model that is a second for each pass."""
+    return _LazyGraphModule(root, graph)
+
+
+def written_out(gm: fx.GraphModule) -> fx.GraphModule:
+    """The module, as Python code: for whoever asks which arguments its forward has."""
+    _LazyGraphModule.force_recompile(gm)
+    return gm
+
+
 def runnable(gm: fx.GraphModule) -> Callable[..., Any]:
     """Its forward, for good: the graph is let go."""
-    _LazyGraphModule.force_recompile(gm)
-    forward = gm.forward
+    forward = written_out(gm).forward
     _without_graph(gm)
     return forward
 

@@ -21,6 +21,7 @@ from torch import fx
 
 from .. import ops
 from ..errors import ExportError
+from ..fx import written_out
 from ..quantize import QD
 
 OPSET = 20  # 19 is the first with fp8, 20 the first with Gelu
@@ -50,8 +51,9 @@ def write(gm: fx.GraphModule, inputs: Mapping[str, torch.Tensor], outputs: Seque
         node.op, node.target = "call_function", _squeeze
     gm.recompile()
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(gm.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
-                                    input_names=list(inputs), output_names=list(outputs), custom_translation_table=table,
+        program = torch.onnx.export(written_out(gm).eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET,
+                                    verbose=False, input_names=list(inputs), output_names=list(outputs),
+                                    custom_translation_table=table,
                                     dynamic_shapes=None if dynamic is None else {n: dict(dynamic.get(n, {})) for n in inputs})
     assert program is not None
     constants = sum(t.numel() * t.element_size() for t in gm.buffers())
