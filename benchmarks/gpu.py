@@ -445,11 +445,12 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
     save_file({"exact": exact.contiguous()}, work / "reference.safetensors")
     (work / "facts.json").write_text(json.dumps(run.facts))
     memory()
-    others = [threading.Thread(target=in_its_own_process, args=(run, c, work), daemon=True) for c in columns if c in ALONE]
-    for other in others:
-        other.start()
-        if not given.side_by_side:
-            other.join()
+    others = []
+    for column in columns:
+        if column in ALONE:
+            others.append(in_its_own_process(run, column, work))
+            if not given.side_by_side:
+                others[-1].join()
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], Any]] = {}
     together = [c for c in columns if c not in ALONE]
@@ -537,14 +538,20 @@ def again(run: Run, column: str) -> list[str]:
             *["--profile"] * given.profile, *["--cudnn-benchmark"] * given.cudnn_benchmark]
 
 
-def in_its_own_process(run: Run, column: str, work: Path) -> None:
-    """Start a column in a process and kill it when it compiles for longer than the limit."""
-    compiling, compiled = marks(column, work)
+def in_its_own_process(run: Run, column: str, work: Path) -> threading.Thread:
+    """Start a column in a process; the thread ends with it."""
     run.path(column).unlink(missing_ok=True)
-    given = run.given
     process = subprocess.Popen([*again(run, column), "--alone", str(work)])
     PROCESSES.append(process)
-    since = 0.0
+    watching = threading.Thread(target=watch, args=(run, column, work, process), daemon=True)
+    watching.start()
+    return watching
+
+
+def watch(run: Run, column: str, work: Path, process: subprocess.Popen[bytes]) -> None:
+    """Kill a column's process when it compiles for longer than the limit."""
+    compiling, compiled = marks(column, work)
+    given, since = run.given, 0.0
     try:
         while process.poll() is None:
             time.sleep(0.2)
