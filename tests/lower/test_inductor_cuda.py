@@ -193,18 +193,29 @@ def test_the_norm_and_rotation_of_q_and_k_are_one_kernel_each(name):
     lambda m, x, f: attend_to(m, rotate_complex(split(m.q(x)), f, 2), split(x)),
     lambda m, x, f: attend_to(m, rotate_complex(split(m.q(x)), f[:1, :1], 2), split(x)),
     lambda m, x, f: m.o(torch.view_as_real(torch.view_as_complex(m.q(x).reshape(2, 5, 32, 2)) * f[0, 0, 0]).flatten(2)),
-], ids=["no norm", "one angle for all", "a number"])
+    lambda m, x, f: attend_to(m, torch.cat([rotate_complex(m.n("q", m.q(x[:, :2])), f[:, :2], 2),
+                                            rotate_complex(m.n("k", m.q(x[:, 2:])), f[0, 2:], 1)], 1), split(x)),
+    lambda m, x, f: attend_to(m, rotate_complex(m.n("one", m.q(x)), f, 2), split(x)),
+], ids=["no norm", "one angle for all", "a number", "tables for each image and for all", "one weight for all"])
 def test_complex_products_that_no_kernel_takes_are_real_ones(body):
-    gm, reference, tensors = lower(Fragment(body, q=linear, o=linear), TOKENS, angles(2, 5, 8))
+    module = Fragment(body, q=linear, o=linear, n=PlainNorms)
+    module.n.norms["one"] = nn.RMSNorm(16, eps=1e-6)
+    module.n.norms["one"].weight = nn.Parameter(torch.full((1,), 1.5))
+    gm, reference, tensors = lower(module, TOKENS, angles(2, 5, 8))
     assert count(gm, ops.rms_rope8) == count(gm, torch.view_as_complex) == 0
     with torch.no_grad():
         assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
 
 
-def test_a_complex_product_of_other_pairs_stays():
-    gm, reference, tensors = lower(Fragment(lambda m, x, f: m.o(torch.view_as_real(torch.view_as_complex(
-        m.q(x).reshape(2, 5, 2, 32).transpose(2, 3).contiguous()) * f[:, :, :1]).flatten(2)), q=linear, o=linear), TOKENS,
-        angles(2, 5, 8))
+@pytest.mark.parametrize(("pairs", "wider"), [
+    (lambda x: x.reshape(2, 5, 2, 32).transpose(2, 3).contiguous(), False), (lambda x: x.reshape(2, 5, 32, 2), True),
+], ids=["no neighbours", "in another precision"])
+def test_a_complex_product_of_another_kind_stays(pairs, wider):
+    def body(m, x, f):
+        product = torch.view_as_complex(pairs(m.q(x))) * (f.to(torch.complex128) if wider else f)[:, :, :1]
+        return m.o(torch.view_as_real(product).flatten(2).float())
+
+    gm, reference, tensors = lower(Fragment(body, q=linear, o=linear), TOKENS, angles(2, 5, 8))
     assert count(gm, torch.view_as_complex) == 1
     with torch.no_grad():
         assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]

@@ -129,7 +129,8 @@ def _paired(complex_x: fx.Node, merged: fx.Node) -> tuple[fx.Node, fx.Node] | No
         return None
     pairs = arguments(complex_x)["input"]
     x = arguments(pairs)["input"] if rearranges(pairs) else pairs
-    return (x, pairs) if _in_pairs(pairs, x) and merged.meta["val"].shape == x.meta["val"].shape else None
+    before, after = x.meta["val"], merged.meta["val"]
+    return (x, pairs) if _in_pairs(pairs, x) and (before.shape, before.dtype) == (after.shape, after.dtype) else None
 
 
 def rms_rope(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node | None, dtype: torch.dtype, kernel: str) -> fx.Node | None:
@@ -150,7 +151,7 @@ def rms_rope(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node | None, dtyp
     x, weight, eps = norms[-1]
     first, first_weight, _ = norms[0] if len(norms) == 2 else (None, None, eps)
     width = x.meta["val"].shape[-1]
-    if width & (width - 1):
+    if width & (width - 1) or len({t.meta["val"].shape[:-2] for _, both in embedded for t in both}) > 1:
         return None
     tables = [_one_behind_the_other(gm, [both[i] for _, both in embedded]) for i in (0, 1)]
     tables = [gm.graph.call_method("contiguous", (gm.graph.call_method("to", (t, torch.float32)),)) for t in tables]
@@ -247,7 +248,8 @@ def _norm_in_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
     if name_of(square) != "pow" or arguments(square)["exponent"] != 2 or _uncast(arguments(square)["input"]) is not _uncast(x):
         return None
     last = given["keepdim"] is True and [dimension(d, square) for d in _listed(given["dim"])] == [square.meta["val"].dim() - 1]
-    return (_uncast(x), weight, eps) if last and isinstance(eps, float) and weight.meta["val"].dim() == 1 else None
+    fits = weight.meta["val"].shape == square.meta["val"].shape[-1:]
+    return (_uncast(x), weight, eps) if last and fits and isinstance(eps, float) else None
 
 
 def _listed(dim: int | list[int]) -> list[int]:
