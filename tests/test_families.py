@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from models import FAMILIES, controlnet, sdxl_unet
 from more_models import MORE
-from test_teacher_forcing import for_the_cpu, forced
+from test_teacher_forcing import for_cuda, for_the_cpu, forced, whole_for_cuda
 from tolerances import TOLERANCES
 from torch import nn
 from torch.utils import _pytree
@@ -25,6 +25,7 @@ from torch.utils import _pytree
 import sdtrt_backend
 from sdtrt_backend import measure
 from sdtrt_backend.calibrate import Calibration, observed
+from sdtrt_backend.calls import written
 from sdtrt_backend.capture import bind, capture
 from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import covering
@@ -33,6 +34,7 @@ OPTIONS = {"engine": "reference", "calibration_runs": 1}
 SHARES = (1.0, 0.7, 0.4, 0.1)  # of noise, at the steps of a picture
 MOST_PICTURES = 5
 ALL = {name: make for name, make in {**FAMILIES, **MORE}.items() if name != "controlnet"}  # which is a part of a pipeline
+FOR_A_GPU = ("flux", "flux2", "chroma", "qwen_image", "z_image", "sd3", "ltx", "wan", "pixart", "lumina2")
 QUICK = ("chroma", "flux2", "hunyuan_dit", "cogview4", "sana", "cogvideox", "stable_cascade", "kandinsky_prior")
 EVERY = os.environ.get("SDTRT_FAMILIES") == "all"
 WHOLE = tuple(ALL) if EVERY else ("sana",)
@@ -215,6 +217,14 @@ def nudged(step, seed):
 def check_each_operation(family):
     """Every lowered operation, fed what the reference has there, gives what the reference gives, to its own rounding: see
     test_teacher_forcing.py."""
+    (made,) = calibrated_graphs(family)
+    case = for_the_cpu(made)
+    assert forced(case).failures == []
+    assert len(case.layers) >= 8
+
+
+def calibrated_graphs(family):
+    """(captured, args, recipe) of each graph with layers whose result somebody uses, in one step."""
     torch._dynamo.reset()
     pipe, calibration, graphs = Pipeline(family), Calibration(), []
     with observed(pipe.transformer, calibration):
@@ -225,12 +235,31 @@ def check_each_operation(family):
         return lambda *args: (graphs.append((captured, args)), graph(*args))[1]
 
     torch.compile(pipe.transformer, backend=backend)(**pipe.steps[1])
-    ((captured, args),) = graphs
-    _, nodes = bind(captured, args)  # of what somebody uses
-    captured = replace(captured, layers=tuple(layer for layer in captured.layers if layer.node in nodes))
-    case = for_the_cpu((captured, args, covering(calibration.recipe(Options(), {}), captured.layers)))
-    assert forced(case).failures == []
-    assert len(case.layers) >= 8
+    recipe = calibration.recipe(Options(), {})
+    for captured, args in graphs:
+        _, nodes = bind(captured, args)
+        used = tuple(layer for layer in captured.layers if layer.node in nodes)
+        if used:
+            yield replace(captured, layers=used), args, covering(recipe, used)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL if EVERY else FOR_A_GPU)
+@torch.no_grad()
+def test_the_graph_for_a_gpu_does_what_the_reference_does(family):
+    """With the plain-torch kernels. A graph that changes values in place is compared as a whole."""
+    compared = 0
+    for made in calibrated_graphs(family):
+        captured, args, _ = made
+        for precision in ("int8", "fp8"):
+            if written(bind(captured, args)[0].graph):
+                gm, reference, tensors = whole_for_cuda(made, precision)
+                mine, theirs = gm(*tensors), reference(*tensors)
+                assert 1 - cosine(mine, theirs) < 1 - TOLERANCES["family_cosine"], precision
+            else:
+                assert forced(for_cuda(made, precision)).failures == [], precision
+            compared += 1
+    assert compared >= 2
 
 
 @pytest.mark.slow

@@ -150,14 +150,15 @@ class Paths:
         return y, run(sizes, size_kwargs), call if target in ARITHMETIC else 0.0  # a view
 
     def norm_sizes(self, node, args, kwargs, sizes):
-        """Of a group or layer norm: every rounding of the size of the input or of its mean, over the deviation."""
+        """Of a group or layer norm: every rounding of the size of the input, or of what is added up to its mean, over the
+        deviation."""
         x = args[0]
         group = node.target is F.group_norm
         names = ("input", "num_groups", "weight", "bias", "eps") if group else ("input", "shape", "weight", "bias", "eps")
         all_given = dict(zip(names, args, strict=False)) | kwargs
         rows = x.reshape(x.shape[0] * all_given["num_groups"], -1) if group else x
         deviation = (rows.var(-1, correction=0, keepdim=True) + all_given.get("eps", 1e-5)).sqrt()
-        m = ((sizes[0].reshape(rows.shape) + rows.mean(-1, keepdim=True).abs()) / deviation).reshape(x.shape)
+        m = ((sizes[0].reshape(rows.shape) + rows.abs().mean(-1, keepdim=True)) / deviation).reshape(x.shape)
         shape = (1, -1, *[1] * (x.dim() - 2)) if group else (-1,)
         for name, join in (("weight", torch.mul), ("bias", torch.add)):
             if all_given.get(name) is not None:
@@ -387,7 +388,8 @@ WRITTEN = {"signed": lambda code: code, "unsigned": lambda code: code + 128, "hi
 def same(mine, theirs):
     mine, theirs = (_pytree.tree_leaves(v) for v in (mine, theirs))
     return len(mine) == len(theirs) and all(
-        a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+        else a == b or isinstance(a, torch.amp.autocast)
         for a, b in zip(mine, theirs, strict=True))
 
 
@@ -470,6 +472,17 @@ def for_cuda(made, precision="int8", choose=None):
     (reference, layers), (gm, _) = q_dq(captured, args, decisions), q_dq(captured, args, decisions)
     propagate(gm, tensors)
     return lowered(reference, gm, layers, tensors, simplify, lambda gm: to_8_bit_operators(gm, choose or Reference()))
+
+
+def whole_for_cuda(made, precision):
+    """(the lowered graph, the Q/DQ graph, tensors) of ``for_cuda``, to be compared as they are."""
+    captured, args, recipe = made
+    tensors = tensor_inputs(captured, args)
+    decisions = [replace(d, precision=precision) if d.quantized else d for d in plan(captured.layers, recipe, ())]
+    (reference, _), (gm, _) = q_dq(captured, args, decisions), q_dq(captured, args, decisions)
+    propagate(gm, tensors)
+    simplify(gm)
+    return to_8_bit_operators(gm, Reference()), reference, tensors
 
 
 def forced(case):

@@ -93,12 +93,12 @@ def rotate_complex(x, factors, dim):
     return torch.view_as_real(pairs * factors.unsqueeze(dim)).flatten(3).type_as(x)
 
 
-def rotary_complex(m, x, text, factors, of_text):
+def rotary_complex(m, x, text, factors, of_text, mask=None):
     """Joint attention of two streams, each embedded before they are put together."""
     q, k = (torch.cat([rotate_complex(m.n(f"{name}2", layer(text)), of_text, 1), rotate_complex(m.n(name, layer(x)), factors, 1)],
                       dim=1) for name, layer in (("q", m.q), ("k", m.k)))
     v = torch.cat([m.v(text), m.v(x)], dim=1).unflatten(-1, (-1, 16))
-    y = F.scaled_dot_product_attention(*(t.permute(0, 2, 1, 3) for t in (q, k, v)))
+    y = F.scaled_dot_product_attention(*(t.permute(0, 2, 1, 3) for t in (q, k, v)), attn_mask=mask)
     return m.o(y.permute(0, 2, 1, 3).flatten(2, 3))
 
 
@@ -127,6 +127,8 @@ MODULES = {
                       TOKENS, noise(5, 16), noise(16, 5).T),
     "rotary complex": (Fragment(rotary_complex, q=linear, k=linear, v=linear, o=linear, n=PlainNorms), TOKENS, noise(2, 3, 64),
                        angles(5, 8), angles(3, 8)),
+    "rotary masked": (Fragment(rotary_complex, q=linear, k=linear, v=linear, o=linear, n=PlainNorms), TOKENS, noise(2, 3, 64),
+                      angles(5, 8), angles(3, 8), noise(2, 1, 1, 8) > -0.5),
     "rotary by image": (Fragment(rotary_by_image, q=linear, k=linear, v=linear, o=linear, n=PlainNorms), TOKENS, angles(2, 5, 8)),
     "linear": (Fragment(lambda m, x: m.a(x), a=linear), TOKENS),
     "vector": (Fragment(lambda m, x: m.a(F.silu(x)), a=linear), noise(2, 64)),
@@ -180,13 +182,14 @@ def test_what_computes_a_tensor_writes_it_in_8_bits(name, op):
     assert count(gm, torch.round) == (1 if name in ("shift", "geglu", "attention") else 0)
 
 
-@pytest.mark.parametrize("name", ["rotary", "rotary single", "rotary complex", "rotary by image"])
+@pytest.mark.parametrize("name", ["rotary", "rotary single", "rotary complex", "rotary masked", "rotary by image"])
 def test_the_norm_and_rotation_of_q_and_k_are_one_kernel_each(name):
     gm, _, _ = lower(*MODULES[name])
     assert count(gm, ops.rms_rope8) == 2
     assert count(gm, torch.rms_norm) == count(gm, torch.stack) == count(gm, torch.rsqrt) == count(gm, torch.view_as_complex) == 0
     tables = sum(n.target in ("repeat_interleave", torch.cat) for n in gm.graph.nodes)
-    assert tables == {"rotary complex": 7, "rotary by image": 2}.get(name, tables)  # made once, for q and k; one more is of v
+    # made once, for q and k; one more is of v
+    assert tables == {"rotary complex": 7, "rotary masked": 7, "rotary by image": 2}.get(name, tables)
 
 
 @pytest.mark.parametrize("body", [

@@ -25,7 +25,7 @@ def rewrite_attention(gm: fx.GraphModule, choose: Chooser) -> None:
     """Rewrite the operands of every attention, and the attentions with ``meta["fp8_attention"]``."""
     kernel = choose.producer("rms_rope8")
     for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
-        found = plain_attention(node)
+        found = plain_attention(node, masked=True)  # none with a mask is planned in fp8
         if found is None:
             continue
         planned = node.meta.get("fp8_attention")
