@@ -1,4 +1,5 @@
-"""Norms, GEGLU and attention that write the 8-bit tensor themselves, where only the quantisation reads their result.
+"""Norms, GEGLU, attention and products with GELU that write the 8-bit tensor themselves, where only the quantisation reads their
+result.
 
 Each function takes the node that is quantised and the factor it is multiplied by (1 / scale, times an unfolded smoothing
 factor), and returns the node of the 8-bit tensor, or None where its pattern does not hold.
