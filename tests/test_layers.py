@@ -30,9 +30,9 @@ LAYERS = {
     "lowerings": ["engine", "lower.lowered", "lower.reference", "lower.producers", "lower.attention", "lower.inductor_cpu",
                   "lower.inductor_cuda", "lower.torchao", "lower.onnx", "lower.tensorrt", "lower"],
     "build": ["drift", "build"],
-    "state of a compiled module": ["clock", "state", "unit", "step"],
+    "state of a compiled module": ["clock", "adapters", "state", "unit", "step"],
     "backend": ["backend"],
-    "user's functions": ["pipeline", "export", "heatmaps", "torchao_config", "autoquant", "__init__"],
+    "user's functions": ["pipeline", "lora", "export", "heatmaps", "torchao_config", "autoquant", "__init__"],
     "command line": ["demo", "cli"],
 }
 ORDER = [module for modules in LAYERS.values() for module in modules]

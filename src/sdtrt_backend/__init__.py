@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .autoquant import AutoquantPlan, autoquant
 from .backend import sd_fp8, sd_int8
 from .calibrate import calibrate
-from .errors import CalibrationError, ModelError, OptionError, PlanError, RecipeError, SdtrtError, require_torchao
+from .errors import CalibrationError, LoraError, ModelError, OptionError, PlanError, RecipeError, SdtrtError, require_torchao
+from .lora import load_lora, loras, set_loras, unload_lora
 from .options import Options
 from .pipeline import accelerate, accelerated, demo_pipeline, explain, restore
 from .recipe import Recipe
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoquantPlan",
     "CalibrationError",
+    "LoraError",
     "ModelError",
     "OptionError",
     "Options",
@@ -39,10 +41,14 @@ __all__ = [
     "calibrate",
     "demo_pipeline",
     "explain",
+    "load_lora",
     "load_quantized",
+    "loras",
     "restore",
     "sd_fp8",
     "sd_int8",
+    "set_loras",
+    "unload_lora",
 ]
 
 _WITH_TORCHAO = ("SDFp8Config", "SDInt8Config", "load_quantized")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from .calibrate import Observer
 from .capture import Captured, bind, tensor_inputs
 from .fx import inductor
 from .graphs import Graphed, Memory
-from .lower import Lowered, Lowering, choose
+from .lower import Derived, Lowered, Lowering, choose
 from .names import layer_name
 from .options import Options
 from .quantize import covering, free_convs, insert, plan
@@ -33,7 +33,7 @@ class Request:
     """What a step is built from: a graph with its parameters, the arguments of the call that asks for it, and the state's parts.
 
     budgeted: no layers are looked for that stay unquantised for ``max_error``: the recipe names them already, or its ranges are
-    to be calibrated anew instead.
+    to be calibrated anew instead; adapt: writes LoRAs into the codes of these decisions.
     """
 
     captured: Captured
@@ -42,6 +42,7 @@ class Request:
     options: Options
     memory: Memory
     budgeted: bool = False
+    adapt: Callable[[Sequence[Decision]], object] = lambda decisions: None
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,15 @@ class Ready(_Made):
     """A step on tensor inputs, which may be used.
 
     step: its last output is ``drift.peaks`` where there is a ``watch``, what its drift is noticed by; replaced: the module's
-    weights that it holds in 8 bits and does not read; reads: constants that it does read; read_from: keys of their memory.
+    weights that it holds in 8 bits and does not read; reads: constants that it does read; read_from: keys of their memory;
+    derived: see ``Lowered``.
     """
 
     step: Callable[..., Any] = lambda *_: None
     replaced: tuple[torch.Tensor, ...] = ()
     reads: tuple[torch.Tensor, ...] = ()
     read_from: tuple[int, ...] = ()
+    derived: tuple[Derived, ...] | None = None
     watch: drift.Watch | None = None
 
 
@@ -141,7 +144,7 @@ def build(request: Request) -> Ready | Refused:
     with _progress(options) as bar:
         graph, nodes = bind(captured, args)
         made = replace(made, baked=graph.meta["baked"])
-        planned = planned_of(request, lowering, nodes)
+        planned = planned_of(captured, request.recipe, options, lowering, nodes)
         if not planned.quantized:
             first = planned.decisions[0]
             why = f"no layer can be quantised ({first.layer.name}: {first.reason})"
@@ -155,6 +158,7 @@ def build(request: Request) -> Ready | Refused:
             return _as_they_are(request, planned, made, lowering.none_left(next(d for d in planned.decisions if d.layer is last)))
         bar("compiling")
         quantized = insert(graph, nodes, planned.decisions, request.memory.codes)
+        request.adapt(planned.decisions)
         by_node = {nodes[d.layer.node].name: d for d in planned.decisions if d.quantized}
         watched = options.watch and tensors[0].device.type in drift.DEVICES
         counter = drift.counter(quantized, by_node, request.recipe) if watched else None  # before a lowering changes the graph
@@ -177,17 +181,17 @@ def build(request: Request) -> Ready | Refused:
     return replace(judged, notes=(*lowering.why(options, tensors[0].device), *lowered.notes, *unwatched),
                    replaced=tuple(w for w in weights if key(w) not in read),
                    reads=reads, read_from=tuple(map(key, reads)),
+                   derived=None if lowered.derived is None else tuple(lowered.derived),
                    watch=None if counter is None else drift.watch(counter, tensors, judged.timings.step_ms))
 
 
-def planned_of(request: Request, lowering: Lowering, nodes: Mapping[str, fx.Node]) -> Plan:
-    """What rules and recipe say about each layer."""
-    options, captured = request.options, request.captured
-    device = _device(captured)
-    free = free_convs(device, options.precision) and lowering.free_convs
-    decisions = plan(captured.layers, request.recipe, options.exclude, options.level, free, options.two_codes)
-    used = tuple(d if d.layer.node in nodes else Decision(d.layer, "16-bit", "nobody uses its result, so it is not computed")
-                 for d in decisions)
+def planned_of(captured: Captured, recipe: Recipe, options: Options, lowering: Lowering | None = None,
+               nodes: Container[str] | None = None) -> Plan:
+    """What rules and recipe say about each layer. nodes: of those whose results are used, where that is known."""
+    free = free_convs(_device(captured), options.precision) and (lowering is None or lowering.free_convs)
+    decisions = plan(captured.layers, recipe, options.exclude, options.level, free, options.two_codes)
+    used = tuple(d if nodes is None or d.layer.node in nodes else
+                 Decision(d.layer, "16-bit", "nobody uses its result, so it is not computed") for d in decisions)
     return Plan(()).then("rules and recipe", used)
 
 

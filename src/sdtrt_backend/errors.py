@@ -216,6 +216,11 @@ class ModelError(SdtrtError):
                    "torch.compile(module, backend='sd_int8') or accelerate(pipe), draw a picture, and ask again")
 
     @classmethod
+    def not_accelerated(cls, what: object) -> ModelError:
+        return cls(f"{type(what).__name__} is not accelerated, so it has no 8-bit codes that a LoRA can be written into: call "
+                   "accelerate(pipe) first, or use pipe.load_lora_weights")
+
+    @classmethod
     def not_a_layer(cls, module: object, config: str) -> ModelError:
         return cls(f"{config} takes single layers (nn.Linear, nn.Conv2d), got {type(module).__name__}, which has submodules; "
                    "choose the layers: filter_fn=lambda m, name: isinstance(m, (nn.Linear, nn.Conv2d)), or a pattern")
@@ -234,6 +239,46 @@ class ModelError(SdtrtError):
     def does_not_fit(cls, file: object, name: str, found: object) -> ModelError:
         return cls(f"{file} does not belong to this module: it differs at {name!r} (here: {found}); load it into a freshly made, "
                    "unquantised module of the model it was saved from")
+
+
+class LoraError(SdtrtError):
+    """A LoRA cannot be loaded or used."""
+
+    @classmethod
+    def no_peft(cls) -> LoraError:
+        return cls("load_lora needs peft, which is not installed: pip install peft")
+
+    @classmethod
+    def no_loader(cls, pipeline: str) -> LoraError:
+        return cls(f"{pipeline} has no load_lora_weights, so no LoRA is made for it: expected a pipeline of diffusers that has "
+                   "one, or a denoiser of diffusers itself")
+
+    @classmethod
+    def nothing_of(cls, pipeline: str, parts: Iterable[str]) -> LoraError:
+        return cls(f"nothing in this file belongs to {', '.join(parts)} of {pipeline}: it is of another model, or no LoRA")
+
+    @classmethod
+    def no_layer(cls, path: str, module: str) -> LoraError:
+        return cls(f"the LoRA changes {path}, which {module} does not have: it is of another model, or of projections that were "
+                   "fused since (unfuse_qkv_projections, then load it)")
+
+    @classmethod
+    def other_shape(cls, path: str, expected: object, came: object) -> LoraError:
+        return cls(f"the LoRA changes {path} by {came}, its weight is {expected}: it is of another model")
+
+    @classmethod
+    def other_kind(cls, kind: str, where: str) -> LoraError:
+        return cls(f"{where} is of {kind}, expected up and down factors alone: use pipe.load_lora_weights, where diffusers reads "
+                   "it, or merge it into the weights")
+
+    @classmethod
+    def unknown(cls, name: object, known: Iterable[str]) -> LoraError:
+        loaded = ", ".join(known) or "none"
+        return cls(f"no LoRA {name!r} is loaded; loaded: {loaded}; load it with sdtrt_backend.load_lora(pipe, file, {name!r})")
+
+    @classmethod
+    def no_weight(cls, name: str, given: object) -> LoraError:
+        return cls(f"expected a finite number for the weight of {name!r}, got {given!r} ({type(given).__name__})")
 
 
 def require_torchao(what: str) -> None:

@@ -70,12 +70,15 @@ class Memory:
     """What all steps of one state share: the 8-bit weights, what was built, by which values of the constants, one pool for the
     graphs' tensors, and the promise that one graph runs at a time.
 
-    codes: see ``quantize.insert``; made: what a graph does and its inputs -> what was built for it.
+    codes: see ``quantize.insert``; made: what a graph does and its inputs -> what was built for it; loras: the set that the codes
+    are of; written: which of them changed the codes of a key.
     """
 
     def __init__(self) -> None:
         self.codes: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.made: dict[Any, Any] = {}
+        self.loras: tuple[Any, ...] = ()
+        self.written: dict[Any, tuple[Any, ...]] = {}
         self.spare: Spare = defaultdict(list)  # from a build to the release of the weights that it replaces
         self.stamps = Stamps()
         self.lock = threading.Lock()
@@ -101,6 +104,23 @@ class Memory:
                     one.wake()
             self.asleep = [one for one in self.asleep if one.copy is not None]
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While the context is open the codes may be written: after the step that runs, and before the next one."""
+        device = next((t.device for pairs in self.codes.values() for pair in pairs for t in pair if t.is_cuda), None)
+        with self.lock, torch.cuda.device(-1 if device is None else device):
+            if device is not None and self.last is not None:
+                torch.cuda.current_stream().wait_event(self.last)
+            yield
+            if device is not None:
+                self.last = torch.cuda.current_stream().record_event()
+
+    def drop_codes(self) -> None:
+        """They are known by the ids of weights, which may be given again."""
+        self.codes.clear()
+        self.written.clear()
+        self.asleep.clear()
+
     def send_away(self, tensors: Sequence[torch.Tensor], in_use: set[int]) -> list[Asleep]:
         """The storages of these give their memory back. in_use: keys of those that stay."""
         found: dict[int, Asleep] = {}
@@ -120,8 +140,7 @@ class Memory:
     def forget(self, ids: set[int]) -> None:
         """Nothing that was built stands for the constants with these ids any more."""
         self.stamps.forget(ids)
-        self.codes.clear()
-        self.asleep.clear()
+        self.drop_codes()
         self.made.clear()
 
 
@@ -181,6 +200,12 @@ class Graphed:
             torch.cuda.synchronize(self.device)
             self.graph, self.outputs = None, ()
             self.asleep = self.memory.send_away(self.constants, in_use)
+
+    def wake(self) -> None:
+        """What it reads is on the GPU again."""
+        with self.memory.lock:
+            if self.graph is None:
+                self._wake()
 
     def _wake(self) -> None:
         for one in self.asleep:

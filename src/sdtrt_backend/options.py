@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import OptionError
 from .metrics import BEST_PSNR
-from .rules import ENGINES, LEVELS, RANGE_RULES, RESTS, TENSORRT, TWO_CODES
+from .rules import ENGINES, LEVELS, LORA_POLICIES, RANGE_RULES, RESTS, TENSORRT, TWO_CODES
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Options:
         3 and every other linear, 4 and attention (sd_fp8 only, where it is faster).
     weights: "keep", or "release": the 16-bit weights of quantised layers leave the GPU once the 8-bit step is in use; until
         ``restore`` the module can then be called in its compiled form only.
+    lora_policy: what becomes of a set of LoRAs (``set_loras``) whose first output differs by more than ``max_error`` from the
+        module's own precision with the same set: "calibrate" the ranges anew by the coming pictures, with it, or run pictures
+        with this set in the module's "own" precision.
     watch: notice a step that left its calibrated ranges, or gives NaN or black, while it is in use (``drift.py``).
     precision: "int8" or "fp8"; not an option but the backend's name, ``sd_int8`` or ``sd_fp8``.
     """
@@ -59,6 +62,7 @@ class Options:
     engine_dir: str | None = None
     level: float = LEVELS[-1]
     weights: str = "keep"
+    lora_policy: str = "calibrate"
     watch: bool = True
     precision: str = "int8"
 
@@ -106,6 +110,7 @@ class Options:
             raise OptionError.no_torchao()
         check("level", number("level") and values["level"] in LEVELS, f"one of {', '.join(f'{n:g}' for n in LEVELS)}")
         check("weights", values.get("weights") in ("keep", "release"), "'keep' or 'release'")
+        check("lora_policy", values.get("lora_policy") in LORA_POLICIES, f"one of {', '.join(LORA_POLICIES)}")
         check("watch", isinstance(values.get("watch"), bool), "True or False")
         for name in ("exclude", "two_codes"):
             patterns = values.get(name)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import names, weights
+from .adapters import forget_adapters
 from .backend import check_made_for
 from .calibrate import denoisers
 from .errors import ModelError, OptionError
@@ -59,7 +60,7 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     parsed = Options.parse(options)
     loaded = recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_made_for(parsed, loaded)
-    modules = _modules(pipe)
+    modules = modules_of(pipe)
     for module in modules.values():
         if any(p.is_meta for p in module.parameters()):
             raise ModelError.offloaded(module) if names.offloads(module) else ModelError.on_meta(type(module).__name__)
@@ -113,9 +114,10 @@ def _kept(recipe: Recipe) -> Path:
 
 def restore(pipe: Any) -> Any:
     """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit, and so does what else was
-    accelerated. Returns the pipeline. Waits for a build in another thread."""
-    for module in _modules(pipe).values():
+    accelerated; LoRAs of ``load_lora`` are forgotten. Returns the pipeline. Waits for a build in another thread."""
+    for module in modules_of(pipe).values():
         forget(module)
+        forget_adapters(module)
         _restore(module)
     return pipe
 
@@ -160,7 +162,7 @@ def explain(module_or_pipe: Any) -> Report:
 
     Raises ModelError when ``sd_int8`` has not seen it yet.
     """
-    found = {name: of for name, module in _modules(module_or_pipe).items() if (of := report(module)) is not None}
+    found = {name: of for name, module in modules_of(module_or_pipe).items() if (of := report(module)) is not None}
     if not found:
         raise ModelError.not_compiled(module_or_pipe)
     whole = of_parts(found)
@@ -213,6 +215,6 @@ def _quiet() -> Iterator[None]:
                 module.enable_progress_bar()
 
 
-def _modules(what: Any) -> dict[str, torch.nn.Module]:
+def modules_of(what: Any) -> dict[str, torch.nn.Module]:
     """Name -> what to compile, unwrapped: the parts of a pipeline, its denoiser first, or the module itself."""
     return {"": getattr(what, "_orig_mod", what)} if isinstance(what, torch.nn.Module) else denoisers(what)

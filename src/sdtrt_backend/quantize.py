@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -114,6 +115,21 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
 Codes = dict[tuple[tuple[int, ...], str, torch.device, torch.dtype, bool, bool], list[tuple[torch.Tensor, torch.Tensor]]]
 
 
+def by_tensor(decisions: Sequence[Decision]) -> Iterator[tuple[Any, list[Decision], torch.Tensor | None]]:
+    """(key in ``Codes``, the 8-bit layers that read one tensor with one scale, their smoothing as their weights are shaped)."""
+    by_source: dict[tuple[str, str, bool], list[Decision]] = {}
+    for d in decisions:
+        if d.quantized:
+            by_source.setdefault((d.layer.source, d.group, d.two_codes), []).append(d)
+    for members in by_source.values():
+        first, smoothing = members[0], members[0].smoothing
+        like = first.layer.weight
+        if smoothing is not None:
+            smoothing = over_channels(smoothing.to(like.device), like)
+        yield (tuple(id(d.layer.weight) for d in members), first.precision, like.device, like.dtype, smoothing is not None,
+               first.two_codes), members, smoothing
+
+
 def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[Decision],
            known: Codes | None = None) -> fx.GraphModule:
     """Write Q/DQ for every 8-bit decision into the bound graph ``gm``; ``nodes`` maps captured names to its nodes.
@@ -122,22 +138,12 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
     known: 8-bit weights that graphs for other shapes of the module already hold; what is missing is added.
     """
     known = {} if known is None else known
-    by_source: dict[tuple[str, str, bool], list[Decision]] = {}
-    for d in decisions:
-        if d.quantized and d.layer.node in nodes:  # else nobody reads its result
-            by_source.setdefault((d.layer.source, d.group, d.two_codes), []).append(d)
-    for (source_name, _, _), members in by_source.items():
-        source = nodes[source_name]
+    used = [d for d in decisions if d.layer.node in nodes]  # else nobody reads its result
+    for key, members, smoothing in by_tensor(used):
+        source = nodes[members[0].layer.source]
         readers = [nodes[d.layer.node] for d in members]
-        smoothing = members[0].smoothing
-        if smoothing is not None:
-            like = members[0].layer.weight
-            smoothing = over_channels(smoothing.to(like.device), like)
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
         quantized = _quantize_activation(gm, smoothed, members[0])
-        first = members[0]
-        key = (tuple(id(d.layer.weight) for d in members), first.precision, first.layer.weight.device, first.layer.weight.dtype,
-               smoothing is not None, first.two_codes)
         if key not in known:
             known[key] = quantized_weights(members, smoothing)
         for d, node, weight in zip(members, readers, known[key], strict=True):

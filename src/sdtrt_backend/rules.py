@@ -42,6 +42,7 @@ MODULES: dict[type[torch.nn.Module], OpRule] = {torch.nn.Linear: _LINEAR, torch.
 
 ENGINES = ("auto", "inductor", "tensorrt", "torchao", "reference")
 TENSORRT = ("tensorrt_rtx", "tensorrt")  # modules, either of which is a TensorRT
+LORA_POLICIES = ("calibrate", "own")
 RESTS = ("auto", "float32", "bfloat16")
 
 # Module paths that stay in the user's precision. They hold about 1 % of the FLOPs and much of the error. Where there is a graph,

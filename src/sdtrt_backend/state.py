@@ -11,12 +11,14 @@ import threading
 import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import names, weights
+from .adapters import adapters_of
 from .calibrate import Calibration
 from .clock import Clock
 from .drift import Drift
@@ -25,7 +27,7 @@ from .graphs import Graphed, Memory
 from .options import Options
 from .recipe import Recipe
 from .report import merged
-from .rules import layers_of, reason_to_keep
+from .rules import SIDE_BRANCH, layers_of, reason_to_keep
 from .timesteps import Trajectories
 from .values import LayerReport, Report
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from .unit import Unit
 
 log = logging.getLogger("sdtrt_backend")
+SIDE_BRANCHES = ("LoRAs of load_lora_weights run beside the 8-bit layers in 16 bits, two small products for each: "
+                 "sdtrt_backend.load_lora writes them into the 8-bit codes instead, which costs a step nothing")
 CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"
 
 
@@ -57,6 +61,9 @@ class State:
         self.looking = root is not None  # for layers that no graph has
         self.stepped_in: list[torch.nn.Module] = []
         self.slept = False  # since the module was moved
+        self.adapters = adapters_of(root)  # LoRAs that are part of the codes
+        self.own_loras: set[Any] = set()  # sets that 8 bits do not serve
+        self.changed_by_loras: Any = WeakIdKeyDictionary()  # weights that stay in 16 bits: inputs of steps for such sets
         self.end = None if root is None else weakref.finalize(root, self.close)
         if self.end is not None:
             self.end.atexit = False
@@ -175,7 +182,7 @@ class State:
     def covered(self) -> Iterator[torch.Tensor]:
         """Every parameter that a graph of this state was called with."""
         for unit in self.units:
-            yield from unit.captured.constants.values()
+            yield from unit.plain.constants.values()
 
     def place_weights(self) -> None:
         """Weights that no step reads go to host memory where the options say so; all others are on their device."""
@@ -231,8 +238,7 @@ class State:
                 unit.clear()
             self.units.clear()
             self.drift.waiting.clear()
-            self.memory.codes.clear()
-            self.memory.asleep.clear()
+            self.memory.drop_codes()
             self.memory.made.clear()
 
     def purge(self) -> None:
@@ -242,13 +248,12 @@ class State:
         if root is None:
             return
         has = names.paths(root)
-        gone = [u for u in self.units if not u.fits() or any(id(p) not in has for p in u.captured.constants.values())]
+        gone = [u for u in self.units if not u.fits() or any(id(p) not in has for p in u.plain.constants.values())]
         for unit in gone:
             unit.clear()
             self.units.remove(unit)
         if gone:
-            self.memory.codes.clear()  # they are known by the ids of weights, which may be given again
-            self.memory.asleep.clear()
+            self.memory.drop_codes()
             self.drop_unused()
 
     def drop_unused(self) -> None:
@@ -270,14 +275,20 @@ class State:
         """Of all graphs, or of those that read one of these parameters."""
         self.drift.look()
         wanted = None if of is None else {id(p) for p in of}
-        units = [u for u in self.units if wanted is None or any(id(p) in wanted for p in u.captured.constants.values())]
+        units = [u for u in self.units if wanted is None or any(id(p) in wanted for p in u.plain.constants.values())]
         status = self.status if len(units) == len(self.units) or self.recipe is None else _status_of(units)
         pieces = [(r, u.name) for u in units for r in u.reports()]
         found = merged([r for r, _ in pieces], [n for _, n in pieces]) if pieces else Report(status)
         if pieces and len({u.frame for u in self.units}) + len({u.ids for u in self.units}) > 2:
             found = self._with_the_rest(found, wanted)
-        return replace(found, state=status, fallbacks=tuple(self.fallbacks), notes=(*self.notes, *found.notes),
+        return replace(found, state=status, fallbacks=tuple(self.fallbacks), notes=(*self.notes, *self._of_loras(), *found.notes),
                        provenance=dict(self.recipe.provenance) if self.recipe else {}, watched=self.drift.watched())
+
+    def _of_loras(self) -> Iterator[str]:
+        if self.adapters is not None and self.adapters.loaded:
+            yield self.adapters.sentence(self.memory.loras)
+        if any(fnmatchcase(layer.name, SIDE_BRANCH) for unit in self.units for layer in unit.captured.layers):
+            yield SIDE_BRANCHES
 
     def _with_the_rest(self, found: Report, wanted: Container[int] | None) -> Report:
         """With a row for each layer of which nothing was built: of a module in pieces, Dynamo may leave some as they are, and may

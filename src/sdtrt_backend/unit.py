@@ -20,12 +20,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 
 from . import weights
-from .build import Ready, Refused, Request, build, sizes_of, unquantized
+from .adapters import Adapters, Set
+from .build import Ready, Refused, Request, build, planned_of, sizes_of, unquantized
 from .calibrate import Observer
 from .capture import Captured, concrete, follow, follow_all, tensor_inputs
 from .constants import Constants, Part
@@ -36,7 +38,7 @@ from .names import layer_name
 from .rules import SIDE_BRANCH, layers_of, reason_to_keep
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State
 from .timesteps import timestep_value
-from .values import Report
+from .values import Plan, Report
 
 log = logging.getLogger("sdtrt_backend")
 # held while a step is built, or compiled and first run: it is timed, and its CUDA graph is captured, while nothing of ours waits
@@ -85,15 +87,33 @@ class Unit:
         self.calls = 0
         self.called = False
         self.to_judge = 0  # calls: the values of its layers are not those that were calibrated
+        self.met: set[Set] = set()  # LoRAs that its steps ran with
+        self.places = {id(p): i for i, p in captured.constants.items()}
+        if state.adapters is not None:
+            state.adapters.look_again()
         self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
         self.numbers: dict[Any, set[Any]] = {}
         self.baked: list[int] = []  # inputs whose number is part of each step
 
     def _follow(self, captured: Captured) -> None:
         """Constants that are known to change are inputs from now on."""
-        self.captured = follow(captured, self.state.live)
-        self.inputs = _getter(self.captured.inputs)
-        self.frozen = Constants(self.captured.constants.values())
+        self.plain = follow(captured, self.state.live)
+        self.with_live = follow(self.plain, self.state.changed_by_loras)
+        self.take, self.take_live = _getter(self.plain.inputs), _getter(self.with_live.inputs)
+        self.frozen = Constants(self.plain.constants.values())
+
+    @property
+    def captured(self) -> Captured:
+        """The graph that this call takes: where its LoRAs change weights that stay in 16 bits, those are inputs."""
+        return self.with_live if self._live_loras() else self.plain
+
+    def inputs(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        return self.take_live(args) if self._live_loras() else self.take(args)
+
+    def _live_loras(self) -> bool:
+        adapters = self.state.adapters
+        return (adapters is not None and self.with_live is not self.plain
+                and any(p in self.state.changed_by_loras for p in adapters.weights(adapters.mine)))
 
     # --- what the state asks
 
@@ -118,6 +138,7 @@ class Unit:
     def clear(self) -> None:
         self.variants.clear()
         self.results.clear()
+        self.met.clear()
 
     @property
     def status(self) -> str:
@@ -152,6 +173,13 @@ class Unit:
             return False
 
     def __call__(self, args: Sequence[Any]) -> Any:
+        adapters = self.state.adapters
+        if adapters is None:
+            return self._call(args)
+        with adapters.call(None if self.captured.timestep is None else args[self.captured.timestep]):
+            return self._call(args)
+
+    def _call(self, args: Sequence[Any]) -> Any:
         if self.state.drift.waiting:  # first: what has arrived may end the steps, or make inputs of constants
             try:
                 self.state.drift.look()
@@ -202,9 +230,14 @@ class Unit:
         if part is not None:
             addresses = part.addresses()
             if self._follow_moved(variant, part, addresses):
-                return self(args)
+                return self._call(args)
             elements = part.elements(addresses)
-        tensors = tensor_inputs(variant.captured, args)
+        if self.state.adapters is not None:
+            if not self._holds(variant, self.state.adapters):
+                return self.own(args)
+            if variant.made is not None and variant.captured is not self.captured:  # LoRAs change weights that it cannot follow
+                return self._call(args)
+        tensors = tensor_inputs(variant.captured, self.with_loras(args, variant.captured.inputs))
         result = variant.step(*tensors)
         if part is not None or variant.watch is not None:
             result = self._watched(variant, args, tensors, result, part, elements)
@@ -247,7 +280,53 @@ class Unit:
 
     def own(self, args: Sequence[Any]) -> Any:
         """The module's own result, operation by operation."""
-        return self.captured.graph(*args)
+        return self.captured.graph(*self.with_loras(args))
+
+    # --- LoRAs
+
+    def with_loras(self, args: Sequence[Any], inputs: Sequence[int] | None = None) -> Sequence[Any]:
+        """``args`` with the weights that LoRAs change as they change them: all, or those among ``inputs``."""
+        adapters = self.state.adapters
+        if adapters is None or not adapters.mine:
+            return args
+        places = self.places if inputs is None else {k: i for k, i in self.places.items() if i in set(inputs)}
+        return adapters.applied(args, places, adapters.mine)
+
+    def _holds(self, variant: Variant, adapters: Adapters) -> bool:
+        """Whether the step may run: its codes are of this picture's LoRAs."""
+        made, mine, state = variant.made, adapters.mine, self.state
+        if made is None:
+            return not (mine and variant.captured.constants)  # else it reads all weights at every call
+        if made.derived is None:
+            if mine:
+                state.say(state.notes, "8-bit weights are part of what was compiled here, so that pictures with LoRAs of "
+                                       "load_lora run in the module's own precision: use pipe.load_lora_weights, or "
+                                       "engine='inductor'")
+            return not mine
+        if mine in state.own_loras or not adapters.hold(state, mine):
+            return False
+        if mine not in self.met:
+            self.met.add(mine)
+            if not self._follow_loras(adapters, made.plan):
+                self.to_judge = max(self.to_judge, 1)
+        return True
+
+    def _follow_loras(self, adapters: Adapters, plan: Plan | None) -> bool:
+        """Weights that LoRAs change and that stay in 16 bits become inputs of steps. Returns whether there were any."""
+        assert plan is not None
+        held = {id(d.layer.weight) for d in plan.decisions if d.quantized}
+        state = self.state
+        found = [w for w in adapters.weights(adapters.mine) if id(w) in self.places and id(w) not in held]
+        new = [w for w in found if w not in state.live and w not in state.changed_by_loras]
+        for weight in new:
+            state.changed_by_loras[weight] = True
+        for unit in state.units if new else ():
+            for key in [k for k, v in unit.variants.items() if v.captured is unit.with_live and unit.with_live is not unit.plain]:
+                del unit.variants[key]
+                unit.results.pop(key, None)
+            unit.with_live = follow(unit.plain, state.changed_by_loras)
+            unit.take_live = _getter(unit.with_live.inputs)
+        return bool(new)
 
     # --- while calibrating
 
@@ -272,7 +351,7 @@ class Unit:
                     failure.append(error)
 
         result = Observer(self.captured.graph, {node: name for node, name in self.captured.layer_names().items()
-                                                if not fnmatchcase(name, SIDE_BRANCH)}, see).run(*args)
+                                                if not fnmatchcase(name, SIDE_BRANCH)}, see).run(*self.with_loras(args))
         if failure:
             self._say_failure(failure[0], "calibrating")
         return result
@@ -286,6 +365,13 @@ class Unit:
         changed = state.memory.stamps.changed(self.frozen.tensors)
         if changed:
             self.renew(changed)
+        adapters, adapt = state.adapters, Request.adapt
+        if adapters is not None:
+            if not adapters.hold(state, adapters.mine):
+                return key
+            if self._follow_loras(adapters, planned_of(self.captured, state.recipe, state.options)):
+                key = self._key(self.inputs(args), args)
+            adapt = partial(adapters.rewrite, state.memory, loras=adapters.mine)
         work = concrete(self.captured, args), tuple(s for s in key if isinstance(s, tuple)), _autocast(self.constants[0].device)
         made = state.memory.made.get(work)
         if made is None:
@@ -294,8 +380,8 @@ class Unit:
             state.memory.wake(self.constants[0].device)
             try:
                 with weights.borrowed(self.constants), torch.cuda.device_of(self.constants[0]):
-                    made = build(Request(self.captured, args, state.recipe, state.options, state.memory,
-                                         budgeted=self.to_judge > 0))
+                    made = build(Request(self.captured, self.with_loras(args), state.recipe, state.options, state.memory,
+                                         budgeted=self.to_judge > 0, adapt=adapt))
             finally:
                 self.building = False
             made = made.timed(cold_start_s=time.perf_counter() - start)
@@ -315,6 +401,8 @@ class Unit:
             state.memory.made[work] = made
             held = sum(t.numel() * t.element_size() for t in tensor_inputs(self.captured, args))
             self.variants[key] = Variant(made.step, self.captured, made, held)
+            if adapters is not None:
+                self.met.add(adapters.mine)
             if made.watch is not None:
                 state.drift.expect(made.watch)
         state.memory.stamps.add(self.frozen.tensors)
@@ -380,7 +468,7 @@ class Unit:
             try:
                 variant, baked = self._compiled(args)
                 key = self._bake(baked, key, args)
-                result = variant.step(*tensor_inputs(variant.captured, args))
+                result = variant.step(*tensor_inputs(variant.captured, self.with_loras(args)))
                 self.variants[key] = variant
                 self._let_go()
                 return result
@@ -440,7 +528,15 @@ class Unit:
             if not self.to_judge:
                 self.state.place_weights()
             return result
-        self._calibrate_again(error, args)
+        mine = () if self.state.adapters is None else self.state.adapters.mine
+        if mine and self.state.options.lora_policy == "own":
+            self.state.own_loras.add(mine)
+            named = ", ".join(name for name, _, _ in mine)
+            self.state.say(self.state.fallbacks, f"with the LoRAs {named} the 8-bit output differed by {error:.3f} from the "
+                           f"full-precision output on the same input{self._at(args)}, max_error is "
+                           f"{self.state.options.max_error}; pictures with this set run in the module's own precision")
+        else:
+            self._calibrate_again(error, args)
         return own
 
     def _calibrate_again(self, error: float, args: Sequence[Any]) -> None:
@@ -496,7 +592,7 @@ class Unit:
                 state.live[p] = True
         for unit in units:
             unit.clear()
-            unit._follow(unit.captured)
+            unit._follow(unit.plain)
             if what == "values" and not ids.isdisjoint(unit.of_layers):
                 unit.judge_a_picture()
         if not changed:

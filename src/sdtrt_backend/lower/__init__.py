@@ -17,6 +17,7 @@ from ..options import Options
 from ..quantize import for_engine, for_torchao
 from ..values import Decision, LayerReport, Plan
 from . import inductor_cpu, inductor_cuda, reference, tensorrt, torchao
+from .lowered import Derived as Derived
 from .lowered import Lowered as Lowered
 
 Nodes = Mapping[str, fx.Node]

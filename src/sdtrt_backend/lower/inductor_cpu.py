@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..measure import step_ms
 from ..options import Options
 from ..rules import OPS
 from ..values import UINT8_ZERO
-from .lowered import Lowered
+from .lowered import Derived, Lowered
 
 QD = torch.ops.quantized_decomposed
 KERNEL_OUTPUTS = (torch.float32, torch.bfloat16)  # what oneDNN's int8 kernels write
@@ -42,8 +43,9 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
         attention_in_bf16(gm)
     group_norm_by_aten(gm)
     # an FX graph cache hit would skip the packing pass; kernels are cached by their source all the same
-    config = {"freezing": True, "post_grad_custom_pre_pass": PackForOneDNN(), "fx_graph_cache": False}
-    return Lowered(inductor(gm, example, config))
+    packing = PackForOneDNN()
+    config = {"freezing": True, "post_grad_custom_pre_pass": packing, "fx_graph_cache": False}
+    return Lowered(inductor(gm, example, config), derived=packing.derived)
 
 
 def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:
@@ -189,7 +191,13 @@ def _is_float32(node: fx.Node) -> bool:
 
 
 class PackForOneDNN(CustomGraphPass):
-    """Post-grad pass: int8_conv2d / int8_linear -> onednn.qconv_pointwise / qlinear_pointwise with packed weights."""
+    """Post-grad pass: int8_conv2d / int8_linear -> onednn.qconv_pointwise / qlinear_pointwise with packed weights.
+
+    derived: the packed weights that it made.
+    """
+
+    def __init__(self) -> None:
+        self.derived: list[Derived] = []
 
     def __call__(self, graph: fx.Graph) -> None:
         gm: Any = graph.owning_module
@@ -201,11 +209,13 @@ class PackForOneDNN(CustomGraphPass):
             with graph.inserting_before(node):
                 weight_zero = add_constant(gm, f"{node.name}_zero", torch.zeros_like(s, dtype=torch.int32))
                 if geometry:
-                    packed = torch.ops.onednn.qconv_prepack(w, s, x_scale, zero, *geometry, 1, shape)
+                    pack = partial(torch.ops.onednn.qconv_prepack, w, s, x_scale, zero, *geometry, 1, shape)
                     target, tail = torch.ops.onednn.qconv_pointwise.default, (*geometry, 1)
                 else:
-                    packed = torch.ops.onednn.qlinear_prepack(w, shape)
+                    pack = partial(torch.ops.onednn.qlinear_prepack, w, shape)
                     target, tail = torch.ops.onednn.qlinear_pointwise.default, ()
+                packed = pack()
+                self.derived.append(Derived(packed, (w, s), pack))
                 weight_node = add_constant(gm, f"{node.name}_packed", packed)
                 new = graph.call_function(target, (x, x_scale, zero, weight_node, weight_scale, weight_zero, bias, *tail,
                                                    1.0, 0, dtype, "none", [], ""))

@@ -24,7 +24,7 @@ from ..rules import OPS
 from ..values import DTYPES, FP8_MAX, INT8_MAX
 from . import producers
 from .attention import complex_in_real, rewrite_attention
-from .lowered import Lowered
+from .lowered import Derived, Lowered
 from .producers import ADDITIONS, gelu_by_sigmoid, simplify
 
 QUANTIZE = {QD.quantize_per_tensor.default: "int8", ops.quantize_fp8: "fp8"}
@@ -42,7 +42,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     simplify(gm)
     to_8_bit_operators(gm, chooser(example[0].device))
     await_workers()
-    return Lowered(regions.compiled(gm, example, compiled), list(gm.buffers()))
+    return Lowered(regions.compiled(gm, example, compiled), list(gm.buffers()), derived=gm.meta["derived"])
 
 
 def compiled(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> Callable[..., Any]:
@@ -71,6 +71,7 @@ def _choices() -> Any:
 
 def to_8_bit_operators(gm: fx.GraphModule, choose: Chooser) -> fx.GraphModule:
     """Every quantised convolution becomes conv8, the linears that read one tensor become one linear8."""
+    gm.meta["derived"] = []
     read_through_copies(gm)
     complex_in_real(gm)
     rewrite_attention(gm, choose)
@@ -201,7 +202,11 @@ def _linears(gm: fx.GraphModule, calls: Sequence[fx.Node], code: fx.Node, x_scal
     p = problem(calls)
     kernel = _kernel(choose, p, precision)
     row = provider("linear8", kernel, precision)
-    scale = scales[0] if row.one_scale else torch.cat([s.expand(n) for s, n in zip(scales, widths, strict=True)])
+
+    def scale_now() -> torch.Tensor:
+        return scales[0] if row.one_scale else torch.cat([s.expand(n) for s, n in zip(scales, widths, strict=True)])
+
+    scale, joined = scale_now(), _joined(codes)
     biases = [None if a["bias"] is None else _constant(gm, a["bias"]).detach() for a in arguments]
     bias = None
     if any(b is not None for b in biases):
@@ -209,13 +214,17 @@ def _linears(gm: fx.GraphModule, calls: Sequence[fx.Node], code: fx.Node, x_scal
         bias = torch.cat(filled).to(p.dtype if row.narrow_bias else torch.float32)
     name = calls[0].name
     with gm.graph.inserting_before(code.next):
-        weight = add_constant(gm, f"{name}_weight", _joined(codes))
+        weight = add_constant(gm, f"{name}_weight", joined)
         factor = add_constant(gm, f"{name}_scale", (scale * x_scale).contiguous())
         added = None if bias is None else add_constant(gm, f"{name}_bias", bias)
         outputs = [gm.graph.call_function(ops.linear8, (code, weight, factor, added, p.dtype, kernel))]
         if len(calls) > 1:
             parts = gm.graph.call_function(torch.split, (outputs[0], widths, -1))
             outputs = [gm.graph.call_function(operator.getitem, (parts, i)) for i in range(len(calls))]
+    derived = gm.meta["derived"]
+    derived.append(Derived(_constant(gm, factor), scales, lambda: scale_now() * x_scale))
+    if joined.data_ptr() != codes[0].data_ptr():
+        derived.append(Derived(joined, codes, lambda: torch.cat(codes)))
     for call, output in zip(calls, outputs, strict=True):
         output.meta.update(call.meta)
         call.replace_all_uses_with(output)
@@ -230,6 +239,10 @@ def _conv(gm: fx.GraphModule, call: fx.Node, code: fx.Node, x_scale: float, prec
     with gm.graph.inserting_before(call):
         weight = add_constant(gm, f"{call.name}_weight", codes.contiguous(memory_format=torch.channels_last))
         factor = add_constant(gm, f"{call.name}_scale", (scale.expand(codes.shape[0]) * x_scale).contiguous())
+        derived = gm.meta["derived"]
+        derived.append(Derived(_constant(gm, factor), (scale,), lambda: scale.expand(codes.shape[0]) * x_scale))
+        if _constant(gm, weight).data_ptr() != codes.data_ptr():
+            derived.append(Derived(_constant(gm, weight), (codes,), lambda: codes))
         bias_node = None if bias is None else add_constant(gm, f"{call.name}_bias", bias)
     last, residual = call, None
     image = _added(last, lambda v: v.shape == call.meta["val"].shape and v.dtype is p.dtype)

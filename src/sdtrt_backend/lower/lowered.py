@@ -10,11 +10,30 @@ import torch
 
 
 @dataclass(frozen=True)
+class Derived:
+    """What a step reads in place of 8-bit codes and scales. make: it again, from what ``sources`` are now."""
+
+    target: torch.Tensor
+    sources: Sequence[torch.Tensor]
+    make: Callable[[], torch.Tensor]
+
+    def renew(self) -> None:
+        """In place, after one of the sources was written."""
+        with torch.inference_mode(self.target.is_inference()):
+            if self.target.is_mkldnn:  # packed: its values cannot be written, and what reads it holds the tensor
+                self.target.data = self.make()
+            else:
+                self.target.copy_(self.make())
+
+
+@dataclass(frozen=True)
 class Lowered:
     """step: callable on tensor inputs; constants: the tensors that it reads besides them, where they can be moved; engines: name
-    of a layer's node -> target, where a layer may go several ways; notes: sentences for the report."""
+    of a layer's node -> target, where a layer may go several ways; notes: sentences for the report; derived: what it reads in
+    place of the codes and scales of the graph, None where their values are part of what was compiled."""
 
     step: Callable[..., Any]
     constants: Sequence[torch.Tensor] = ()
     engines: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    derived: Sequence[Derived] | None = None

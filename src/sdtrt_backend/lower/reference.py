@@ -14,4 +14,4 @@ from .lowered import Lowered
 
 def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
     """``options`` is not read: what is not quantised keeps the user's precision."""
-    return Lowered(runnable(gm))
+    return Lowered(runnable(gm), derived=())

@@ -1,0 +1,324 @@
+"""LoRAs that are part of a denoiser's 8-bit codes: W + sum(weight * scale * up @ down) is quantised in place of W, in fp32, into
+the tensors that built steps read already, so that nothing is compiled, calibrated or captured anew.
+
+The module's own weights are never written. What runs in its own precision gets weights with the LoRAs added, made for the call.
+Of pictures that several threads draw each is of one set of LoRAs: codes change when no picture that began with them goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .graphs import Graphed, Memory
+from .quantize import by_tensor, quantized_weights
+from .timesteps import timestep_value
+from .values import Decision
+
+if TYPE_CHECKING:
+    from .state import State
+
+# (name, which loading of that name, weight) of each LoRA, sorted; () is the module as it is
+Set = tuple[tuple[str, int, float], ...]
+ON_DEVICE = 2**30  # bytes of LoRAs that are held on a GPU, the one used longest ago goes first; all are in memory of the host
+IDLE_S, IDLE_STEPS = 1.0, 4  # a picture that was not called for so long, and for so many of its steps, is taken to have ended
+SETS = 16  # for which the layers that they change are remembered
+NOTHING: tuple[None, str, Set] = (None, "", ())
+REPEATED = 3  # calls at one timestep that may belong to one picture: guidance takes one call for each of its terms
+
+
+@dataclass(frozen=True)
+class Factors:
+    """scale * up @ down is added to a weight: down [rank, in, (kh, kw)], up [out, rank, (1, 1)], any floating-point dtype."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.down.nbytes + self.up.nbytes
+
+    def delta(self, weight: torch.Tensor) -> torch.Tensor:
+        """What is added to ``weight``, in fp32, on its device."""
+        up, down = (t.to(weight.device, torch.float32).flatten(1) for t in (self.up, self.down))
+        return (up @ down).view(weight.shape) * self.scale
+
+
+@dataclass
+class Picture:
+    """What one thread draws: with which LoRAs, and when it was last called. at: the timestep of that call."""
+
+    loras: Set
+    at: Any = None
+    called: bool = False
+    began: float = 0.0
+    ended: float = 0.0
+    interval: float = 0.0
+    repeated: int = 0
+
+    def goes_on(self, at: Any) -> bool:
+        """Whether a call at this timestep belongs to the picture. A call without one does where others have one."""
+        if at is None:
+            return self.at is not None
+        now, before = timestep_value(at), timestep_value(self.at)
+        self.repeated = self.repeated + 1 if now == before else 0
+        return now < before or 0 < self.repeated < REPEATED
+
+    def idle(self) -> bool:
+        return not self.called and time.monotonic() - self.ended > max(IDLE_S, IDLE_STEPS * self.interval)
+
+
+class Adapters:
+    """Those of one denoiser. wanted: the set of pictures that begin from now on."""
+
+    def __init__(self, root: torch.nn.Module) -> None:
+        self.root = weakref.ref(root)
+        self.loaded: dict[str, dict[str, Factors]] = {}  # name -> path of a layer -> its factors
+        self.numbers: dict[str, int] = {}
+        self.wanted: Set = ()
+        self.switched: tuple[int, float] | None = None  # layers of the last switch, seconds
+        self._count = itertools.count()
+        self._turn = threading.Condition(threading.RLock())
+        self._pictures: dict[int, Picture] = {}
+        self._mine = threading.local()
+        self._layers: dict[Set, dict[int, tuple[torch.Tensor, str, Set]]] = {}
+        self._near: OrderedDict[tuple[str, int, torch.device], dict[str, Factors]] = OrderedDict()
+
+    # --- what is loaded
+
+    def load(self, name: str, factors: Mapping[str, Factors]) -> None:
+        """Under ``name``, in place of what it named before."""
+        self.loaded[name], self.numbers[name] = dict(factors), next(self._count)
+        self.look_again()
+        self.wanted = tuple(sorted((n, self.numbers[n], w) for n, _, w in self.wanted))
+
+    def unload(self, name: str) -> None:
+        self.wanted = tuple(one for one in self.wanted if one[0] != name)
+        for of in (self.loaded, self.numbers):
+            of.pop(name, None)
+        for key in [k for k in self._near if k[0] == name]:
+            del self._near[key]
+
+    def set_of(self, weights: Mapping[str, float]) -> Set:
+        """Without those that this denoiser has no part of, and those of weight 0."""
+        return tuple(sorted((n, self.numbers[n], float(w)) for n, w in weights.items() if n in self.loaded and w))
+
+    def weights(self, loras: Set) -> Sequence[torch.Tensor]:
+        """Those that these LoRAs change."""
+        return [weight for weight, _, _ in self.layers(loras).values()]
+
+    def layers(self, loras: Set) -> dict[int, tuple[torch.Tensor, str, Set]]:
+        """id of a weight -> (it, the path of its layer, those of the set that change it)."""
+        if loras in self._layers:
+            return self._layers[loras]
+        found: dict[int, tuple[torch.Tensor, str, Set]] = {}
+        root = self.root()
+        for one in loras:
+            for path in self.loaded.get(one[0], ()):
+                assert root is not None, "a call is of a module that lives"
+                weight = weight_of(root, path)
+                found[id(weight)] = weight, path, (*(found[id(weight)][2] if id(weight) in found else ()), one)
+        while len(self._layers) >= SETS:
+            self._layers.pop(next(iter(self._layers)))
+        self._layers[loras] = found
+        return found
+
+    def look_again(self) -> None:
+        """The module's parameters may be others now."""
+        self._layers.clear()
+
+    def added(self, weight: torch.Tensor, path: str, loras: Set) -> torch.Tensor:
+        """``weight`` with these LoRAs of its layer, in fp32."""
+        whole = weight.detach().float()
+        for name, number, strength in loras:
+            whole = whole + self._factors(name, number, weight.device)[path].delta(weight) * strength
+        return whole
+
+    def _factors(self, name: str, number: int, device: torch.device) -> dict[str, Factors]:
+        """Of one LoRA, on the device where that has room."""
+        if device.type == "cpu":
+            return self.loaded[name]
+        key = name, number, device
+        if key not in self._near:
+            self._near[key] = {path: replace(f, down=f.down.to(device), up=f.up.to(device))
+                               for path, f in self.loaded[name].items()}
+            while sum(f.nbytes for near in self._near.values() for f in near.values()) > ON_DEVICE and len(self._near) > 1:
+                self._near.popitem(last=False)
+        self._near.move_to_end(key)
+        return self._near[key]
+
+    # --- pictures
+
+    @property
+    def mine(self) -> Set:
+        """Of the picture that this thread draws."""
+        return getattr(self._mine, "loras", self.wanted)
+
+    @contextlib.contextmanager
+    def call(self, at: Any) -> Iterator[None]:
+        """One call of the denoiser, at a timestep: it belongs to the picture that this thread draws, or begins the next one."""
+        me, block = threading.get_ident(), getattr(self._mine, "block", None)
+        wanted = self.wanted if block is None else block
+        with self._turn:
+            picture = self._pictures.get(me)
+            if picture is None or (picture.loras != wanted and (block is not None or not picture.goes_on(at))):
+                for thread in [t for t, p in self._pictures.items() if p.idle()]:
+                    del self._pictures[thread]
+                picture = self._pictures[me] = Picture(wanted)
+            now = time.monotonic()
+            picture.interval = now - picture.began if picture.began else 0.0
+            picture.called, picture.began, picture.at = True, now, picture.at if at is None else at
+        before = getattr(self._mine, "loras", None)
+        self._mine.loras = picture.loras
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._mine.loras
+            else:
+                self._mine.loras = before
+            with self._turn:
+                picture.called, picture.ended = False, time.monotonic()
+                self._turn.notify_all()
+
+    @contextlib.contextmanager
+    def block(self, loras: Set) -> Iterator[None]:
+        """Pictures of this thread are of this set while the context is open."""
+        before = getattr(self._mine, "block", None)
+        self._mine.block = loras
+        try:
+            yield
+        finally:
+            self._mine.block = before
+            self.end_picture()
+
+    def end_picture(self) -> None:
+        """The picture of this thread has ended."""
+        with self._turn:
+            self._pictures.pop(threading.get_ident(), None)
+            self._turn.notify_all()
+
+    def hold(self, state: State, loras: Set, wait: bool = True) -> bool:
+        """See to it that the codes of the state are of this set, as soon as no picture of another thread needs the one that they
+        are of. False where that is not to be waited for: another thread builds, or ``wait`` is not set."""
+        if state.memory.loras == loras:
+            return True
+        me = threading.get_ident()
+        with self._turn:
+            while any(t != me and p.loras == state.memory.loras and not p.idle() for t, p in self._pictures.items()):
+                if not wait or not state.lock.acquire(blocking=False):
+                    return False
+                state.lock.release()
+                self._turn.wait(0.05)
+            if not state.lock.acquire(blocking=False):
+                return False
+            try:
+                self._write(state, loras)
+            finally:
+                state.lock.release()
+        return True
+
+    # --- codes
+
+    @torch.no_grad()
+    def _write(self, state: State, loras: Set) -> None:
+        memory, start = state.memory, time.perf_counter()
+        steps: dict[int, Any] = {id(made): made for unit in state.units for made in unit.results.values()
+                                 if getattr(made, "derived", None) is not None}
+        for made in steps.values():
+            if isinstance(made.step, Graphed):
+                made.step.wake()
+        written = 0
+        with memory.writing():
+            codes: set[int] = set()
+            for made in steps.values():
+                found = self.rewrite(memory, made.plan.decisions, loras)
+                written, codes = written + len(found) // 2, codes | found
+            for made in steps.values():
+                for one in made.derived:
+                    if not codes.isdisjoint(t.data_ptr() for t in one.sources):
+                        one.renew()
+            memory.loras = loras
+        if written:
+            self.switched = written, time.perf_counter() - start
+
+    def rewrite(self, memory: Memory, decisions: Sequence[Decision], loras: Set) -> set[int]:
+        """Write the codes and scales of these layers in place where they are of another set; returns the addresses of those."""
+        layers, found = self.layers(loras), set()
+        for key, members, smoothing in by_tensor(decisions):
+            if key not in memory.codes:
+                continue
+            changing = tuple(sorted({one for d in members for one in layers.get(id(d.layer.weight), NOTHING)[2]}))
+            if memory.written.get(key, ()) == changing:
+                continue
+            merged = [self._with(d, layers) for d in members]
+            for (codes, scale), new in zip(memory.codes[key], quantized_weights(merged, smoothing), strict=True):
+                for mine, other in zip((codes, scale), new, strict=True):
+                    with torch.inference_mode(mine.is_inference()):
+                        mine.copy_(other)
+                    found.add(mine.data_ptr())
+            memory.written[key] = changing
+        return found
+
+    def _with(self, decision: Decision, layers: Mapping[int, tuple[torch.Tensor, str, Set]]) -> Decision:
+        if id(decision.layer.weight) not in layers:
+            return decision
+        return replace(decision, layer=replace(decision.layer, weight=self.added(*layers[id(decision.layer.weight)])))
+
+    # --- what runs in the module's own precision
+
+    @torch.no_grad()
+    def applied(self, args: Sequence[Any], places: Mapping[int, int], loras: Set) -> Sequence[Any]:
+        """``args`` with the LoRAs added to weights among them, in their own dtype. places: id of a weight -> its place."""
+        given: list[Any] = list(args)
+        for i, (weight, path, changing) in self.layers(loras).items():
+            if i in places:
+                given[places[i]] = torch.empty_like(weight).copy_(self.added(weight, path, changing))
+        return given
+
+    def sentence(self, loras: Set) -> str:
+        """Which LoRAs the codes are of, and what the last switch cost."""
+        named = ", ".join(f"{name} ({strength:g})" for name, _, strength in loras) or "none"
+        sentence = f"LoRAs in the 8-bit codes: {named}"
+        if self.switched is not None:
+            sentence += f"; the last switch wrote {self.switched[0]} weights in {1e3 * self.switched[1]:.0f} ms"
+        return sentence
+
+
+def weight_of(root: torch.nn.Module, path: str) -> torch.Tensor:
+    """Of the layer of this path, which an adapter of PEFT may be wrapped around."""
+    layer = root.get_submodule(path)
+    weight = getattr(layer, "base_layer", layer).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+_OF: weakref.WeakKeyDictionary[torch.nn.Module, Adapters] = weakref.WeakKeyDictionary()
+
+
+def adapters_of(root: torch.nn.Module | None) -> Adapters | None:
+    """Those that were loaded for this denoiser, None where none ever was."""
+    return None if root is None else _OF.get(root)
+
+
+def make_adapters(root: torch.nn.Module, states: Iterable[State]) -> Adapters:
+    """Those of this denoiser and of its states, empty where there were none."""
+    found = _OF.get(root) or _OF.setdefault(root, Adapters(root))
+    for state in states:
+        state.adapters = found
+    return found
+
+
+def forget_adapters(root: torch.nn.Module) -> None:
+    """As if none had ever been loaded."""
+    _OF.pop(root, None)
