@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +48,11 @@ class Clock:
             return False
         args, keywords = call
         if getattr(self.running, "call", None) is not keywords:
-            try:
-                given = {**signature.bind_partial(*args, **keywords).arguments, **keywords}  # a forward may collect keywords
-            except TypeError:  # something wraps the module, and calls its forward with other arguments
+            given = _given(signature, args, keywords)
+            if given is None:
                 return False
             self.running.call = keywords
-            self.tell(next((given[n] for n in TIMESTEP_NAMES if n in given), None), given)
+            self.tell(_named(given), given)
         return True
 
     def stop(self) -> None:
@@ -90,6 +90,25 @@ class Clock:
                 self.begin(math.nan, False)
                 return
         self.begin(math.nan if self.whole_calls else small.get(candidates.chosen, math.nan), True)
+
+
+def timestep_of_call(root: torch.nn.Module) -> Any:
+    """What the root was given for its timestep in the call that this thread is inside of, None where it was given none."""
+    call = names.call_of(root)
+    given = None if call is None else _given(names.call_signature(root), *call)
+    return None if given is None else _named(given)
+
+
+def _given(signature: inspect.Signature, args: Sequence[Any], keywords: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Arguments of a call by name. None where something wraps the module, and calls its forward with other ones."""
+    try:
+        return {**signature.bind_partial(*args, **keywords).arguments, **keywords}  # a forward may collect keywords
+    except TypeError:
+        return None
+
+
+def _named(given: Mapping[str, Any]) -> Any:
+    return next((given[n] for n in TIMESTEP_NAMES if n in given), None)
 
 
 def _may_be_a_timestep(value: Any) -> bool:

@@ -254,6 +254,12 @@ class LoraError(SdtrtError):
                    "one, or a denoiser of diffusers itself")
 
     @classmethod
+    def unreadable(cls, error: Exception) -> LoraError:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return cls(f"diffusers cannot read this LoRA for this pipeline: {type(error).__name__}: {' '.join(lines[:2])}; expected "
+                   "a file, a folder or a state dict that its load_lora_weights takes")
+
+    @classmethod
     def nothing_of(cls, pipeline: str, parts: Iterable[str]) -> LoraError:
         return cls(f"nothing in this file belongs to {', '.join(parts)} of {pipeline}: it is of another model, or no LoRA")
 

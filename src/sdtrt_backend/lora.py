@@ -40,7 +40,10 @@ def load_lora(pipe: Any, source: str | os.PathLike[str] | Mapping[str, torch.Ten
         raise LoraError.no_peft()
     given = source if isinstance(source, Mapping) else os.fspath(source)
     _refuse_other_kinds(given, kwargs)
-    found = _read(pipe, given, kwargs)
+    try:
+        found = _read(pipe, given, kwargs)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise LoraError.unreadable(error) from error
     parts = {part: _factors(skeleton, part) for part, skeleton in found.items()}
     for part, factors in parts.items():
         if part in modules:

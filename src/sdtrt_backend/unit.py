@@ -30,6 +30,7 @@ from .adapters import Adapters, Set
 from .build import Ready, Refused, Request, build, planned_of, sizes_of, unquantized
 from .calibrate import Observer
 from .capture import Captured, concrete, follow, follow_all, tensor_inputs
+from .clock import timestep_of_call
 from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
 from .graphs import Graphed
@@ -176,7 +177,8 @@ class Unit:
         adapters = self.state.adapters
         if adapters is None:
             return self._call(args)
-        with adapters.call(None if self.captured.timestep is None else args[self.captured.timestep]):
+        at, root = self.plain.timestep, adapters.root()
+        with adapters.call(args[at] if at is not None else None if root is None else timestep_of_call(root)):
             return self._call(args)
 
     def _call(self, args: Sequence[Any]) -> Any:
