@@ -211,6 +211,17 @@ def test_loading_a_name_again_takes_its_place_at_once(ready):
         sdtrt_backend.set_loras(pipe.unet, {"c": 1.0})
 
 
+def test_a_picture_keeps_a_lora_that_is_unloaded_meanwhile(ready):
+    pipe, _, plain, first = ready
+    sdtrt_backend.load_lora(pipe.unet, lora(plain, ATTENTION, 8), "brief")
+    with sdtrt_backend.loras(pipe.unet, {"brief": 1.0}):
+        before = pipe.draw()
+        sdtrt_backend.unload_lora(pipe.unet, "brief")
+        assert all(map(torch.equal, before, pipe.draw()))
+        assert all(map(torch.equal, pipe.draw(size=24), pipe.draw(size=24)))
+    assert all(map(torch.equal, first, pipe.draw()))
+
+
 @pytest.mark.parametrize("policy", ["calibrate", "own"])
 def test_a_set_that_the_ranges_do_not_fit(policy):
     torch._dynamo.reset()

@@ -54,6 +54,16 @@ class Factors:
         return (up @ down).view(weight.shape) * self.scale
 
 
+@dataclass(frozen=True)
+class Change:
+    """place: of ``weight`` among arguments; path: of its layer; loras: those that change it."""
+
+    place: int
+    weight: torch.Tensor
+    path: str
+    loras: Set
+
+
 @dataclass
 class Picture:
     """What one thread draws: with which LoRAs, and when it was last called. at: the timestep of that call."""
@@ -91,6 +101,7 @@ class Adapters:
         self._turn = threading.Condition(threading.RLock())
         self._pictures: dict[int, Picture] = {}
         self._mine = threading.local()
+        self._retired: dict[int, dict[str, Factors]] = {}
         self._layers: dict[Set, dict[int, tuple[torch.Tensor, str, Set]]] = {}
         self._near: OrderedDict[tuple[str, int, torch.device], dict[str, Factors]] = OrderedDict()
 
@@ -98,24 +109,33 @@ class Adapters:
 
     def load(self, name: str, factors: Mapping[str, Factors]) -> None:
         """Under ``name``, in place of what it named before."""
+        self._retire(name)
         self.loaded[name], self.numbers[name] = dict(factors), next(self._count)
         self.look_again()
         self.wanted = tuple(sorted((n, self.numbers[n], w) for n, _, w in self.wanted))
 
     def unload(self, name: str) -> None:
         self.wanted = tuple(one for one in self.wanted if one[0] != name)
-        for of in (self.loaded, self.numbers):
-            of.pop(name, None)
-        for key in [k for k in self._near if k[0] == name]:
+        self._retire(name)
+        del self.loaded[name], self.numbers[name]
+
+    def _retire(self, name: str) -> None:
+        """Pictures that have it go on with it."""
+        if name in self.loaded:
+            self._retired[self.numbers[name]] = self.loaded[name]
+
+    def _forget_retired(self) -> None:
+        used = {number for p in self._pictures.values() for _, number, _ in p.loras}
+        self._retired = {number: factors for number, factors in self._retired.items() if number in used}
+        for key in [k for k in self._near if k[1] not in self.numbers.values() and k[1] not in used]:
             del self._near[key]
+
+    def _of(self, name: str, number: int) -> Mapping[str, Factors]:
+        return self.loaded[name] if self.numbers.get(name) == number else self._retired[number]
 
     def set_of(self, weights: Mapping[str, float]) -> Set:
         """Without those that this denoiser has no part of, and those of weight 0."""
         return tuple(sorted((n, self.numbers[n], float(w)) for n, w in weights.items() if n in self.loaded and w))
-
-    def weights(self, loras: Set) -> Sequence[torch.Tensor]:
-        """Those that these LoRAs change."""
-        return [weight for weight, _, _ in self.layers(loras).values()]
 
     def layers(self, loras: Set) -> dict[int, tuple[torch.Tensor, str, Set]]:
         """id of a weight -> (it, the path of its layer, those of the set that change it)."""
@@ -124,7 +144,7 @@ class Adapters:
         found: dict[int, tuple[torch.Tensor, str, Set]] = {}
         root = self.root()
         for one in loras:
-            for path in self.loaded.get(one[0], ()):
+            for path in self._of(*one[:2]):
                 assert root is not None, "a call is of a module that lives"
                 weight = weight_of(root, path)
                 found[id(weight)] = weight, path, (*(found[id(weight)][2] if id(weight) in found else ()), one)
@@ -144,14 +164,14 @@ class Adapters:
             whole = whole + self._factors(name, number, weight.device)[path].delta(weight) * strength
         return whole
 
-    def _factors(self, name: str, number: int, device: torch.device) -> dict[str, Factors]:
+    def _factors(self, name: str, number: int, device: torch.device) -> Mapping[str, Factors]:
         """Of one LoRA, on the device where that has room."""
         if device.type == "cpu":
-            return self.loaded[name]
+            return self._of(name, number)
         key = name, number, device
         if key not in self._near:
             self._near[key] = {path: replace(f, down=f.down.to(device), up=f.up.to(device))
-                               for path, f in self.loaded[name].items()}
+                               for path, f in self._of(name, number).items()}
             while sum(f.nbytes for near in self._near.values() for f in near.values()) > ON_DEVICE and len(self._near) > 1:
                 self._near.popitem(last=False)
         self._near.move_to_end(key)
@@ -175,6 +195,7 @@ class Adapters:
                 for thread in [t for t, p in self._pictures.items() if p.idle()]:
                     del self._pictures[thread]
                 picture = self._pictures[me] = Picture(wanted)
+                self._forget_retired()
             now = time.monotonic()
             picture.interval = now - picture.began if picture.began else 0.0
             picture.called, picture.began, picture.at = True, now, picture.at if at is None else at
@@ -277,13 +298,18 @@ class Adapters:
 
     # --- what runs in the module's own precision
 
+    def changes(self, places: Mapping[int, int]) -> Sequence[Change]:
+        """What the LoRAs of this picture change. places: id of a weight -> its place among arguments."""
+        return [Change(places[i], *found) for i, found in self.layers(self.mine).items() if i in places]
+
     @torch.no_grad()
-    def applied(self, args: Sequence[Any], places: Mapping[int, int], loras: Set) -> Sequence[Any]:
-        """``args`` with the LoRAs added to weights among them, in their own dtype. places: id of a weight -> its place."""
+    def applied(self, args: Sequence[Any], changes: Sequence[Change]) -> Sequence[Any]:
+        """``args`` with the LoRAs added to weights among them, in their own dtype."""
+        if not changes:
+            return args
         given: list[Any] = list(args)
-        for i, (weight, path, changing) in self.layers(loras).items():
-            if i in places:
-                given[places[i]] = torch.empty_like(weight).copy_(self.added(weight, path, changing))
+        for one in changes:
+            given[one.place] = torch.empty_like(one.weight).copy_(self.added(one.weight, one.path, one.loras))
         return given
 
     def sentence(self, loras: Set) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from . import weights
-from .adapters import Adapters, Set
+from .adapters import Adapters, Change, Set
 from .build import Ready, Refused, Request, build, planned_of, sizes_of, unquantized
 from .calibrate import Observer
 from .capture import Captured, concrete, follow, follow_all, tensor_inputs
@@ -50,6 +50,7 @@ SIZES_HELD = 32  # steps of one graph: beyond that the one used longest ago is l
 # calls that are each compared with the module's own precision after values of 8-bit layers have changed: those of one picture,
 # where the recipe tells how many it has
 JUDGED = (8, 64)
+SETS_KNOWN = 256  # of LoRAs, of which a unit remembers what they change
 MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its own, so more are no way to run
 
 
@@ -89,7 +90,7 @@ class Unit:
         self.called = False
         self.to_judge = 0  # calls: the values of its layers are not those that were calibrated
         self.met: set[Set] = set()  # LoRAs that its steps ran with
-        self.places = {id(p): i for i, p in captured.constants.items()}
+        self.places = tuple(captured.constants)
         if state.adapters is not None:
             state.adapters.look_again()
         self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
@@ -99,9 +100,14 @@ class Unit:
     def _follow(self, captured: Captured) -> None:
         """Constants that are known to change are inputs from now on."""
         self.plain = follow(captured, self.state.live)
-        self.with_live = follow(self.plain, self.state.changed_by_loras)
-        self.take, self.take_live = _getter(self.plain.inputs), _getter(self.with_live.inputs)
+        self.take = _getter(self.plain.inputs)
         self.frozen = Constants(self.plain.constants.values())
+        self._follow_changed_by_loras()
+
+    def _follow_changed_by_loras(self) -> None:
+        self.with_live = follow(self.plain, self.state.changed_by_loras)
+        self.take_live = _getter(self.with_live.inputs)
+        self.changes: dict[tuple[Set, bool], Sequence[Change]] = {}
 
     @property
     def captured(self) -> Captured:
@@ -113,8 +119,18 @@ class Unit:
 
     def _live_loras(self) -> bool:
         adapters = self.state.adapters
-        return (adapters is not None and self.with_live is not self.plain
-                and any(p in self.state.changed_by_loras for p in adapters.weights(adapters.mine)))
+        return adapters is not None and bool(self._changes(adapters, of_inputs=True))
+
+    def _changes(self, adapters: Adapters, of_inputs: bool) -> Sequence[Change]:
+        """What the LoRAs of this picture change among the arguments of a call, or among those that are inputs of steps."""
+        key = adapters.mine, of_inputs
+        if key not in self.changes:
+            if len(self.changes) >= SETS_KNOWN:
+                self.changes.clear()
+            places = {id(p): i for p, i in zip(self.constants, self.places, strict=True)
+                      if not of_inputs or i in self.with_live.inputs}
+            self.changes[key] = adapters.changes(places)
+        return self.changes[key]
 
     # --- what the state asks
 
@@ -239,7 +255,7 @@ class Unit:
                 return self.own(args)
             if variant.made is not None and variant.captured is not self.captured:  # LoRAs change weights that it cannot follow
                 return self._call(args)
-        tensors = tensor_inputs(variant.captured, self.with_loras(args, variant.captured.inputs))
+        tensors = tensor_inputs(variant.captured, self.with_loras(args, of_inputs=variant.made is not None))
         result = variant.step(*tensors)
         if part is not None or variant.watch is not None:
             result = self._watched(variant, args, tensors, result, part, elements)
@@ -286,13 +302,10 @@ class Unit:
 
     # --- LoRAs
 
-    def with_loras(self, args: Sequence[Any], inputs: Sequence[int] | None = None) -> Sequence[Any]:
-        """``args`` with the weights that LoRAs change as they change them: all, or those among ``inputs``."""
+    def with_loras(self, args: Sequence[Any], of_inputs: bool = False) -> Sequence[Any]:
+        """``args`` with the weights that LoRAs change as they change them: all, or those that are inputs of steps."""
         adapters = self.state.adapters
-        if adapters is None or not adapters.mine:
-            return args
-        places = self.places if inputs is None else {k: i for k, i in self.places.items() if i in set(inputs)}
-        return adapters.applied(args, places, adapters.mine)
+        return args if adapters is None else adapters.applied(args, self._changes(adapters, of_inputs))
 
     def _holds(self, variant: Variant, adapters: Adapters) -> bool:
         """Whether the step may run: its codes are of this picture's LoRAs."""
@@ -308,6 +321,8 @@ class Unit:
         if mine in state.own_loras or not adapters.hold(state, mine):
             return False
         if mine not in self.met:
+            if len(self.met) >= SETS_KNOWN:
+                self.met.clear()
             self.met.add(mine)
             if not self._follow_loras(adapters, made.plan):
                 self.to_judge = max(self.to_judge, 1)
@@ -318,16 +333,17 @@ class Unit:
         assert plan is not None
         held = {id(d.layer.weight) for d in plan.decisions if d.quantized}
         state = self.state
-        found = [w for w in adapters.weights(adapters.mine) if id(w) in self.places and id(w) not in held]
-        new = [w for w in found if w not in state.live and w not in state.changed_by_loras]
+        found = [change.weight for change in self._changes(adapters, of_inputs=False)]
+        new = [w for w in found if id(w) not in held and w not in state.live and w not in state.changed_by_loras]
         for weight in new:
             state.changed_by_loras[weight] = True
         for unit in state.units if new else ():
             for key in [k for k, v in unit.variants.items() if v.captured is unit.with_live and unit.with_live is not unit.plain]:
                 del unit.variants[key]
                 unit.results.pop(key, None)
-            unit.with_live = follow(unit.plain, state.changed_by_loras)
-            unit.take_live = _getter(unit.with_live.inputs)
+            unit._follow_changed_by_loras()
+        if new:
+            state.drop_unused()
         return bool(new)
 
     # --- while calibrating

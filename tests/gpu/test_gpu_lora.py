@@ -1,0 +1,102 @@
+"""LoRAs in the 8-bit codes on a GPU: undone to the bit, no new graph, one set for a picture, with released weights too."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from small import SmallPipeline, own, small_unet
+from test_lora import ATTENTION, CONVOLUTIONS, lora, merged
+
+import sdtrt_backend
+from sdtrt_backend import graphs
+from sdtrt_backend.measure import compare
+from sdtrt_backend.weights import away
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+BOUND = 0.1
+
+
+@pytest.fixture(scope="module", params=[("sd_int8", "keep"), ("sd_int8", "release"), ("sd_fp8", "release")], ids="-".join)
+def ready(request):
+    torch._dynamo.reset()
+    backend, weights = request.param
+    plain = small_unet().cuda().half().to(memory_format=torch.channels_last)
+    pipe = SmallPipeline(copy.deepcopy(plain))
+    sdtrt_backend.accelerate(pipe, backend=backend, engine="inductor", weights=weights)
+    for _ in range(3):
+        first = pipe.draw()
+    assert sdtrt_backend.explain(pipe).state == "ready"
+    dicts = {"a": lora(small_unet(), ATTENTION, 1, strength=0.8), "b": lora(small_unet(), CONVOLUTIONS, 2)}
+    for name, factors in dicts.items():
+        sdtrt_backend.load_lora(pipe.unet, factors, name)
+    yield pipe, dicts, plain, first, weights
+    sdtrt_backend.restore(pipe)
+
+
+def expected(plain, dicts, weights):
+    device = {name: {k: v.to("cuda", torch.float16) for k, v in factors.items()} for name, factors in dicts.items()}
+    return own(merged(plain, [(device[name], w) for name, w in weights.items()]))
+
+
+def test_a_set_and_back_to_the_bit_without_a_new_graph(ready, monkeypatch):
+    pipe, dicts, plain, first, weights = ready
+    for loras in ({"a": 1.0}, {"b": 1.0}):  # the second changes a layer that stays in 16 bits: built once more
+        sdtrt_backend.set_loras(pipe.unet, loras)
+        pipe.draw()
+    captured = []
+    record = graphs.record
+    monkeypatch.setattr(graphs, "record", lambda *args, **kwargs: captured.append(1) or record(*args, **kwargs))
+    for loras in ({"a": 1.0}, {"b": 1.2}, {"a": 0.5, "b": 0.5}):
+        sdtrt_backend.set_loras(pipe.unet, loras)
+        assert compare(pipe.draw(), expected(plain, dicts, loras)) < BOUND
+    sdtrt_backend.set_loras(pipe.unet, {})
+    assert all(map(torch.equal, first, pipe.draw()))
+    assert not captured
+    assert any(away(p) for p in pipe.unet.parameters()) == (weights == "release")
+    if weights == "keep":
+        assert all(map(torch.equal, own(plain), own(pipe.unet)))
+
+
+def test_every_picture_is_of_one_set_while_another_thread_switches(ready):
+    pipe, _, _, _, _ = ready
+    sets = ({}, {"a": 1.0}, {"b": 1.0})
+    wanted = []
+    for loras in sets:
+        sdtrt_backend.set_loras(pipe.unet, loras)
+        pipe.draw()
+        wanted.append(torch.stack(pipe.draw()))
+    ended = threading.Event()
+
+    def switch():
+        for _ in range(300):
+            for loras in sets:
+                sdtrt_backend.set_loras(pipe.unet, loras)
+                if ended.wait(0.003):
+                    return
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    try:
+        pictures = [torch.stack(pipe.draw()) for _ in range(60)]
+    finally:
+        ended.set()
+        thread.join()
+        sdtrt_backend.set_loras(pipe.unet, {})
+    seen = [next((i for i, whole in enumerate(wanted) if torch.equal(whole, picture)), None) for picture in pictures]
+    assert None not in seen
+    assert len(set(seen)) > 1, "the test saw no switch"
+
+
+def test_moved_away_and_back_with_a_set(ready):
+    pipe, dicts, plain, _, _ = ready
+    sdtrt_backend.set_loras(pipe.unet, {"a": 1.0})
+    before = pipe.draw()
+    pipe.unet.to("cpu")
+    pipe.unet.to("cuda")
+    assert all(map(torch.equal, before, pipe.draw()))
+    pipe.unet.to("cpu")
+    sdtrt_backend.set_loras(pipe.unet, {"a": 0.5})
+    pipe.unet.to("cuda")
+    assert compare(pipe.draw(), expected(plain, dicts, {"a": 0.5})) < BOUND
+    sdtrt_backend.set_loras(pipe.unet, {})
