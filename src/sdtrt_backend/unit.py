@@ -542,7 +542,7 @@ class Unit:
         with torch.no_grad():
             own = self.own(args)
         error = compare(result, own)
-        if error <= self.state.options.max_error or not all(bool(t.isfinite().all()) for t in outputs(own)):
+        if error <= self._share_of_max_error() or not all(bool(t.isfinite().all()) for t in outputs(own)):
             if not self.to_judge:
                 self.state.place_weights()
             return result
@@ -557,10 +557,17 @@ class Unit:
             self._calibrate_again(error, args)
         return own
 
+    def _share_of_max_error(self) -> float:
+        """Of a module in pieces each is compared with its own result on what the pieces before it gave, so that errors add up: as
+        independent ones do, by their squares."""
+        pieces = {unit.ids for unit in self.state.units if any(v.made is not None for v in unit.variants.values())}
+        return self.state.options.max_error / math.sqrt(max(1, len(pieces)))
+
     def _calibrate_again(self, error: float, args: Sequence[Any]) -> None:
+        given, shared = self.state.options.max_error, self._share_of_max_error()
         self.state.calibrate_again("weights were changed after they were calibrated, and the 8-bit output differed by "
-                                   f"{error:.3f} from the full-precision output on the same input{self._at(args)}, max_error is "
-                                   f"{self.state.options.max_error}")
+                                   f"{error:.3f} from the full-precision output on the same input{self._at(args)}, max_error "
+                                   f"{'of this piece of it ' if shared < given else ''}is {shared:.3g}")
 
     def _at(self, args: Sequence[Any]) -> str:
         """The timestep of a call, for a sentence."""
