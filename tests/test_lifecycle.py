@@ -289,6 +289,7 @@ def products_in_8_bits(module, size):
                for event in profile.profiler.kineto_results.events())  # ten times as fast as the profiler's own list of events
 
 
+@pytest.mark.slow
 def test_pieces_of_a_module_stay_inside_the_bound_after_weights_changed(weights_leave_the_cpu_too, tmp_path, monkeypatch):
     """Each was inside it, and the module 0.217 from its own precision."""
     monkeypatch.setenv("SDTRT_CACHE", str(tmp_path))

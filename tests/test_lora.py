@@ -47,7 +47,7 @@ def merged(unet, loras):
     return copied
 
 
-@pytest.fixture(scope="module", params=["inductor", "reference"])
+@pytest.fixture(scope="module", params=[pytest.param("inductor", marks=pytest.mark.slow), "reference"])
 def ready(request):
     """(the pipeline with LoRAs "a" and "b" loaded and a step in use, their state dicts, its module as it was, its picture)."""
     torch._dynamo.reset()
@@ -179,6 +179,7 @@ def test_two_threads_with_a_set_each_draw_their_own(ready):
         assert all(torch.equal(expected[name], picture) for picture in got[name])
 
 
+@pytest.mark.slow
 def test_pictures_that_calibrate_have_the_set_too():
     torch._dynamo.reset()
     plain = small_unet()
@@ -222,6 +223,7 @@ def test_a_picture_keeps_a_lora_that_is_unloaded_meanwhile(ready):
     assert all(map(torch.equal, first, pipe.draw()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["calibrate", "own"])
 def test_a_set_that_the_ranges_do_not_fit(policy):
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ from test_lora import ATTENTION, CONVOLUTIONS, lora
 import sdtrt_backend
 from sdtrt_backend.measure import compare
 
+pytestmark = pytest.mark.slow
 BOUND = 0.15
 NOTICED = 10  # pictures of three calls in which whatever was written is noticed
 
