@@ -100,6 +100,7 @@ class Adapters:
         self._count = itertools.count()
         self._turn = threading.Condition(threading.RLock())
         self._pictures: dict[int, Picture] = {}
+        self._blocks: list[Set] = []
         self._mine = threading.local()
         self._retired: dict[int, dict[str, Factors]] = {}
         self._layers: dict[Set, dict[int, tuple[torch.Tensor, str, Set]]] = {}
@@ -125,7 +126,7 @@ class Adapters:
             self._retired[self.numbers[name]] = self.loaded[name]
 
     def _forget_retired(self) -> None:
-        used = {number for p in self._pictures.values() for _, number, _ in p.loras}
+        used = {number for loras in (*(p.loras for p in self._pictures.values()), *self._blocks) for _, number, _ in loras}
         self._retired = {number: factors for number, factors in self._retired.items() if number in used}
         for key in [k for k in self._near if k[1] not in self.numbers.values() and k[1] not in used]:
             del self._near[key]
@@ -217,10 +218,14 @@ class Adapters:
         """Pictures of this thread are of this set while the context is open."""
         before = getattr(self._mine, "block", None)
         self._mine.block = loras
+        with self._turn:
+            self._blocks.append(loras)
         try:
             yield
         finally:
             self._mine.block = before
+            with self._turn:
+                self._blocks.remove(loras)
             self.end_picture()
 
     def end_picture(self) -> None:
