@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small import SmallPipeline, own, small_unet
+from small import Offload, SmallPipeline, own, small_unet
 
 import sdtrt_backend
 from sdtrt_backend import LoraError, ModelError, OptionError
@@ -196,6 +196,54 @@ def test_pictures_that_calibrate_have_the_set_too():
     sdtrt_backend.restore(pipe)
     assert adapters_of(pipe.unet) is None
     assert all(map(torch.equal, own(plain), pipe.draw()))
+
+
+def test_a_module_in_pieces_has_the_set_in_every_layer():
+    """conv_in is in no graph: Dynamo runs what is between the pieces as it is."""
+    torch._dynamo.reset()
+    plain = small_unet()
+    pipe = SmallPipeline(copy.deepcopy(plain))
+    Offload(pipe.unet, whole=False)
+    sdtrt_backend.accelerate(pipe, engine="reference")
+    for _ in range(5):
+        pipe.draw()
+    for targets in (["conv_in"], ATTENTION + CONVOLUTIONS):
+        factors = lora(plain, targets, 3, strength=0.2)
+        sdtrt_backend.load_lora(pipe.unet, factors, "a")
+        sdtrt_backend.set_loras(pipe.unet, {"a": 1.0})
+        expected = own(merged(plain, [(factors, 1.0)]))
+        for _ in range(4):
+            assert compare(pipe.draw(), expected) < 0.2 < compare(own(plain), expected)
+    sdtrt_backend.restore(pipe)
+    assert all(map(torch.equal, own(plain), pipe.draw()))
+
+
+@pytest.mark.slow
+def test_a_set_outlives_other_weights_another_dtype_and_accelerating_again():
+    torch._dynamo.reset()
+    pipe, plain = SmallPipeline(small_unet()), small_unet(seed=5)
+    sdtrt_backend.accelerate(pipe, engine="reference")
+    for _ in range(3):
+        pipe.draw()
+    factors = lora(plain, ATTENTION + CONVOLUTIONS, 3)
+    expected = own(merged(plain, [(factors, 1.0)]))
+    sdtrt_backend.load_lora(pipe.unet, factors, "a")
+    sdtrt_backend.set_loras(pipe.unet, {"a": 1.0})
+
+    def like_that(pictures):
+        for _ in range(pictures):
+            got = pipe.draw()
+        assert compare(got, expected) < 0.2
+        assert sdtrt_backend.explain(pipe).state == "ready"
+
+    pipe.unet.load_state_dict(plain.state_dict())
+    like_that(6)
+    pipe.unet.to(torch.bfloat16)
+    like_that(4)
+    copied = copy.deepcopy(pipe.unet)
+    assert compare(SmallPipeline(copied).draw(), own(copied)) == 0, "a copy has none"
+    sdtrt_backend.accelerate(pipe, engine="reference")
+    like_that(5)
 
 
 def test_loading_a_name_again_takes_its_place_at_once(ready):

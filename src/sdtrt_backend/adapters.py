@@ -154,6 +154,10 @@ class Adapters:
         self._layers[loras] = found
         return found
 
+    def modules(self, root: torch.nn.Module) -> list[torch.nn.Module]:
+        """The layers that loaded LoRAs change."""
+        return [layer_of(root, path) for path in dict.fromkeys(p for factors in self.loaded.values() for p in factors)]
+
     def look_again(self) -> None:
         """The module's parameters may be others now."""
         self._layers.clear()
@@ -326,10 +330,16 @@ class Adapters:
         return sentence
 
 
-def weight_of(root: torch.nn.Module, path: str) -> torch.Tensor:
-    """Of the layer of this path, which an adapter of PEFT may be wrapped around."""
+def layer_of(root: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The layer of this path, which an adapter of PEFT may be wrapped around."""
     layer = root.get_submodule(path)
-    weight = getattr(layer, "base_layer", layer).weight
+    found: torch.nn.Module = getattr(layer, "base_layer", layer)
+    return found
+
+
+def weight_of(root: torch.nn.Module, path: str) -> torch.Tensor:
+    """Of that layer: the user's parameter."""
+    weight = layer_of(root, path).weight
     assert isinstance(weight, torch.Tensor)
     return weight
 

@@ -103,6 +103,7 @@ def _switch(pipe: Any) -> None:
     for module in modules_of(pipe).values():
         adapters = adapters_of(module)
         for state in states(module):
+            state.step_into_changed()
             if adapters is not None and not state.slept and any(unit.results for unit in state.units):
                 adapters.hold(state, adapters.wanted, wait=False)
 

@@ -171,6 +171,19 @@ class State:
             names.step_into(module)
         if self.stepped_in:
             self.runs += 1  # the picture that has begun has them from its second step on
+        self.step_into_changed()
+
+    def step_into_changed(self) -> None:
+        """Likewise for layers that a LoRA changes: without a graph they would run without it. A module that is one graph has
+        none."""
+        root = None if self.root is None else self.root()
+        if root is None or self.adapters is None or self.looking or not self.units:
+            return
+        in_graphs = {id(p) for p in self.covered()}
+        new = [m for m in self.adapters.modules(root) if id(m.weight) not in in_graphs and m._compiled_call_impl is None]
+        for module in new:
+            names.step_into(module)
+        self.stepped_in += new
 
     def step_out(self) -> None:
         for module in self.stepped_in:
