@@ -572,8 +572,10 @@ def test_a_half_precision_module_keeps_its_precision(make_denoiser, dtype):
     for t in STEPS * 2:
         half_call(compiled, t)
     output, report = half_call(compiled, 999), sdtrt_backend.explain(compiled)
-    assert report.state == "ready" or "ms" in report.fallbacks[0]  # so small a module may well be slower in 8 bits
-    assert report.error < TOLERANCES["int8_step"]
+    # so small a module may well be slower in 8 bits
+    assert report.state == "ready" or "ms" in report.fallbacks[0] or "no 8-bit kernel is faster" in report.fallbacks[0]
+    if report.error is not None:  # where no kernel was faster, no step was made
+        assert report.error < TOLERANCES["int8_step"]
     assert output.dtype is dtype
     assert measure.compare(output, half_call(denoiser, 999)) < TOLERANCES["int8_step"]
 
