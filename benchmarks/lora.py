@@ -36,6 +36,7 @@ from sdtrt_backend.recipe import versions
 
 WAYS = ("eager", "compile", "side", "keep", "release")
 ROUNDS, CALLS, SWITCHES = 10, 5, 8
+PICTURES = 5  # until the module must be ready: two calibrate, one builds
 STRENGTH = 0.2  # of the spread of a weight, that a LoRA adds to it
 
 
@@ -96,7 +97,7 @@ def measured(way: str, module: torch.nn.Module, arguments: Callable[[float], dic
         return result
 
     if ours:
-        while sdtrt_backend.explain(module).state in ("calibrating", "building") if _called(module) else True:
+        for _ in range(PICTURES):
             for t in gpu.TIMESTEPS:
                 module(**arguments(t))
         assert sdtrt_backend.explain(module).state == "ready", sdtrt_backend.explain(module).fallbacks
@@ -132,14 +133,6 @@ def measured(way: str, module: torch.nn.Module, arguments: Callable[[float], dic
     if way in ("keep", "release"):
         row["said"] = [note for note in sdtrt_backend.explain(module).notes if "LoRAs" in note]
     return row
-
-
-def _called(module: torch.nn.Module) -> bool:
-    try:
-        sdtrt_backend.explain(module)
-    except sdtrt_backend.ModelError:
-        return False
-    return True
 
 
 def _frames() -> int:

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small import Offload, SmallPipeline, own, small_unet
+from small import TIMESTEPS, Offload, SmallPipeline, own, small_inputs, small_unet
 
 import sdtrt_backend
-from sdtrt_backend import LoraError, ModelError, OptionError
+from sdtrt_backend import LoraError, ModelError, OptionError, adapters
 from sdtrt_backend.adapters import adapters_of
 from sdtrt_backend.measure import compare
 from sdtrt_backend.quantize import by_tensor, quantized_weights
@@ -260,6 +260,46 @@ def test_loading_a_name_again_takes_its_place_at_once(ready):
         sdtrt_backend.set_loras(pipe.unet, {"c": 1.0})
 
 
+def test_a_picture_that_pauses_keeps_its_set_though_others_draw_meanwhile(ready, monkeypatch):
+    pipe, _, _, first = ready
+    sdtrt_backend.set_loras(pipe.unet, {})
+    monkeypatch.setattr(adapters, "IDLE_S", 0.0)
+    monkeypatch.setattr(adapters, "IDLE_STEPS", 0)
+
+    def another():
+        sdtrt_backend.set_loras(pipe.unet, {"b": 1.0})
+        pipe.draw()
+        pipe.draw()
+
+    with torch.no_grad():
+        for i, timestep in enumerate(TIMESTEPS):
+            assert torch.equal(pipe.unet(*small_inputs(pipe.unet, timestep)).sample, first[i])
+            if i == 0:
+                thread = threading.Thread(target=another)
+                thread.start()
+                thread.join()
+    sdtrt_backend.set_loras(pipe.unet, {})
+
+
+def test_after_a_switch_that_failed_half_way_the_next_one_is_whole(ready, monkeypatch):
+    pipe, _, _, first = ready
+    sdtrt_backend.set_loras(pipe.unet, {})
+    pipe.draw()
+    left = iter(range(4))
+
+    def some(*args):
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("no memory")
+        return quantized_weights(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapters, "quantized_weights", some)
+        with pytest.raises(torch.OutOfMemoryError):
+            sdtrt_backend.set_loras(pipe.unet, {"a": 1.0, "b": 1.0})
+    sdtrt_backend.set_loras(pipe.unet, {})
+    assert all(map(torch.equal, first, pipe.draw()))
+
+
 def test_a_picture_keeps_a_lora_that_is_unloaded_meanwhile(ready):
     pipe, _, plain, first = ready
     sdtrt_backend.load_lora(pipe.unet, lora(plain, ATTENTION, 8), "brief")
@@ -367,6 +407,22 @@ def test_the_part_of_a_text_encoder_is_pefts(demo):
     assert torch.equal(before, encoder(tokens).last_hidden_state)
     sdtrt_backend.unload_lora(demo, "both")
     assert torch.equal(before, encoder(tokens).last_hidden_state)
+
+
+def test_restore_takes_the_part_of_a_text_encoder_along():
+    pipe = sdtrt_backend.accelerate(sdtrt_backend.demo_pipeline())
+    path = next(n for n, _ in pipe.text_encoder.named_modules() if n.endswith("q_proj"))
+    width = pipe.text_encoder.get_submodule(path).weight.shape[0]
+    inner = path.removeprefix("text_model.")
+    text = {f"text_encoder.text_model.{inner}.lora_A.weight": torch.ones(4, width),
+            f"text_encoder.text_model.{inner}.lora_B.weight": torch.ones(width, 4)}
+    tokens = torch.arange(8)[None]
+    before = pipe.text_encoder(tokens).last_hidden_state
+    sdtrt_backend.load_lora(pipe, text, "text")
+    sdtrt_backend.set_loras(pipe, {"text": 1.0})
+    assert not torch.allclose(before, pipe.text_encoder(tokens).last_hidden_state)
+    sdtrt_backend.restore(pipe)
+    assert torch.equal(before, pipe.text_encoder(tokens).last_hidden_state)
 
 
 REFUSALS = {

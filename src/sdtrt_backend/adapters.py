@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +64,10 @@ class Change:
     loras: Set
 
 
-@dataclass
+@dataclass(eq=False)
 class Picture:
-    """What one thread draws: with which LoRAs, and when it was last called. at: the timestep of that call."""
+    """What one thread draws: with which LoRAs, and when it was last called. at: the timestep of that call; called: whether it is
+    being called now."""
 
     loras: Set
     at: Any = None
@@ -96,17 +97,23 @@ class Adapters:
         self.loaded: dict[str, dict[str, Factors]] = {}  # name -> path of a layer -> its factors
         self.numbers: dict[str, int] = {}
         self.wanted: Set = ()
+        self.endings: list[Callable[[], None]] = []
         self.switched: tuple[int, float] | None = None  # layers of the last switch, seconds
         self._count = itertools.count()
         self._turn = threading.Condition(threading.RLock())
-        self._pictures: dict[int, Picture] = {}
+        self._here = threading.local()  # ``picture`` and ``block`` of a thread, which die with it
+        self._pictures: weakref.WeakSet[Picture] = weakref.WeakSet()
         self._blocks: list[Set] = []
-        self._mine = threading.local()
         self._retired: dict[int, dict[str, Factors]] = {}
         self._layers: dict[Set, dict[int, tuple[torch.Tensor, str, Set]]] = {}
         self._near: OrderedDict[tuple[str, int, torch.device], dict[str, Factors]] = OrderedDict()
 
     # --- what is loaded
+
+    def end(self) -> None:
+        """They are forgotten: what was loaded beside them goes too."""
+        for ending in self.endings:
+            ending()
 
     def load(self, name: str, factors: Mapping[str, Factors]) -> None:
         """Under ``name``, in place of what it named before."""
@@ -126,7 +133,7 @@ class Adapters:
             self._retired[self.numbers[name]] = self.loaded[name]
 
     def _forget_retired(self) -> None:
-        used = {number for loras in (*(p.loras for p in self._pictures.values()), *self._blocks) for _, number, _ in loras}
+        used = {number for loras in (*(p.loras for p in self._pictures), *self._blocks) for _, number, _ in loras}
         self._retired = {number: factors for number, factors in self._retired.items() if number in used}
         for key in [k for k in self._near if k[1] not in self.numbers.values() and k[1] not in used]:
             del self._near[key]
@@ -187,32 +194,26 @@ class Adapters:
     @property
     def mine(self) -> Set:
         """Of the picture that this thread draws."""
-        return getattr(self._mine, "loras", self.wanted)
+        picture = getattr(self._here, "picture", None)
+        return self.wanted if picture is None or not picture.called else picture.loras
 
     @contextlib.contextmanager
     def call(self, at: Any) -> Iterator[None]:
         """One call of the denoiser, at a timestep: it belongs to the picture that this thread draws, or begins the next one."""
-        me, block = threading.get_ident(), getattr(self._mine, "block", None)
+        block = getattr(self._here, "block", None)
         wanted = self.wanted if block is None else block
         with self._turn:
-            picture = self._pictures.get(me)
+            picture = getattr(self._here, "picture", None)
             if picture is None or (picture.loras != wanted and (block is not None or not picture.goes_on(at))):
-                for thread in [t for t, p in self._pictures.items() if p.idle()]:
-                    del self._pictures[thread]
-                picture = self._pictures[me] = Picture(wanted)
+                picture = self._here.picture = Picture(wanted)
+                self._pictures.add(picture)
                 self._forget_retired()
             now = time.monotonic()
             picture.interval = now - picture.began if picture.began else 0.0
             picture.called, picture.began, picture.at = True, now, picture.at if at is None else at
-        before = getattr(self._mine, "loras", None)
-        self._mine.loras = picture.loras
         try:
             yield
         finally:
-            if before is None:
-                del self._mine.loras
-            else:
-                self._mine.loras = before
             with self._turn:
                 picture.called, picture.ended = False, time.monotonic()
                 self._turn.notify_all()
@@ -220,14 +221,14 @@ class Adapters:
     @contextlib.contextmanager
     def block(self, loras: Set) -> Iterator[None]:
         """Pictures of this thread are of this set while the context is open."""
-        before = getattr(self._mine, "block", None)
-        self._mine.block = loras
+        before = getattr(self._here, "block", None)
+        self._here.block = loras
         with self._turn:
             self._blocks.append(loras)
         try:
             yield
         finally:
-            self._mine.block = before
+            self._here.block = before
             with self._turn:
                 self._blocks.remove(loras)
             self.end_picture()
@@ -235,7 +236,7 @@ class Adapters:
     def end_picture(self) -> None:
         """The picture of this thread has ended."""
         with self._turn:
-            self._pictures.pop(threading.get_ident(), None)
+            self._here.picture = None
             self._turn.notify_all()
 
     def hold(self, state: State, loras: Set, wait: bool = True) -> bool:
@@ -243,9 +244,9 @@ class Adapters:
         are of. False where that is not to be waited for: another thread builds, or ``wait`` is not set."""
         if state.memory.loras == loras:
             return True
-        me = threading.get_ident()
+        mine = getattr(self._here, "picture", None)
         with self._turn:
-            while any(t != me and p.loras == state.memory.loras and not p.idle() for t, p in self._pictures.items()):
+            while any(p is not mine and p.loras == state.memory.loras and not p.idle() for p in self._pictures):
                 if not wait or not state.lock.acquire(blocking=False):
                     return False
                 state.lock.release()
@@ -268,15 +269,16 @@ class Adapters:
         for made in steps.values():
             if isinstance(made.step, Graphed):
                 made.step.wake()
-        written = 0
+        written, half = 0, memory.loras is None
         with memory.writing():
+            memory.loras = None  # until all is written: after a failure half way the next set is written whole
             codes: set[int] = set()
             for made in steps.values():
                 found = self.rewrite(memory, made.plan.decisions, loras)
                 written, codes = written + len(found) // 2, codes | found
             for made in steps.values():
                 for one in made.derived:
-                    if not codes.isdisjoint(t.data_ptr() for t in one.sources):
+                    if half or not codes.isdisjoint(t.data_ptr() for t in one.sources):
                         one.renew()
             memory.loras = loras
         if written:
@@ -292,6 +294,7 @@ class Adapters:
             if memory.written.get(key, ()) == changing:
                 continue
             merged = [self._with(d, layers) for d in members]
+            memory.written[key] = None
             for (codes, scale), new in zip(memory.codes[key], quantized_weights(merged, smoothing), strict=True):
                 for mine, other in zip((codes, scale), new, strict=True):
                     with torch.inference_mode(mine.is_inference()):
@@ -362,4 +365,6 @@ def make_adapters(root: torch.nn.Module, states: Iterable[State]) -> Adapters:
 
 def forget_adapters(root: torch.nn.Module) -> None:
     """As if none had ever been loaded."""
-    _OF.pop(root, None)
+    found = _OF.pop(root, None)
+    if found is not None:
+        found.end()

@@ -71,14 +71,14 @@ class Memory:
     graphs' tensors, and the promise that one graph runs at a time.
 
     codes: see ``quantize.insert``; made: what a graph does and its inputs -> what was built for it; loras: the set that the codes
-    are of; written: which of them changed the codes of a key.
+    are of, None where writing them failed; written: which of them changed the codes of a key, likewise.
     """
 
     def __init__(self) -> None:
         self.codes: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.made: dict[Any, Any] = {}
-        self.loras: tuple[Any, ...] = ()
-        self.written: dict[Any, tuple[Any, ...]] = {}
+        self.loras: tuple[Any, ...] | None = ()
+        self.written: dict[Any, tuple[Any, ...] | None] = {}
         self.spare: Spare = defaultdict(list)  # from a build to the release of the weights that it replaces
         self.stamps = Stamps()
         self.lock = threading.Lock()

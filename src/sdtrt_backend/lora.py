@@ -62,9 +62,7 @@ def set_loras(pipe: Any, weights: Mapping[str, float]) -> None:
     Pictures that begin from now on have them; one that another thread is drawing keeps those that it began with.
     Raises LoraError for a name that was not loaded, or a weight that is no finite number.
     """
-    for module in _accelerated(pipe).values():
-        adapters = make_adapters(module, states(module))
-        _check(adapters, weights)
+    for adapters in _checked(pipe, weights):
         adapters.wanted = adapters.set_of(weights)
         adapters.end_picture()
     _set_text(pipe, weights)
@@ -77,9 +75,7 @@ def loras(pipe: Any, weights: Mapping[str, float]) -> Iterator[Any]:
     Those of text encoders, which all threads share, are set for the block and then as they were."""
     with contextlib.ExitStack() as stack:
         text = _TEXT.get(pipe, {})
-        for module in _accelerated(pipe).values():
-            adapters = make_adapters(module, states(module))
-            _check(adapters, weights)
+        for adapters in _checked(pipe, weights):
             stack.enter_context(adapters.block(adapters.set_of(weights)))
         _set_text(pipe, weights)
         stack.callback(_set_text, pipe, text)
@@ -88,13 +84,9 @@ def loras(pipe: Any, weights: Mapping[str, float]) -> Iterator[Any]:
 
 def unload_lora(pipe: Any, name: str) -> None:
     """Forget a LoRA, and stop using it. Raises LoraError for a name that was not loaded."""
-    for module in _accelerated(pipe).values():
-        adapters = make_adapters(module, states(module))
-        _check(adapters, {name: 0.0})
+    for adapters in _checked(pipe, {name: 0.0}):
         adapters.unload(name)
-    for encoder in _text_encoders(pipe).values():
-        if name in getattr(encoder, "peft_config", {}):
-            encoder.delete_adapter(name)
+    _drop_text(pipe, name)
     _switch(pipe)
 
 
@@ -122,12 +114,16 @@ def _compiled(pipe: Any, name: str) -> bool:
     return hasattr(whole, "_orig_mod")
 
 
-def _check(adapters: Adapters, weights: Mapping[str, float]) -> None:
+def _checked(pipe: Any, weights: Mapping[str, float]) -> list[Adapters]:
+    """Of each denoiser, if all of them know the names, and the weights are numbers."""
+    found = [make_adapters(module, states(module)) for module in _accelerated(pipe).values()]
     for name, weight in weights.items():
-        if name not in adapters.loaded:
-            raise LoraError.unknown(name, adapters.loaded)
+        for adapters in found:
+            if name not in adapters.loaded:
+                raise LoraError.unknown(name, adapters.loaded)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise LoraError.no_weight(name, weight)
+    return found
 
 
 def _refuse_other_kinds(source: Any, kwargs: Mapping[str, Any]) -> None:
@@ -223,10 +219,9 @@ def _text_encoders(pipe: Any) -> dict[str, Any]:
 
 
 def _load_text(pipe: Any, parts: list[str], source: Any, name: str, kwargs: Mapping[str, Any]) -> None:
+    _drop_text(pipe, name)
     for part in parts:
         encoder = getattr(pipe, part)
-        if name in getattr(encoder, "peft_config", {}):
-            encoder.delete_adapter(name)
         state_dict, *rest = pipe.lora_state_dict(dict(source) if isinstance(source, Mapping) else source,
                                                  return_lora_metadata=True, **kwargs)
         alphas = rest[0] if len(rest) > 1 else None
@@ -234,6 +229,15 @@ def _load_text(pipe: Any, parts: list[str], source: Any, name: str, kwargs: Mapp
                                          lora_scale=pipe.lora_scale, adapter_name=name, _pipeline=pipe, metadata=rest[-1])
     if parts:
         _set_text(pipe, _TEXT.get(pipe, {}))
+        owner = weakref.ref(pipe)
+        for module in modules_of(pipe).values():
+            make_adapters(module, ()).endings.append(lambda: _drop_text(owner(), name))
+
+
+def _drop_text(pipe: Any, name: str) -> None:
+    for encoder in _text_encoders(pipe).values():
+        if name in getattr(encoder, "peft_config", {}):
+            encoder.delete_adapter(name)
 
 
 def _set_text(pipe: Any, weights: Mapping[str, float]) -> None:

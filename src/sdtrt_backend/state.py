@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sdtrt_backend")
 SIDE_BRANCHES = ("LoRAs of load_lora_weights run beside the 8-bit layers in 16 bits, two small products for each: "
-                 "sdtrt_backend.load_lora writes them into the 8-bit codes instead, which costs a step nothing")
+                 "sdtrt_backend.load_lora writes them into the 8-bit codes instead, so that a step runs no product more")
 CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"
 
 
@@ -299,7 +299,7 @@ class State:
 
     def _of_loras(self) -> Iterator[str]:
         if self.adapters is not None and self.adapters.loaded:
-            yield self.adapters.sentence(self.memory.loras)
+            yield self.adapters.sentence(self.memory.loras or ())
         if any(fnmatchcase(layer.name, SIDE_BRANCH) for unit in self.units for layer in unit.captured.layers):
             yield SIDE_BRANCHES
 
