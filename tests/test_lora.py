@@ -124,33 +124,34 @@ def test_a_set_for_a_block_and_the_report_says_what_a_switch_cost(ready):
     assert all(map(torch.equal, first, pipe.draw()))
 
 
-def test_every_picture_is_of_one_set_while_another_thread_switches(ready):
-    pipe, _, _, _ = ready
-    expected = {}
-    for name, weights in {"none": {}, "a": {"a": 1.0}, "b": {"b": 1.0}}.items():
-        sdtrt_backend.set_loras(pipe.unet, weights)
+def sets_seen(pipe, sets, pictures=60):
+    """Which of ``sets`` each picture was of, None for one that is of none of them, while another thread switches."""
+    wanted = []
+    for loras in sets:
+        sdtrt_backend.set_loras(pipe.unet, loras)
         pipe.draw()
-        expected[name] = torch.stack(pipe.draw())
+        wanted.append(torch.stack(pipe.draw()))
     ended = threading.Event()
 
     def switch():
-        for _ in range(200):
-            for weights in ({"a": 1.0}, {"b": 1.0}, {}):
-                sdtrt_backend.set_loras(pipe.unet, weights)
-                if ended.wait(0.002):
-                    return
+        while not ended.is_set():
+            for loras in sets:
+                sdtrt_backend.set_loras(pipe.unet, loras)
+                ended.wait(0.002)
 
     thread = threading.Thread(target=switch)
     thread.start()
     try:
-        seen = []
-        for _ in range(60):
-            picture = torch.stack(pipe.draw())
-            seen.append(next((name for name, whole in expected.items() if torch.equal(whole, picture)), None))
+        drawn = [torch.stack(pipe.draw()) for _ in range(pictures)]
     finally:
         ended.set()
         thread.join()
         sdtrt_backend.set_loras(pipe.unet, {})
+    return [next((i for i, whole in enumerate(wanted) if torch.equal(whole, picture)), None) for picture in drawn]
+
+
+def test_every_picture_is_of_one_set_while_another_thread_switches(ready):
+    seen = sets_seen(ready[0], ({}, {"a": 1.0}, {"b": 1.0}))
     assert None not in seen
     assert len(set(seen)) > 1, "the test saw no switch"
 

@@ -1,12 +1,11 @@
 """LoRAs in the 8-bit codes on a GPU: undone to the bit, no new graph, one set for a picture, with released weights too."""
 
 import copy
-import threading
 
 import pytest
 import torch
 from small import SmallPipeline, own, small_unet
-from test_lora import ATTENTION, CONVOLUTIONS, lora, merged
+from test_lora import ATTENTION, CONVOLUTIONS, lora, merged, sets_seen
 
 import sdtrt_backend
 from sdtrt_backend import graphs
@@ -59,31 +58,7 @@ def test_a_set_and_back_to_the_bit_without_a_new_graph(ready, monkeypatch):
 
 
 def test_every_picture_is_of_one_set_while_another_thread_switches(ready):
-    pipe, _, _, _, _ = ready
-    sets = ({}, {"a": 1.0}, {"b": 1.0})
-    wanted = []
-    for loras in sets:
-        sdtrt_backend.set_loras(pipe.unet, loras)
-        pipe.draw()
-        wanted.append(torch.stack(pipe.draw()))
-    ended = threading.Event()
-
-    def switch():
-        for _ in range(300):
-            for loras in sets:
-                sdtrt_backend.set_loras(pipe.unet, loras)
-                if ended.wait(0.003):
-                    return
-
-    thread = threading.Thread(target=switch)
-    thread.start()
-    try:
-        pictures = [torch.stack(pipe.draw()) for _ in range(60)]
-    finally:
-        ended.set()
-        thread.join()
-        sdtrt_backend.set_loras(pipe.unet, {})
-    seen = [next((i for i, whole in enumerate(wanted) if torch.equal(whole, picture)), None) for picture in pictures]
+    seen = sets_seen(ready[0], ({}, {"a": 1.0}, {"b": 1.0}))
     assert None not in seen
     assert len(set(seen)) > 1, "the test saw no switch"
 
