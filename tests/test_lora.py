@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from small import TIMESTEPS, Offload, SmallPipeline, own, small_inputs, small_unet
 
 import sdtrt_backend
-from sdtrt_backend import LoraError, ModelError, OptionError, adapters
+from sdtrt_backend import LoraError, ModelError, OptionError, adapters, merge
 from sdtrt_backend.adapters import adapters_of
 from sdtrt_backend.measure import compare
 from sdtrt_backend.quantize import by_tensor, quantized_weights
@@ -99,7 +99,7 @@ def test_two_hundred_switches_leave_the_codes_of_a_fresh_quantisation(ready, set
     found = list(fresh_codes(pipe, whole))
     assert found
     for key, fresh in found:
-        for mine, theirs in zip(state.memory.codes[key], fresh, strict=True):
+        for mine, theirs in zip(state.memory.codes[key].tensors, fresh, strict=True):
             assert torch.equal(mine[0], theirs[0])
             assert torch.equal(mine[1], theirs[1])
 
@@ -294,7 +294,7 @@ def test_after_a_switch_that_failed_half_way_the_next_one_is_whole(ready, monkey
         return quantized_weights(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(adapters, "quantized_weights", some)
+        patched.setattr(merge, "quantized_weights", some)
         with pytest.raises(torch.OutOfMemoryError):
             sdtrt_backend.set_loras(pipe.unet, {"a": 1.0, "b": 1.0})
     sdtrt_backend.set_loras(pipe.unet, {})

@@ -130,7 +130,7 @@ def test_restore_lets_go_of_the_8_bit_weights(toy):
     sdtrt_backend.accelerate(toy, engine="inductor", calibration_runs=1)
     toy.draw()
     toy.draw()
-    codes = [weakref.ref(c) for pairs in states(toy.unet)[0].memory.codes.values() for c, _ in pairs]
+    codes = [weakref.ref(c) for coded in states(toy.unet)[0].memory.codes.values() for c, _ in coded.tensors]
     assert codes
     assert all(c() is not None for c in codes)
     sdtrt_backend.restore(toy)

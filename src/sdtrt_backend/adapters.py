@@ -1,8 +1,9 @@
 """LoRAs that are part of a denoiser's 8-bit codes: W + sum(weight * scale * up @ down) is quantised in place of W, in fp32, into
 the tensors that built steps read already, so that nothing is compiled, calibrated or captured anew.
 
-The module's own weights are never written. What runs in its own precision gets weights with the LoRAs added, made for the call.
-Of pictures that several threads draw each is of one set of LoRAs: codes change when no picture that began with them goes on.
+The module's own weights are never written. Those that stay in 16 bits have a second tensor with the LoRAs added, which steps for
+such sets read; what runs in the module's own precision gets weights that are made for the call. Of pictures that several threads
+draw each is of one set of LoRAs: codes change when no picture that began with them goes on.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .graphs import Graphed, Memory
-from .quantize import by_tensor, quantized_weights
+from .merge import Factors, Merged, added, renew, write
+from .quantize import Coded
 from .timesteps import timestep_value
-from .values import Decision
 
 if TYPE_CHECKING:
     from .state import State
@@ -37,31 +38,11 @@ REPEATED = 3  # calls at one timestep that may belong to one picture: guidance t
 
 
 @dataclass(frozen=True)
-class Factors:
-    """scale * up @ down is added to a weight: down [rank, in, (kh, kw)], up [out, rank, (1, 1)], any floating-point dtype."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    scale: float
-
-    @property
-    def nbytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes
-
-    def delta(self, weight: torch.Tensor) -> torch.Tensor:
-        """What is added to ``weight``, in fp32, on its device."""
-        up, down = (t.to(weight.device, torch.float32).flatten(1) for t in (self.up, self.down))
-        return (up @ down).view(weight.shape) * self.scale
-
-
-@dataclass(frozen=True)
 class Change:
-    """place: of ``weight`` among arguments; path: of its layer; loras: those that change it."""
+    """place: of ``weight`` among arguments."""
 
     place: int
     weight: torch.Tensor
-    path: str
-    loras: Set
 
 
 @dataclass(eq=False)
@@ -106,6 +87,7 @@ class Adapters:
         self._blocks: list[Set] = []
         self._retired: dict[int, dict[str, Factors]] = {}
         self._layers: dict[Set, dict[int, tuple[torch.Tensor, str, Set]]] = {}
+        self._weights: dict[str, torch.Tensor] = {}
         self._near: OrderedDict[tuple[str, int, torch.device], dict[str, Factors]] = OrderedDict()
 
     # --- what is loaded
@@ -150,31 +132,37 @@ class Adapters:
         if loras in self._layers:
             return self._layers[loras]
         found: dict[int, tuple[torch.Tensor, str, Set]] = {}
-        root = self.root()
         for one in loras:
             for path in self._of(*one[:2]):
-                assert root is not None, "a call is of a module that lives"
-                weight = weight_of(root, path)
+                weight = self._weight(path)
                 found[id(weight)] = weight, path, (*(found[id(weight)][2] if id(weight) in found else ()), one)
         while len(self._layers) >= SETS:
             self._layers.pop(next(iter(self._layers)))
         self._layers[loras] = found
         return found
 
-    def modules(self, root: torch.nn.Module) -> list[torch.nn.Module]:
-        """The layers that loaded LoRAs change."""
-        return [layer_of(root, path) for path in dict.fromkeys(p for factors in self.loaded.values() for p in factors)]
+    def _weight(self, path: str) -> torch.Tensor:
+        """Of the layer of this path: the user's parameter."""
+        if path not in self._weights:
+            root = self.root()
+            assert root is not None, "a call is of a module that lives"
+            self._weights[path] = weight_of(root, path)
+        return self._weights[path]
+
+    def modules(self, root: torch.nn.Module, known: Container[int]) -> list[torch.nn.Module]:
+        """The layers that loaded LoRAs change, but those with weights of ``known`` ids."""
+        paths = dict.fromkeys(path for factors in self.loaded.values() for path in factors)
+        return [layer_of(root, path) for path in paths if id(self._weight(path)) not in known]
 
     def look_again(self) -> None:
         """The module's parameters may be others now."""
         self._layers.clear()
+        self._weights.clear()
 
-    def added(self, weight: torch.Tensor, path: str, loras: Set) -> torch.Tensor:
-        """``weight`` with these LoRAs of its layer, in fp32."""
-        whole = weight.detach().float()
-        for name, number, strength in loras:
-            whole = whole + self._factors(name, number, weight.device)[path].delta(weight) * strength
-        return whole
+    def factors_of(self, weight: torch.Tensor, loras: Set) -> list[tuple[Factors, float]]:
+        """Those of a set that change this weight, on its device, each with its strength."""
+        _, path, mine = self.layers(loras).get(id(weight), NOTHING)
+        return [(self._factors(name, number, weight.device)[str(path)], strength) for name, number, strength in mine]
 
     def _factors(self, name: str, number: int, device: torch.device) -> Mapping[str, Factors]:
         """Of one LoRA, on the device where that has room."""
@@ -182,8 +170,7 @@ class Adapters:
             return self._of(name, number)
         key = name, number, device
         if key not in self._near:
-            self._near[key] = {path: replace(f, down=f.down.to(device), up=f.up.to(device))
-                               for path, f in self._of(name, number).items()}
+            self._near[key] = {path: f.beside(self._weight(path)) for path, f in self._of(name, number).items()}
             while sum(f.nbytes for near in self._near.values() for f in near.values()) > ON_DEVICE and len(self._near) > 1:
                 self._near.popitem(last=False)
         self._near.move_to_end(key)
@@ -269,59 +256,54 @@ class Adapters:
         for made in steps.values():
             if isinstance(made.step, Graphed):
                 made.step.wake()
-        written, half = 0, memory.loras is None
+        half = memory.loras is None
         with memory.writing():
             memory.loras = None  # until all is written: after a failure half way the next set is written whole
-            codes: set[int] = set()
-            for made in steps.values():
-                found = self.rewrite(memory, made.plan.decisions, loras)
-                written, codes = written + len(found) // 2, codes | found
-            for made in steps.values():
-                for one in made.derived:
-                    if half or not codes.isdisjoint(t.data_ptr() for t in one.sources):
-                        one.renew()
+            written = self.rewrite(memory, loras)
+            addresses = {t.data_ptr() for one in written if isinstance(one, Coded) for pair in one.tensors for t in pair}
+            renew([one for made in steps.values() for one in made.derived
+                   if half or not addresses.isdisjoint(t.data_ptr() for t in one.sources)])
             memory.loras = loras
         if written:
-            self.switched = written, time.perf_counter() - start
+            self.switched = sum(len(one.parts) for one in written), time.perf_counter() - start
 
-    def rewrite(self, memory: Memory, decisions: Sequence[Decision], loras: Set) -> set[int]:
-        """Write the codes and scales of these layers in place where they are of another set; returns the addresses of those."""
-        layers, found = self.layers(loras), set()
-        for key, members, smoothing in by_tensor(decisions):
-            if key not in memory.codes:
-                continue
-            changing = tuple(sorted({one for d in members for one in layers.get(id(d.layer.weight), NOTHING)[2]}))
-            if memory.written.get(key, ()) == changing:
-                continue
-            merged = [self._with(d, layers) for d in members]
-            memory.written[key] = None
-            for (codes, scale), new in zip(memory.codes[key], quantized_weights(merged, smoothing), strict=True):
-                for mine, other in zip((codes, scale), new, strict=True):
-                    with torch.inference_mode(mine.is_inference()):
-                        mine.copy_(other)
-                    found.add(mine.data_ptr())
-            memory.written[key] = changing
-        return found
+    def rewrite(self, memory: Memory, loras: Set) -> Sequence[Coded | Merged]:
+        """Write what has other LoRAs than those of the set in place, unless it sleeps; returns what was written."""
+        layers, due = self.layers(loras), list[tuple[Coded | Merged, Set]]()
+        for one in (*memory.codes.values(), *memory.merged.values()):
+            changing = tuple(sorted({lora for weight, *_ in one.parts for lora in layers.get(id(weight), NOTHING)[2]}))
+            if one.loras != changing and all(t.untyped_storage().nbytes() for _, t, *_ in one.parts):
+                one.loras = None
+                due.append((one, changing))
+        factors = {id(weight): self.factors_of(weight, loras) for one, _ in due for weight, *_ in one.parts}
+        write([one for one, _ in due], lambda weight: factors[id(weight)])
+        for one, changing in due:
+            one.loras = changing
+        return [one for one, _ in due]
 
-    def _with(self, decision: Decision, layers: Mapping[int, tuple[torch.Tensor, str, Set]]) -> Decision:
-        if id(decision.layer.weight) not in layers:
-            return decision
-        return replace(decision, layer=replace(decision.layer, weight=self.added(*layers[id(decision.layer.weight)])))
+    # --- weights that stay in 16 bits
 
-    # --- what runs in the module's own precision
+    def beside(self, memory: Memory, weights: Iterable[torch.Tensor], loras: Set) -> None:
+        """See to it that each of these weights has a second tensor on its device, with the LoRAs of the set."""
+        for weight in weights:
+            key = id(weight), weight.device
+            if key not in memory.merged:
+                with torch.inference_mode(False):  # made in it, it could not be written outside it
+                    memory.merged[key] = Merged(weight, torch.empty_like(weight, requires_grad=False))
+        self.rewrite(memory, loras)
 
     def changes(self, places: Mapping[int, int]) -> Sequence[Change]:
         """What the LoRAs of this picture change. places: id of a weight -> its place among arguments."""
-        return [Change(places[i], *found) for i, found in self.layers(self.mine).items() if i in places]
+        return [Change(places[i], weight) for i, (weight, *_) in self.layers(self.mine).items() if i in places]
 
     @torch.no_grad()
     def applied(self, args: Sequence[Any], changes: Sequence[Change]) -> Sequence[Any]:
-        """``args`` with the LoRAs added to weights among them, in their own dtype."""
+        """``args`` with the LoRAs of this picture added to weights among them, in their own dtype."""
         if not changes:
             return args
         given: list[Any] = list(args)
         for one in changes:
-            given[one.place] = torch.empty_like(one.weight).copy_(self.added(one.weight, one.path, one.loras))
+            given[one.place] = torch.empty_like(one.weight).copy_(added(one.weight, self.factors_of(one.weight, self.mine)))
         return given
 
     def sentence(self, loras: Set) -> str:

@@ -17,7 +17,7 @@ from .calibrate import Observer
 from .capture import Captured, bind, tensor_inputs
 from .fx import inductor
 from .graphs import Graphed, Memory
-from .lower import Derived, Lowered, Lowering, choose
+from .lower import Derived, Lowered, Lowering, Scaled, choose
 from .names import layer_name
 from .options import Options
 from .quantize import covering, free_convs, insert, plan
@@ -33,7 +33,7 @@ class Request:
     """What a step is built from: a graph with its parameters, the arguments of the call that asks for it, and the state's parts.
 
     budgeted: no layers are looked for that stay unquantised for ``max_error``: the recipe names them already, or its ranges are
-    to be calibrated anew instead; adapt: writes LoRAs into the codes of these decisions.
+    to be calibrated anew instead; adapt: writes LoRAs into codes that do not have them.
     """
 
     captured: Captured
@@ -42,7 +42,7 @@ class Request:
     options: Options
     memory: Memory
     budgeted: bool = False
-    adapt: Callable[[Sequence[Decision]], object] = lambda decisions: None
+    adapt: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Ready(_Made):
     replaced: tuple[torch.Tensor, ...] = ()
     reads: tuple[torch.Tensor, ...] = ()
     read_from: tuple[int, ...] = ()
-    derived: tuple[Derived, ...] | None = None
+    derived: tuple[Derived | Scaled, ...] | None = None
     watch: drift.Watch | None = None
 
 
@@ -158,7 +158,7 @@ def build(request: Request) -> Ready | Refused:
             return _as_they_are(request, planned, made, lowering.none_left(next(d for d in planned.decisions if d.layer is last)))
         bar("compiling")
         quantized = insert(graph, nodes, planned.decisions, request.memory.codes)
-        request.adapt(planned.decisions)
+        request.adapt()
         by_node = {nodes[d.layer.node].name: d for d in planned.decisions if d.quantized}
         watched = options.watch and tensors[0].device.type in drift.DEVICES
         counter = drift.counter(quantized, by_node, request.recipe) if watched else None  # before a lowering changes the graph

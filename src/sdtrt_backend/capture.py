@@ -30,7 +30,7 @@ class Captured:
 
     graph: Dynamo's own, never changed; layers: its quantisable calls; timestep: index of that input or None.
     constants: input index -> parameter or buffer; inputs: the other indices; biases: indices of the layers' biases;
-    unquantizable: layer name -> why it is not even a candidate.
+    unquantizable: layer name -> why it is not even a candidate; written: indices of constants that are written between calls.
     """
 
     graph: fx.GraphModule
@@ -40,6 +40,7 @@ class Captured:
     unquantizable: dict[str, str]
     inputs: tuple[int, ...] = ()
     biases: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()
 
     def fingerprints(self) -> dict[str, str]:
         return {layer.name: fingerprint(layer.weight) for layer in self.layers}
@@ -104,7 +105,8 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
 
     Editing Dynamo's graph in place would change its calling convention. Returns the graph and node name -> new node, of those
     whose result somebody reads. A Python float that changes between calls, which Dynamo hands over as a tensor, is one in the
-    graph too; where that cannot be its value becomes part of it, and ``meta["baked"]`` has the names of those inputs.
+    graph too; where that cannot be its value becomes part of it, and ``meta["baked"]`` has the names of those inputs;
+    ``meta["written"]``: of the constants that are written between calls.
     """
     numbers: dict[str, float] = {}
     root, graph, env = torch.nn.Module(), fx.Graph(), {}
@@ -136,6 +138,7 @@ def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[
     if numbers:
         gm, baked = without_item(gm, numbers)
     gm.meta["baked"] = baked
+    gm.meta["written"] = {n.name for i, n in enumerate(captured.placeholders()) if i in captured.written}
     return finish(gm), alive(nodes, gm)
 
 
@@ -146,6 +149,11 @@ def follow(captured: Captured, live: Container[torch.Tensor]) -> Captured:
         return captured
     constants = {i: p for i, p in captured.constants.items() if i not in moved}
     return replace(captured, constants=constants, inputs=tuple(sorted({*captured.inputs, *moved})))
+
+
+def exchanged(captured: Captured, others: Mapping[int, torch.Tensor]) -> Captured:
+    """The same with other tensors as these constants, which are written between calls. others: index -> tensor."""
+    return replace(captured, constants={**captured.constants, **others}, written=frozenset(others))
 
 
 def follow_all(captured: Captured) -> Captured:

@@ -70,15 +70,15 @@ class Memory:
     """What all steps of one state share: the 8-bit weights, what was built, by which values of the constants, one pool for the
     graphs' tensors, and the promise that one graph runs at a time.
 
-    codes: see ``quantize.insert``; made: what a graph does and its inputs -> what was built for it; loras: the set that the codes
-    are of, None where writing them failed; written: which of them changed the codes of a key, likewise.
+    codes: see ``quantize.insert``; merged: (id of a weight that stays in 16 bits, device) -> it with LoRAs; made: what a graph
+    does and its inputs -> what was built for it; loras: the set that codes and merged weights are of, None where writing failed.
     """
 
     def __init__(self) -> None:
-        self.codes: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.codes: dict[Any, Any] = {}
+        self.merged: dict[tuple[int, torch.device], Any] = {}
         self.made: dict[Any, Any] = {}
         self.loras: tuple[Any, ...] | None = ()
-        self.written: dict[Any, tuple[Any, ...] | None] = {}
         self.spare: Spare = defaultdict(list)  # from a build to the release of the weights that it replaces
         self.stamps = Stamps()
         self.lock = threading.Lock()
@@ -91,8 +91,7 @@ class Memory:
         """What steps that sleep read of the codes is on the CPU until ``wake``. Call it after their own ``sleep``."""
         with self.lock:
             self.pool = None
-            found = {key(t): t for pairs in self.codes.values() for pair in pairs for t in pair}
-            self.asleep = [one for k in found if (one := self.sleeping.get(k)) is not None]
+            self.asleep = [one for k in {key(t) for t in self._tensors()} if (one := self.sleeping.get(k)) is not None]
             for one in self.asleep:  # a build that was refused may have left them awake
                 one.sleep()
 
@@ -107,7 +106,7 @@ class Memory:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """While the context is open the codes may be written: after the step that runs, and before the next one."""
-        device = next((t.device for pairs in self.codes.values() for pair in pairs for t in pair if t.is_cuda), None)
+        device = next((t.device for t in self._tensors() if t.is_cuda), None)
         with self.lock, torch.cuda.device(-1 if device is None else device):
             if device is not None and self.last is not None:
                 torch.cuda.current_stream().wait_event(self.last)
@@ -115,11 +114,20 @@ class Memory:
             if device is not None:
                 self.last = torch.cuda.current_stream().record_event()
 
-    def drop_codes(self) -> None:
-        """They are known by the ids of weights, which may be given again."""
-        self.codes.clear()
-        self.written.clear()
-        self.asleep.clear()
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """What steps read of the module's weights, in forms of our own."""
+        for coded in self.codes.values():
+            for pair in coded.tensors:
+                yield from pair
+        for one in self.merged.values():
+            yield one.tensor
+
+    def drop(self, gone: Callable[[int], bool]) -> None:
+        """Codes and merged weights of weights with such ids, which may be given again. Those that a step goes on with stay."""
+        self.codes = {k: coded for k, coded in self.codes.items() if not any(map(gone, k[0]))}
+        self.merged = {k: one for k, one in self.merged.items() if not gone(k[0])}
+        left = {key(t) for t in self._tensors()}
+        self.asleep = [one for one in self.asleep if int(one.storage._cdata) in left]
 
     def send_away(self, tensors: Sequence[torch.Tensor], in_use: set[int]) -> list[Asleep]:
         """The storages of these give their memory back. in_use: keys of those that stay."""
@@ -140,7 +148,12 @@ class Memory:
     def forget(self, ids: set[int]) -> None:
         """Nothing that was built stands for the constants with these ids any more."""
         self.stamps.forget(ids)
-        self.drop_codes()
+        self.drop(ids.__contains__)
+        self.made.clear()
+
+    def forget_all(self) -> None:
+        """Nothing that was built is used any more."""
+        self.drop(lambda _: True)
         self.made.clear()
 
 

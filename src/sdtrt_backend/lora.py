@@ -7,18 +7,19 @@ import copy
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapters import Adapters, Factors, adapters_of, make_adapters, weight_of
+from .adapters import Adapters, make_adapters, weight_of
 from .calibrate import denoisers
 from .errors import LoraError, ModelError
+from .merge import Factors
 from .pipeline import modules_of
-from .state import states
+from .state import State, states
 
 REFUSED_KEYS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr",
                 "lora_mid": "a Tucker LoCon"}
@@ -47,13 +48,14 @@ def load_lora(pipe: Any, source: str | os.PathLike[str] | Mapping[str, torch.Ten
     parts = {part: _factors(skeleton, part) for part, skeleton in found.items()}
     for part, factors in parts.items():
         if part in modules:
-            _check_fits(modules[part], part, factors)
+            _check_fits(modules[part][0], part, factors)
     if not any(parts.values()):
         raise LoraError.nothing_of(type(pipe).__name__, parts)
-    for part, module in modules.items():
-        make_adapters(module, states(module)).load(name, parts.get(part, {}))
+    made = {part: (make_adapters(module, held), held) for part, (module, held) in modules.items()}
+    for part, (adapters, _) in made.items():
+        adapters.load(name, parts.get(part, {}))
     _load_text(pipe, [part for part, factors in parts.items() if factors and part not in modules], given, name, kwargs)
-    _switch(pipe)
+    _switch(made.values())
 
 
 def set_loras(pipe: Any, weights: Mapping[str, float]) -> None:
@@ -62,11 +64,12 @@ def set_loras(pipe: Any, weights: Mapping[str, float]) -> None:
     Pictures that begin from now on have them; one that another thread is drawing keeps those that it began with.
     Raises LoraError for a name that was not loaded, or a weight that is no finite number.
     """
-    for adapters in _checked(pipe, weights):
+    found = _checked(pipe, weights)
+    for adapters, _ in found:
         adapters.wanted = adapters.set_of(weights)
         adapters.end_picture()
     _set_text(pipe, weights)
-    _switch(pipe)
+    _switch(found)
 
 
 @contextlib.contextmanager
@@ -75,7 +78,7 @@ def loras(pipe: Any, weights: Mapping[str, float]) -> Iterator[Any]:
     Those of text encoders, which all threads share, are set for the block and then as they were."""
     with contextlib.ExitStack() as stack:
         text = _TEXT.get(pipe, {})
-        for adapters in _checked(pipe, weights):
+        for adapters, _ in _checked(pipe, weights):
             stack.enter_context(adapters.block(adapters.set_of(weights)))
         _set_text(pipe, weights)
         stack.callback(_set_text, pipe, text)
@@ -84,26 +87,26 @@ def loras(pipe: Any, weights: Mapping[str, float]) -> Iterator[Any]:
 
 def unload_lora(pipe: Any, name: str) -> None:
     """Forget a LoRA, and stop using it. Raises LoraError for a name that was not loaded."""
-    for adapters in _checked(pipe, {name: 0.0}):
+    found = _checked(pipe, {name: 0.0})
+    for adapters, _ in found:
         adapters.unload(name)
     _drop_text(pipe, name)
-    _switch(pipe)
+    _switch(found)
 
 
-def _switch(pipe: Any) -> None:
+def _switch(found: Iterable[tuple[Adapters, list[State]]]) -> None:
     """At once where no other thread is drawing, so that the next picture does not wait for it."""
-    for module in modules_of(pipe).values():
-        adapters = adapters_of(module)
-        for state in states(module):
+    for adapters, held in found:
+        for state in held:
             state.step_into_changed()
-            if adapters is not None and not state.slept and any(unit.results for unit in state.units):
+            if not state.slept and any(unit.results for unit in state.units):
                 adapters.hold(state, adapters.wanted, wait=False)
 
 
-def _accelerated(pipe: Any) -> dict[str, torch.nn.Module]:
-    """Its compiled denoisers, by name."""
-    found = {name: module for name, module in modules_of(pipe).items()
-             if module._compiled_call_impl is not None or states(module) or _compiled(pipe, name)}
+def _accelerated(pipe: Any) -> dict[str, tuple[torch.nn.Module, list[State]]]:
+    """Its compiled denoisers, by name, each with its states."""
+    found = {name: (module, held) for name, module in modules_of(pipe).items()
+             if (held := states(module)) or module._compiled_call_impl is not None or _compiled(pipe, name)}
     if not found:
         raise ModelError.not_accelerated(pipe)
     return found
@@ -114,11 +117,11 @@ def _compiled(pipe: Any, name: str) -> bool:
     return hasattr(whole, "_orig_mod")
 
 
-def _checked(pipe: Any, weights: Mapping[str, float]) -> list[Adapters]:
-    """Of each denoiser, if all of them know the names, and the weights are numbers."""
-    found = [make_adapters(module, states(module)) for module in _accelerated(pipe).values()]
+def _checked(pipe: Any, weights: Mapping[str, float]) -> list[tuple[Adapters, list[State]]]:
+    """Of each denoiser, with its states, if all of them know the names, and the weights are numbers."""
+    found = [(make_adapters(module, held), held) for module, held in _accelerated(pipe).values()]
     for name, weight in weights.items():
-        for adapters in found:
+        for adapters, _ in found:
             if name not in adapters.loaded:
                 raise LoraError.unknown(name, adapters.loaded)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):

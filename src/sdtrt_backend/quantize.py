@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,7 +26,7 @@ from .rules import (
     reason_to_keep,
 )
 from .smooth import smooth_source
-from .stats import TINY_AMAX, over_channels, quantize_weight, weight_scale
+from .stats import TINY_AMAX, over_channels, quantize_weight, shared_scale, weight_scale
 from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
 
 QD = torch.ops.quantized_decomposed
@@ -111,8 +111,31 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
     return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 
 
-# (ids of weights that read one tensor, precision, device, dtype, whether smoothed, two codes) -> (codes, scale) of each
-Codes = dict[tuple[tuple[int, ...], str, torch.device, torch.dtype, bool, bool], list[tuple[torch.Tensor, torch.Tensor]]]
+# a weight, what is made of it, its scale where that are codes, and whether it is that of the other weights beside it too
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]
+
+
+@dataclass(eq=False)
+class Coded:
+    """The 8-bit weights of layers that read one tensor with one scale.
+
+    members: the layers' decisions; smoothing: as ``quantized_weights`` takes it; tensors: (codes, scale) of each; loras: those
+    that are part of them, None where writing them failed.
+    """
+
+    members: Sequence[Decision]
+    smoothing: torch.Tensor | None
+    tensors: list[tuple[torch.Tensor, torch.Tensor]]
+    loras: tuple[Any, ...] | None = ()
+
+    @property
+    def parts(self) -> list[Part]:
+        return [(d.layer.weight, *pair, d.precision == "fp8" and d.layer.op == "linear")
+                for d, pair in zip(self.members, self.tensors, strict=True)]
+
+
+# (ids of weights that read one tensor, precision, device, dtype, whether smoothed, two codes) -> what they are in 8 bits
+Codes = dict[tuple[tuple[int, ...], str, torch.device, torch.dtype, bool, bool], Coded]
 
 
 def by_tensor(decisions: Sequence[Decision]) -> Iterator[tuple[Any, list[Decision], torch.Tensor | None]]:
@@ -145,8 +168,8 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
         smoothed = source if smoothing is None else smooth_source(gm, source, set(readers), smoothing)
         quantized = _quantize_activation(gm, smoothed, members[0])
         if key not in known:
-            known[key] = quantized_weights(members, smoothing)
-        for d, node, weight in zip(members, readers, known[key], strict=True):
+            known[key] = Coded(members, smoothing, quantized_weights(members, smoothing))
+        for d, node, weight in zip(members, readers, known[key].tensors, strict=True):
             with gm.graph.inserting_before(node):
                 dequantized = _weight_constant(gm, d, *weight)
             node.args, node.kwargs = tuple({**call_arguments(node), "input": quantized, "weight": dequantized}.values()), {}
@@ -178,7 +201,7 @@ def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | Non
     last."""
     linears = [d for d in members if d.layer.op == "linear"]
     weights = [d.layer.weight.detach() if smoothing is None else d.layer.weight.detach().float() * smoothing for d in members]
-    shared = torch.stack([w.abs().max() for w in weights]).max().float().clamp_min(TINY_AMAX).view(1) / FP8_MAX
+    shared = shared_scale(torch.stack([w.abs().max() for w in weights]).max().float().view(1))
     joined = torch.empty((sum(d.layer.weight.shape[0] for d in linears), *(linears or members)[0].layer.weight.shape[1:]),
                          dtype=DTYPES[members[0].precision], device=weights[0].device)
     result, row = [], 0
@@ -187,7 +210,7 @@ def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | Non
             scale = weight_scale(w)
             codes = quantize_weight(w, scale)
         else:
-            scale = shared if d in linears else weight_scale(w) * (INT8_MAX / FP8_MAX)
+            scale = shared if d in linears else weight_scale(w, torch.float8_e4m3fn)
             codes = (w.float() / scale.view(-1, *[1] * (w.dim() - 1))).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         if d in linears:
             joined[row : row + len(codes)] = codes

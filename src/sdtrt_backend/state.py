@@ -63,7 +63,7 @@ class State:
         self.slept = False  # since the module was moved
         self.adapters = adapters_of(root)  # LoRAs that are part of the codes
         self.own_loras: set[Any] = set()  # sets that 8 bits do not serve
-        self.changed_by_loras: Any = WeakIdKeyDictionary()  # weights that stay in 16 bits: inputs of steps for such sets
+        self.changed_by_loras: Any = WeakIdKeyDictionary()  # weights that stay in 16 bits: steps for such sets read others
         self.end = None if root is None else weakref.finalize(root, self.close)
         if self.end is not None:
             self.end.atexit = False
@@ -136,7 +136,7 @@ class State:
             for unit in self.units:
                 unit.clear()
                 unit.to_judge = 0
-            self.memory.forget(set())
+            self.memory.forget_all()
             self._begin()
             self.runs, self.anew = self.options.calibration_runs + 1, True
             self.place_weights()
@@ -145,7 +145,7 @@ class State:
             self.lock.release()
 
     def _without_recipe(self, error: CalibrationError, timestep: float) -> None:
-        broken = next((layer.name for unit in self.units for layer in unit.captured.layers
+        broken = next((layer.name for unit in self.units for layer in unit.plain.layers
                        if not layer.weight.isfinite().all()), None)
         if broken is not None:
             self.refuse(f"the weights of {broken} are not finite")
@@ -180,7 +180,7 @@ class State:
         if root is None or self.adapters is None or self.looking or not self.units:
             return
         in_graphs = {id(p) for p in self.covered()}
-        new = [m for m in self.adapters.modules(root) if id(m.weight) not in in_graphs and m._compiled_call_impl is None]
+        new = [m for m in self.adapters.modules(root, in_graphs) if m._compiled_call_impl is None]
         for module in new:
             names.step_into(module)
         self.stepped_in += new
@@ -251,8 +251,7 @@ class State:
                 unit.clear()
             self.units.clear()
             self.drift.waiting.clear()
-            self.memory.drop_codes()
-            self.memory.made.clear()
+            self.memory.forget_all()
 
     def purge(self) -> None:
         """Drop units of parameters that the root has no more, or has in another dtype: an adapter was removed, a checkpoint was
@@ -266,7 +265,8 @@ class State:
             unit.clear()
             self.units.remove(unit)
         if gone:
-            self.memory.drop_codes()
+            left = {id(p) for unit in self.units for p in unit.plain.constants.values()}
+            self.memory.drop(lambda i: i not in left)
             self.drop_unused()
 
     def drop_unused(self) -> None:
@@ -300,7 +300,7 @@ class State:
     def _of_loras(self) -> Iterator[str]:
         if self.adapters is not None and self.adapters.loaded:
             yield self.adapters.sentence(self.memory.loras or ())
-        if any(fnmatchcase(layer.name, SIDE_BRANCH) for unit in self.units for layer in unit.captured.layers):
+        if any(fnmatchcase(layer.name, SIDE_BRANCH) for unit in self.units for layer in unit.plain.layers):
             yield SIDE_BRANCHES
 
     def _with_the_rest(self, found: Report, wanted: Container[int] | None) -> Report:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .values import FP8_MAX, INT8_MAX, Decision
+from .values import DTYPES, FP8_MAX, INT8_MAX, Decision
 
 # Histogram of |x|: 8 bins per octave from 2^-16 to 2^12; the first and last bin take what lies outside.
 OCTAVES = (-16, 12)
@@ -70,10 +70,21 @@ def channel_range(x: torch.Tensor, channel_axis: int) -> tuple[torch.Tensor, tor
     return low.float().cpu(), high.float().cpu()
 
 
-def weight_scale(weight: torch.Tensor) -> torch.Tensor:
-    """Per output channel: max |W| / 127, fp32 [out]; 1 for an all-zero channel, whose codes are zero anyway."""
-    amax = weight.detach().float().flatten(1).abs().amax(1)
-    return torch.where(amax > TINY_AMAX, amax / INT8_MAX, torch.ones_like(amax))
+def weight_scale(weight: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """Per output channel, fp32 [out]: see ``row_scale``."""
+    return row_scale(weight.detach().float().flatten(1).abs().amax(1), dtype)
+
+
+def row_scale(amax: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """max |W| of channels / 127, or 448 for float8_e4m3fn, fp32; of an all-zero channel as if that were 127: its codes are zero
+    anyway."""
+    scale = torch.where(amax > TINY_AMAX, amax / INT8_MAX, torch.ones_like(amax))
+    return scale if dtype is torch.int8 else scale * (INT8_MAX / FP8_MAX)
+
+
+def shared_scale(amax: torch.Tensor) -> torch.Tensor:
+    """The one scale of weights in float8_e4m3fn with this largest |W|, fp32."""
+    return amax.clamp_min(TINY_AMAX) / FP8_MAX
 
 
 def quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -95,6 +106,11 @@ def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Ten
 def over_channels(s: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A factor per input channel [in], shaped to be multiplied with the weight and with the input: [in] or [in, 1, 1]."""
     return s.view(-1, *[1] * (weight.dim() - 2))
+
+
+def channels_last(weight: torch.Tensor) -> bool:
+    """Whether its memory is in the order of channels last, and in no other: that of [out, in, 1, 1] is in both."""
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def smoothing_factor(act_amax: torch.Tensor, weight_amax: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -121,11 +137,9 @@ def fake_quantize_weight(decision: Decision, weight: torch.Tensor) -> torch.Tens
     w = weight.detach().float()
     if decision.smoothing is not None:
         w = w * over_channels(decision.smoothing.to(w.device), w)
-    s = weight_scale(w)
+    s = weight_scale(w, DTYPES[decision.precision])
     column = s.view(-1, *[1] * (w.dim() - 1))
-    if decision.precision == "fp8":
-        return fake_quantize_fp8(w, column * (INT8_MAX / FP8_MAX))
-    return quantize_weight(w, s).float() * column
+    return fake_quantize_fp8(w, column) if decision.precision == "fp8" else quantize_weight(w, s).float() * column
 
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:

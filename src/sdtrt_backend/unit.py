@@ -29,7 +29,7 @@ from . import weights
 from .adapters import Adapters, Change, Set
 from .build import Ready, Refused, Request, build, planned_of, sizes_of, unquantized
 from .calibrate import Observer
-from .capture import Captured, concrete, follow, follow_all, tensor_inputs
+from .capture import Captured, concrete, exchanged, follow, follow_all, tensor_inputs
 from .clock import timestep_of_call
 from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
@@ -102,35 +102,36 @@ class Unit:
         self.plain = follow(captured, self.state.live)
         self.take = _getter(self.plain.inputs)
         self.frozen = Constants(self.plain.constants.values())
-        self._follow_changed_by_loras()
+        self._follow_loras_anew()
 
-    def _follow_changed_by_loras(self) -> None:
-        self.with_live = follow(self.plain, self.state.changed_by_loras)
-        self.take_live = _getter(self.with_live.inputs)
-        self.changes: dict[tuple[Set, bool], Sequence[Change]] = {}
+    def _follow_loras_anew(self) -> None:
+        self.others: dict[torch.device, Captured] = {}
+        self.changes: dict[Set, tuple[Sequence[Change], Sequence[Change], bool]] = {}
 
-    @property
-    def captured(self) -> Captured:
-        """The graph that this call takes: where its LoRAs change weights that stay in 16 bits, those are inputs."""
-        return self.with_live if self._live_loras() else self.plain
+    def _beside(self) -> bool:
+        """Whether this call's LoRAs change weights that stay in 16 bits, so that its step reads others in their place."""
+        return self.state.adapters is not None and self._changes(self.state.adapters)[2]
 
-    def inputs(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        return self.take_live(args) if self._live_loras() else self.take(args)
+    def _with_others(self, adapters: Adapters) -> Captured:
+        """The graph with those other weights."""
+        device, merged = self.constants[0].device, self.state.memory.merged
+        if device not in self.others:
+            changed = {i: p for i, p in self.plain.constants.items() if p in self.state.changed_by_loras}
+            adapters.beside(self.state.memory, changed.values(), adapters.mine)
+            self.others[device] = exchanged(self.plain, {i: merged[id(p), p.device].tensor for i, p in changed.items()})
+        return self.others[device]
 
-    def _live_loras(self) -> bool:
-        adapters = self.state.adapters
-        return adapters is not None and bool(self._changes(adapters, of_inputs=True))
-
-    def _changes(self, adapters: Adapters, of_inputs: bool) -> Sequence[Change]:
-        """What the LoRAs of this picture change among the arguments of a call, or among those that are inputs of steps."""
-        key = adapters.mine, of_inputs
-        if key not in self.changes:
+    def _changes(self, adapters: Adapters) -> tuple[Sequence[Change], Sequence[Change], bool]:
+        """What the LoRAs of this picture change among the arguments of a call, among those of them that are inputs of steps, and
+        whether that are weights besides that stay in 16 bits."""
+        if adapters.mine not in self.changes:
             if len(self.changes) >= SETS_KNOWN:
                 self.changes.clear()
-            places = {id(p): i for p, i in zip(self.constants, self.places, strict=True)
-                      if not of_inputs or i in self.with_live.inputs}
-            self.changes[key] = adapters.changes(places)
-        return self.changes[key]
+            found = adapters.changes({id(p): i for p, i in zip(self.constants, self.places, strict=True)})
+            inputs = [one for one in found if one.place in self.plain.inputs]
+            beside = any(one.weight in self.state.changed_by_loras for one in found if one.place in self.plain.constants)
+            self.changes[adapters.mine] = found, inputs, beside
+        return self.changes[adapters.mine]
 
     # --- what the state asks
 
@@ -155,6 +156,7 @@ class Unit:
     def clear(self) -> None:
         self.variants.clear()
         self.results.clear()
+        self.others.clear()
         self.met.clear()
 
     @property
@@ -172,7 +174,7 @@ class Unit:
         """What its layers have in common, for a report of several graphs; "" where it is the only one."""
         if len({u.frame for u in self.state.units}) == 1 and len({u.ids for u in self.state.units}) == 1:
             return ""
-        paths = [layer.name for layer in self.captured.layers]
+        paths = [layer.name for layer in self.plain.layers]
         return os.path.commonpath([p.replace(".", "/") for p in paths]).replace("/", ".") if paths else ""
 
     def reports(self) -> list[Report]:
@@ -202,14 +204,14 @@ class Unit:
             try:
                 self.state.drift.look()
             except Exception as error:
-                return self._failed(error, "looking at what was watched", self._key(self.inputs(args), args), args)
+                return self._failed(error, "looking at what was watched", self._key(self.take(args), args), args)
         if self.state.looking:
             if self.called:  # another call of the root
                 self._step_in()
             self.called = True
         if self.state.slept and self.constants[0].is_cuda:
             self.state.woken()
-        inputs = self.inputs(args)
+        inputs = self.take(args)
         key = self._key(inputs, args)
         variant = self.variants.get(key)
         if variant is None or self.frozen.written():
@@ -229,18 +231,20 @@ class Unit:
             self._say_failure(error, "looking for layers that no graph has")
 
     def _key(self, inputs: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
-        """See ``signature``; with the numbers that became part of steps."""
+        """See ``signature``; with the numbers that became part of steps, and whether those read other weights for LoRAs."""
         key = signature(inputs)
+        if self._beside():
+            key = (*key, "LoRAs")
         return (*key, *((i, float(args[i])) for i in self.baked)) if self.baked else key
 
     def _bake(self, baked: frozenset[str], key: Any, args: Sequence[Any]) -> Any:
         """The key of a step whose graph holds the numbers of these inputs."""
-        new = [i for i, n in enumerate(self.captured.placeholders()) if n.name in baked and i not in self.baked]
+        new = [i for i, n in enumerate(self.plain.placeholders()) if n.name in baked and i not in self.baked]
         if not new:
             return key
         self.baked += new
         self.variants.clear()
-        return self._key(self.inputs(args), args)
+        return self._key(self.take(args), args)
 
     def _run(self, variant: Variant, args: Sequence[Any]) -> Any:
         self.calls += 1
@@ -253,7 +257,8 @@ class Unit:
         if self.state.adapters is not None:
             if not self._holds(variant, self.state.adapters):
                 return self.own(args)
-            if variant.made is not None and variant.captured is not self.captured:  # LoRAs change weights that it cannot follow
+            now = self.others.get(self.constants[0].device) if self._beside() else self.plain
+            if variant.made is not None and variant.captured is not now:  # it does not follow all that LoRAs change
                 return self._call(args)
         tensors = tensor_inputs(variant.captured, self.with_loras(args, of_inputs=variant.made is not None))
         result = variant.step(*tensors)
@@ -298,14 +303,17 @@ class Unit:
 
     def own(self, args: Sequence[Any]) -> Any:
         """The module's own result, operation by operation."""
-        return self.captured.graph(*self.with_loras(args))
+        return self.plain.graph(*self.with_loras(args))
 
     # --- LoRAs
 
     def with_loras(self, args: Sequence[Any], of_inputs: bool = False) -> Sequence[Any]:
         """``args`` with the weights that LoRAs change as they change them: all, or those that are inputs of steps."""
         adapters = self.state.adapters
-        return args if adapters is None else adapters.applied(args, self._changes(adapters, of_inputs))
+        if adapters is None:
+            return args
+        everything, inputs, _ = self._changes(adapters)
+        return adapters.applied(args, inputs if of_inputs else everything)
 
     def _holds(self, variant: Variant, adapters: Adapters) -> bool:
         """Whether the step may run: its codes are of this picture's LoRAs."""
@@ -329,19 +337,20 @@ class Unit:
         return True
 
     def _follow_loras(self, adapters: Adapters, plan: Plan | None) -> bool:
-        """Weights that LoRAs change and that stay in 16 bits become inputs of steps. Returns whether there were any."""
+        """Of weights that LoRAs change and that stay in 16 bits steps read others, with the LoRAs. Returns whether there were any
+        new ones."""
         assert plan is not None
         held = {id(d.layer.weight) for d in plan.decisions if d.quantized}
         state = self.state
-        found = [change.weight for change in self._changes(adapters, of_inputs=False)]
+        found = [change.weight for change in self._changes(adapters)[0]]
         new = [w for w in found if id(w) not in held and w not in state.live and w not in state.changed_by_loras]
         for weight in new:
             state.changed_by_loras[weight] = True
         for unit in state.units if new else ():
-            for key in [k for k, v in unit.variants.items() if v.captured is unit.with_live and unit.with_live is not unit.plain]:
+            for key in [k for k, v in unit.variants.items() if v.captured.written]:
                 del unit.variants[key]
                 unit.results.pop(key, None)
-            unit._follow_changed_by_loras()
+            unit._follow_loras_anew()
         if new:
             state.drop_unused()
         return bool(new)
@@ -349,7 +358,7 @@ class Unit:
     # --- while calibrating
 
     def _tell_the_time(self, args: Sequence[Any]) -> None:
-        captured, root = self.captured, None if self.state.root is None else self.state.root()
+        captured, root = self.plain, None if self.state.root is None else self.state.root()
         if root is not None and self.state.clock.inside(root):
             return
         at = None if captured.timestep is None else args[captured.timestep]
@@ -357,8 +366,8 @@ class Unit:
 
     def _calibrate(self, args: Sequence[Any]) -> Any:
         calibration = self.state.calibration
-        parameters = {layer.name: layer.weight for layer in self.captured.layers}
-        calibration.roles |= {layer.name: layer.role for layer in self.captured.layers if layer.role}
+        parameters = {layer.name: layer.weight for layer in self.plain.layers}
+        calibration.roles |= {layer.name: layer.role for layer in self.plain.layers if layer.role}
         failure: list[Exception] = []
 
         def see(name: str, op: str, channel_axis: int, arguments: tuple[Any, ...]) -> None:
@@ -368,7 +377,7 @@ class Unit:
                 except Exception as error:  # ours, and none of the user's call
                     failure.append(error)
 
-        result = Observer(self.captured.graph, {node: name for node, name in self.captured.layer_names().items()
+        result = Observer(self.plain.graph, {node: name for node, name in self.plain.layer_names().items()
                                                 if not fnmatchcase(name, SIDE_BRANCH)}, see).run(*self.with_loras(args))
         if failure:
             self._say_failure(failure[0], "calibrating")
@@ -383,14 +392,15 @@ class Unit:
         changed = state.memory.stamps.changed(self.frozen.tensors)
         if changed:
             self.renew(changed)
-        adapters, adapt = state.adapters, Request.adapt
+        adapters, adapt, captured = state.adapters, Request.adapt, self.plain
         if adapters is not None:
             if not adapters.hold(state, adapters.mine):
                 return key
-            if self._follow_loras(adapters, planned_of(self.captured, state.recipe, state.options)):
-                key = self._key(self.inputs(args), args)
-            adapt = partial(adapters.rewrite, state.memory, loras=adapters.mine)
-        work = concrete(self.captured, args), tuple(s for s in key if isinstance(s, tuple)), _autocast(self.constants[0].device)
+            if self._follow_loras(adapters, planned_of(self.plain, state.recipe, state.options)):
+                key = self._key(self.take(args), args)
+            adapt = partial(adapters.rewrite, state.memory, adapters.mine)
+            captured = self._with_others(adapters) if self._beside() else self.plain
+        work = concrete(captured, args), tuple(s for s in key if isinstance(s, tuple)), _autocast(self.constants[0].device)
         made = state.memory.made.get(work)
         if made is None:
             log.info("sd_%s: building the 8-bit step", state.options.precision)
@@ -398,7 +408,7 @@ class Unit:
             state.memory.wake(self.constants[0].device)
             try:
                 with weights.borrowed(self.constants), torch.cuda.device_of(self.constants[0]):
-                    made = build(Request(self.captured, self.with_loras(args), state.recipe, state.options, state.memory,
+                    made = build(Request(captured, self.with_loras(args), state.recipe, state.options, state.memory,
                                          budgeted=self.to_judge > 0, adapt=adapt))
             finally:
                 self.building = False
@@ -417,8 +427,8 @@ class Unit:
             self._refused(key, args, made)
         else:
             state.memory.made[work] = made
-            held = sum(t.numel() * t.element_size() for t in tensor_inputs(self.captured, args))
-            self.variants[key] = Variant(made.step, self.captured, made, held)
+            held = sum(t.numel() * t.element_size() for t in tensor_inputs(self.plain, args))
+            self.variants[key] = Variant(made.step, captured, made, held)
             if adapters is not None:
                 self.met.add(adapters.mine)
             if made.watch is not None:
@@ -443,13 +453,13 @@ class Unit:
     def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
         state = self.state
         if self._in_use() or _autocast(self.constants[0].device):  # which may be why
-            sizes = sizes_of(tensor_inputs(self.captured, args))
+            sizes = sizes_of(tensor_inputs(self.plain, args))
             state.say(state.fallbacks, f"{made.reason}; inputs of {sizes} run in the module's own precision")
-            self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.captured)
+            self.variants[key] = self._compiled(args)[0] if made.fallback is None else Variant(made.fallback, self.plain)
             return
         self.refuse(made.reason, quiet=made.by_rule and self._others_may_be_quantized())
         if made.fallback is not None:
-            self.variants[key] = Variant(made.fallback, self.captured)
+            self.variants[key] = Variant(made.fallback, self.plain)
 
     def _in_use(self) -> bool:
         """Whether 8-bit steps of the same parameters serve other sizes."""
@@ -460,10 +470,10 @@ class Unit:
         options, others = self.state.options, [unit for unit in self.state.units if unit is not self]
         if any(unit.status == READY for unit in others):
             return True
-        layers = [layer for unit in others if unit.refusal is None for layer in unit.captured.layers]
+        layers = [layer for unit in others if unit.refusal is None for layer in unit.plain.layers]
         root, recipe = None if self.state.root is None else self.state.root(), self.state.recipe
         if root is not None and recipe is not None:  # pieces that were not called yet, but while calibrating
-            met = {layer.name for unit in self.state.units for layer in unit.captured.layers}
+            met = {layer.name for unit in self.state.units for layer in unit.plain.layers}
             layers += [layer for layer in layers_of(root) if layer_name(layer.name) in recipe.layers.keys() - met]
         return any(reason_to_keep(layer, options.exclude, options.level) is None for layer in layers)
 
@@ -473,7 +483,7 @@ class Unit:
         for key in [k for k, v in self.variants.items() if v.made is not None]:
             del self.variants[key]
         whole = all(unit.ids == self.ids for unit in self.state.units)
-        part = "the module" if whole else f"the part with {self.captured.layers[0].name}"
+        part = "the module" if whole else f"the part with {self.plain.layers[0].name}"
         if not quiet:
             self.state.say(self.state.fallbacks, f"{reason}; {part} runs in its own precision")
         self.state.place_weights()
@@ -499,13 +509,13 @@ class Unit:
         return self._run(self.variants[key], args)
 
     def _compiled(self, args: Sequence[Any]) -> tuple[Variant, frozenset[str]]:
-        whole = follow_all(self.captured)  # it reads the constants at every call, whatever becomes of them
+        whole = follow_all(self.plain)  # it reads the constants at every call, whatever becomes of them
         step, baked = unquantized(whole, args)
         return Variant(step, whole), baked
 
     def _as_it_is(self, args: Sequence[Any]) -> Variant:
         """The captured graph itself, in place of a compiled one."""
-        whole = follow_all(self.captured)
+        whole = follow_all(self.plain)
         numbers = {i: args[i] for i in whole.inputs if not isinstance(args[i], torch.Tensor)}
 
         def run(*tensors: torch.Tensor) -> Any:
@@ -571,7 +581,7 @@ class Unit:
 
     def _at(self, args: Sequence[Any]) -> str:
         """The timestep of a call, for a sentence."""
-        return "" if self.captured.timestep is None else f" at timestep {timestep_value(args[self.captured.timestep]):g}"
+        return "" if self.plain.timestep is None else f" at timestep {timestep_value(args[self.plain.timestep]):g}"
 
     # --- failures
 
@@ -583,11 +593,11 @@ class Unit:
         if transient(error):
             times = self.failures.get(key, (0, 0))[0]
             self.failures[key] = times + 1, self.calls + RETRY * 2**times
-            sizes = sizes_of(tensor_inputs(self.captured, args))
+            sizes = sizes_of(tensor_inputs(self.plain, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision, and it is "
                                                  "tried again later")
         elif (self._in_use() or _autocast(self.constants[0].device)) and what.startswith("building"):
-            sizes = sizes_of(tensor_inputs(self.captured, args))
+            sizes = sizes_of(tensor_inputs(self.plain, args))
             self.state.say(self.state.fallbacks, f"{sentence}; inputs of {sizes} run in the module's own precision")
             self.variants[key] = self._as_it_is(args)
         else:

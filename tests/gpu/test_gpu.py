@@ -236,7 +236,7 @@ def test_weights_leave_the_gpu_and_come_back_to_the_bit(prepared, backend):
         calls(mine.unet, args, text, 2)  # another shape needs the weights for a while
         assert torch.equal(calls(mine.unet, args, text, 1), first)
         (state,) = states(mine.unet)
-        held = sum(c.numel() for codes in state.memory.codes.values() for c, _ in codes)
+        held = sum(c.numel() for coded in state.memory.codes.values() for c, _ in coded.tensors)
         gone = sum(p.numel() * p.element_size() for p in mine.unet.parameters() if away(p))
         assert weights - gone + held < 0.56 * weights
         assert torch.cuda.memory_allocated() < full + 64e6

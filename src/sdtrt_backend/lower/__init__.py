@@ -19,6 +19,7 @@ from ..values import Decision, LayerReport, Plan
 from . import inductor_cpu, inductor_cuda, reference, tensorrt, torchao
 from .lowered import Derived as Derived
 from .lowered import Lowered as Lowered
+from .lowered import Scaled as Scaled
 
 Nodes = Mapping[str, fx.Node]
 # torch.compile on the CPU was never seen to be twice as fast as eager on a denoiser (1.1x to 1.4x). An 8-bit step at

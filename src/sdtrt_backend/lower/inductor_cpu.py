@@ -45,7 +45,24 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     # an FX graph cache hit would skip the packing pass; kernels are cached by their source all the same
     packing = PackForOneDNN()
     config = {"freezing": True, "post_grad_custom_pre_pass": packing, "fx_graph_cache": False}
-    return Lowered(inductor(gm, example, config), derived=packing.derived)
+    read = as_inputs(gm)
+    step = inductor(gm, [*example, *read], config)
+    return Lowered((lambda *tensors: step(*tensors, *read)) if read else step, derived=packing.derived)
+
+
+def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
+    """Constants that are written between calls, which Inductor would freeze, become the last inputs. Returns them."""
+    found = [n for n in gm.graph.find_nodes(op="get_attr") if n.target in gm.meta.get("written", ())]
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
+    for node in found:
+        with gm.graph.inserting_after(*last) if last else gm.graph.inserting_before():
+            last = [gm.graph.placeholder(f"{node.name}_written")]
+        last[0].meta.update(node.meta)
+        node.replace_all_uses_with(last[0])
+        gm.graph.erase_node(node)
+    tensors = [getattr(gm, str(n.target)) for n in found]
+    finish(gm)
+    return tensors
 
 
 def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:

@@ -24,7 +24,7 @@ from ..rules import OPS
 from ..values import DTYPES, FP8_MAX, INT8_MAX
 from . import producers
 from .attention import complex_in_real, rewrite_attention
-from .lowered import Derived, Lowered
+from .lowered import Derived, Lowered, Scaled, scaled
 from .producers import ADDITIONS, gelu_by_sigmoid, simplify
 
 QUANTIZE = {QD.quantize_per_tensor.default: "int8", ops.quantize_fp8: "fp8"}
@@ -202,27 +202,23 @@ def _linears(gm: fx.GraphModule, calls: Sequence[fx.Node], code: fx.Node, x_scal
     p = problem(calls)
     kernel = _kernel(choose, p, precision)
     row = provider("linear8", kernel, precision)
-
-    def scale_now() -> torch.Tensor:
-        return scales[0] if row.one_scale else torch.cat([s.expand(n) for s, n in zip(scales, widths, strict=True)])
-
-    scale, joined = scale_now(), _joined(codes)
+    scale_parts, joined = ([(scales[0], 1)] if row.one_scale else list(zip(scales, widths, strict=True))), _joined(codes)
     biases = [None if a["bias"] is None else _constant(gm, a["bias"]).detach() for a in arguments]
     bias = None
     if any(b is not None for b in biases):
-        filled = [scale.new_zeros(n) if b is None else b.float() for b, n in zip(biases, widths, strict=True)]
+        filled = [scales[0].new_zeros(n) if b is None else b.float() for b, n in zip(biases, widths, strict=True)]
         bias = torch.cat(filled).to(p.dtype if row.narrow_bias else torch.float32)
     name = calls[0].name
     with gm.graph.inserting_before(code.next):
         weight = add_constant(gm, f"{name}_weight", joined)
-        factor = add_constant(gm, f"{name}_scale", (scale * x_scale).contiguous())
+        factor = add_constant(gm, f"{name}_scale", scaled(scale_parts, x_scale))
         added = None if bias is None else add_constant(gm, f"{name}_bias", bias)
         outputs = [gm.graph.call_function(ops.linear8, (code, weight, factor, added, p.dtype, kernel))]
         if len(calls) > 1:
             parts = gm.graph.call_function(torch.split, (outputs[0], widths, -1))
             outputs = [gm.graph.call_function(operator.getitem, (parts, i)) for i in range(len(calls))]
     derived = gm.meta["derived"]
-    derived.append(Derived(_constant(gm, factor), scales, lambda: scale_now() * x_scale))
+    derived.append(Scaled(_constant(gm, factor), scale_parts, x_scale))
     if joined.data_ptr() != codes[0].data_ptr():
         derived.append(Derived(joined, codes, lambda: torch.cat(codes)))
     for call, output in zip(calls, outputs, strict=True):
@@ -238,9 +234,9 @@ def _conv(gm: fx.GraphModule, call: fx.Node, code: fx.Node, x_scale: float, prec
     bias = None if arguments["bias"] is None else _constant(gm, arguments["bias"]).detach().float()
     with gm.graph.inserting_before(call):
         weight = add_constant(gm, f"{call.name}_weight", codes.contiguous(memory_format=torch.channels_last))
-        factor = add_constant(gm, f"{call.name}_scale", (scale.expand(codes.shape[0]) * x_scale).contiguous())
-        derived = gm.meta["derived"]
-        derived.append(Derived(_constant(gm, factor), (scale,), lambda: scale.expand(codes.shape[0]) * x_scale))
+        scale_parts, derived = [(scale, codes.shape[0])], gm.meta["derived"]
+        factor = add_constant(gm, f"{call.name}_scale", scaled(scale_parts, x_scale))
+        derived.append(Scaled(_constant(gm, factor), scale_parts, x_scale))
         if _constant(gm, weight).data_ptr() != codes.data_ptr():
             derived.append(Derived(_constant(gm, weight), (codes,), lambda: codes))
         bias_node = None if bias is None else add_constant(gm, f"{call.name}_bias", bias)

@@ -10,6 +10,29 @@ import torch
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Scales that a step reads: those of ``parts``, each for so many rows, one behind the other, times ``factor``; fp32."""
+
+    target: torch.Tensor
+    parts: Sequence[tuple[torch.Tensor, int]]
+    factor: float
+
+    @property
+    def sources(self) -> Sequence[torch.Tensor]:
+        return [scale for scale, _ in self.parts]
+
+    def renew(self) -> None:
+        """See ``Derived``."""
+        with torch.inference_mode(self.target.is_inference()):
+            self.target.copy_(scaled(self.parts, self.factor))
+
+
+def scaled(parts: Sequence[tuple[torch.Tensor, int]], factor: float) -> torch.Tensor:
+    """See ``Scaled``."""
+    return torch.cat([scale.expand(rows) for scale, rows in parts]) * factor
+
+
+@dataclass(frozen=True)
 class Derived:
     """What a step reads in place of 8-bit codes and scales. make: it again, from what ``sources`` are now."""
 
@@ -36,4 +59,4 @@ class Lowered:
     constants: Sequence[torch.Tensor] = ()
     engines: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    derived: Sequence[Derived] | None = None
+    derived: Sequence[Derived | Scaled] | None = None

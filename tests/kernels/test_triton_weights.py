@@ -1,0 +1,121 @@
+"""Codes of weights with LoRAs against torch's own: on the GPU, and on the CPU under Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from interpreted import DEVICE, FP8, INT8, INTERPRETED, on_device, run_interpreted
+
+from sdtrt_backend.stats import over_channels, quantize_weight, shared_scale, weight_scale
+
+HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+LAST = {"memory_format": torch.channels_last}
+SHAPES = ((5, 7), (64, 128), (130, 200), (3, 8, 1, 1), (70, 6, 3, 3), (2, 130, 3, 1))
+
+
+def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, shared=None, factor=None):
+    from sdtrt_backend.kernels.triton_weights import Write
+
+    w = torch.randn(shape, device=DEVICE).to(dtype)
+    w = w.contiguous(**LAST) if last and len(shape) == 4 else w
+    smoothing = torch.rand(shape[1], device=DEVICE) + 0.5 if smoothed else None
+    codes = torch.full(shape, 77.0, device=DEVICE).to(code)
+    codes = codes.contiguous(**LAST) if codes_last and len(shape) == 4 else codes
+    if code not in (INT8, FP8):
+        codes = torch.empty_like(w)
+    factors = []
+    for i, rank in enumerate(ranks):
+        up, down = (torch.randn(s, device=DEVICE).to(factor or dtype) for s in ((shape[0], rank), (rank, *shape[1:])))
+        factors.append((up, down, 0.5 - i))
+    in_order = [(up, (down.contiguous(**LAST).permute(0, 2, 3, 1) if w.dim() == 4 and not w.is_contiguous() else down)
+                 .reshape(down.shape[0], -1).contiguous(), s) for up, down, s in factors]
+    scale = None if code not in (INT8, FP8) else torch.full((shape[0] if shared is None else 1,), math.nan, device=DEVICE)
+    return Write(w, in_order, codes, scale, smoothing, shared), factors
+
+
+def with_loras(write, factors):
+    whole = write.weight.float()
+    for up, down, strength in factors:
+        whole = whole + (up.float() @ down.float().flatten(1)).view(whole.shape) * strength
+    return whole if write.smoothing is None else whole * over_channels(write.smoothing, whole)
+
+
+def check(made):
+    """Codes and scales of what torch makes: the same ones without LoRAs, else but for the last bit of a sum."""
+    from sdtrt_backend.kernels.triton_weights import write_weights
+
+    expected = [with_loras(*one) for one in made]
+    write_weights([write for write, _ in made])
+    for (write, factors), whole in zip(made, expected, strict=True):
+        if write.scale is None:
+            torch.testing.assert_close(write.codes, whole.to(write.codes.dtype), atol=1e-5, rtol=2e-3 if factors else 0)
+            continue
+        if write.shared is None:
+            scale = weight_scale(whole, write.codes.dtype)
+        else:
+            scale = shared_scale(torch.stack([w.abs().max() for (other, _), w in zip(made, expected, strict=True)
+                                              if other.shared == write.shared]).max().view(1))
+        rows = scale.view(-1, *[1] * (whole.dim() - 1))
+        codes = quantize_weight(whole, scale.expand(len(whole))) if write.codes.dtype is INT8 else (
+            (whole / rows).clamp(-448, 448).to(FP8))
+        if not factors and (write.shared is None or not any(f for other, f in made if other.shared == write.shared)):
+            assert torch.equal(write.scale, scale)
+            assert torch.equal(write.codes.float(), codes.float())
+            continue
+        torch.testing.assert_close(write.scale, scale, rtol=1e-5, atol=0)
+        step = 1 if codes.dtype is INT8 else codes.float().abs().clamp_min(2**-6) / 8
+        steps = (write.codes.float() - codes.float()).abs() / step
+        assert steps.max() <= 1
+        assert (steps > 0).float().mean() < 2e-3
+
+
+if not INTERPRETED:
+    @pytest.mark.slow
+    def test_this_file_passes_under_the_interpreter():
+        run_interpreted(__file__)
+
+
+@on_device
+@pytest.mark.parametrize("code", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, BF16, FP32], ids=str)
+def test_many_weights_at_once(dtype, code):
+    check([make(shape, dtype, code, ranks, last=bool(i % 2), codes_last=i % 3 != 0, smoothed=i % 4 != 0)
+           for i, (shape, ranks) in enumerate((shape, ranks) for shape in SHAPES for ranks in ((), (4,), (33, 8)))])
+
+
+@on_device
+def test_rows_of_several_fp8_weights_share_a_scale():
+    check([make(shape, BF16, FP8, ranks, shared=name) for shape, ranks, name in
+           (((5, 24), (4,), "a"), ((70, 24), (), "a"), ((6, 40), (), "b"), ((8, 40), (), "b"))]
+          + [make((6, 4, 3, 3), BF16, FP8, (2,))])
+
+
+@on_device
+@pytest.mark.parametrize("last", [False, True])
+def test_weights_that_stay_in_16_bits(last):
+    check([make(shape, HALF, HALF, ranks, last=last, smoothed=False) for shape in SHAPES for ranks in ((), (4,))])
+
+
+@on_device
+def test_factors_in_fp32_of_weights_in_16_bits():
+    check([make((40, 56), HALF, INT8, (4, 3), factor=FP32), make((40, 56), HALF, INT8, ())])
+
+
+@on_device
+def test_a_row_of_zeros_has_codes_of_zero():
+    write, factors = make((4, 16), HALF, INT8, ())
+    write.weight[2] = 0
+    check([(write, factors)])
+    assert not write.codes[2].any()
+
+
+@on_device
+def test_products():
+    from sdtrt_backend.kernels.triton_weights import Product, write_products
+
+    write_products([])
+    sources = [torch.rand(n, device=DEVICE) for n in (1, 5, 2000, 1)]
+    targets = [torch.full((n,), math.nan, device=DEVICE) for n in (1, 5, 2000, 1030)]
+    write_products([Product(t, s, 0.1 + i) for i, (t, s) in enumerate(zip(targets, sources, strict=True))])
+    for i, (t, s) in enumerate(zip(targets, sources, strict=True)):
+        assert torch.equal(t, s.expand(len(t)) * (0.1 + i))
