@@ -219,6 +219,28 @@ def test_a_module_in_pieces_has_the_set_in_every_layer():
     assert all(map(torch.equal, own(plain), pipe.draw()))
 
 
+def test_pieces_follow_a_set_after_another_piece_was_built_again():
+    torch._dynamo.reset()
+    pipe = SmallPipeline(small_unet())
+    Offload(pipe.unet, whole=False)
+    sdtrt_backend.accelerate(pipe, engine="reference")
+    for _ in range(5):
+        pipe.draw()
+    factors = lora(small_unet(), ATTENTION, 3, strength=1.0)
+    sdtrt_backend.load_lora(pipe.unet, factors, "a")
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(0.5)
+        pipe.unet.up_blocks[-1].resnets[-1].conv2.weight.mul_(2.0)
+    pipe.draw()
+    changed = small_unet()
+    changed.load_state_dict(dict(pipe.unet.named_parameters()))
+    sdtrt_backend.set_loras(pipe.unet, {"a": 1.0})
+    expected = own(merged(changed, [(factors, 1.0)]))
+    assert compare(pipe.draw(), expected) < 0.4 * compare(own(changed), expected)
+    assert not any("calibrated anew" in note for note in sdtrt_backend.explain(pipe).notes)
+    sdtrt_backend.restore(pipe)
+
+
 @pytest.mark.slow
 def test_a_set_outlives_other_weights_another_dtype_and_accelerating_again():
     torch._dynamo.reset()

@@ -138,7 +138,7 @@ def test_fp8_linears_that_read_one_tensor_have_one_scale_and_lie_in_one_memory(g
     known = {}
     weights = {layer.name: id(layer.weight) for layer in graph[0].layers}
     insert(*bind(*graph), in_fp8(plan(graph[0].layers, recipe, ())), known)
-    (codes,) = [v for (ids, *_), v in known.items() if ids == (weights["to_q"], weights["to_k"], weights["to_v"])]
+    (codes,) = [v.tensors for (ids, *_), v in known.items() if ids == (weights["to_q"], weights["to_k"], weights["to_v"])]
     assert all(c.dtype == torch.float8_e4m3fn for c, _ in codes)
     assert len({float(scale) for _, scale in codes}) == 1
     assert len({c.untyped_storage().data_ptr() for c, _ in codes}) == 1
@@ -149,8 +149,9 @@ def test_a_second_graph_of_the_module_uses_the_codes_of_the_first(graph, recipe)
     known = {}
     decisions = plan(graph[0].layers, recipe, ())
     insert(*bind(*graph), decisions, known)
-    before = {k: [c for c, _ in v] for k, v in known.items()}
+    before = {k: [c for c, _ in v.tensors] for k, v in known.items()}
     gm = insert(*bind(*graph), decisions, known)
-    assert all(mine is theirs for k, v in known.items() for (mine, _), theirs in zip(v, before[k], strict=True))
+    assert all(mine is theirs for k, v in known.items()
+               for (mine, _), theirs in zip(v.tensors, before[k], strict=True))
     held = {id(b) for b in gm.buffers()}
     assert all(id(c) in held for v in before.values() for c in v)

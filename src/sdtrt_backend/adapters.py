@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # (name, which loading of that name, weight) of each LoRA, sorted; () is the module as it is
 Set = tuple[tuple[str, int, float], ...]
+Layers = dict[int, tuple[torch.Tensor, str, Set]]  # id of a weight -> (it, the path of its layer, those of a set that change it)
 ON_DEVICE = 2**30  # bytes of LoRAs that are held on a GPU, the one used longest ago goes first; all are in memory of the host
 IDLE_S, IDLE_STEPS = 1.0, 4  # a picture that was not called for so long, and for so many of its steps, is taken to have ended
 SETS = 16  # for which the layers that they change are remembered
@@ -71,10 +72,11 @@ class Picture:
 
 
 class Adapters:
-    """Those of one denoiser. wanted: the set of pictures that begin from now on."""
+    """Those of one denoiser. wanted: the set of pictures that begin from now on; states: that have them."""
 
     def __init__(self, root: torch.nn.Module) -> None:
         self.root = weakref.ref(root)
+        self.states: weakref.WeakSet[State] = weakref.WeakSet()
         self.loaded: dict[str, dict[str, Factors]] = {}  # name -> path of a layer -> its factors
         self.numbers: dict[str, int] = {}
         self.wanted: Set = ()
@@ -86,7 +88,7 @@ class Adapters:
         self._pictures: weakref.WeakSet[Picture] = weakref.WeakSet()
         self._blocks: list[Set] = []
         self._retired: dict[int, dict[str, Factors]] = {}
-        self._layers: dict[Set, dict[int, tuple[torch.Tensor, str, Set]]] = {}
+        self._layers: dict[Set, Layers] = {}
         self._weights: dict[str, torch.Tensor] = {}
         self._near: OrderedDict[tuple[str, int, torch.device], dict[str, Factors]] = OrderedDict()
 
@@ -127,11 +129,11 @@ class Adapters:
         """Without those that this denoiser has no part of, and those of weight 0."""
         return tuple(sorted((n, self.numbers[n], float(w)) for n, w in weights.items() if n in self.loaded and w))
 
-    def layers(self, loras: Set) -> dict[int, tuple[torch.Tensor, str, Set]]:
-        """id of a weight -> (it, the path of its layer, those of the set that change it)."""
+    def layers(self, loras: Set) -> Layers:
+        """Of a set."""
         if loras in self._layers:
             return self._layers[loras]
-        found: dict[int, tuple[torch.Tensor, str, Set]] = {}
+        found: Layers = {}
         for one in loras:
             for path in self._of(*one[:2]):
                 weight = self._weight(path)
@@ -159,9 +161,9 @@ class Adapters:
         self._layers.clear()
         self._weights.clear()
 
-    def factors_of(self, weight: torch.Tensor, loras: Set) -> list[tuple[Factors, float]]:
-        """Those of a set that change this weight, on its device, each with its strength."""
-        _, path, mine = self.layers(loras).get(id(weight), NOTHING)
+    def factors_of(self, weight: torch.Tensor, layers: Layers) -> list[tuple[Factors, float]]:
+        """Those of a set, of which these are the layers, that change this weight: on its device, each with its strength."""
+        _, path, mine = layers.get(id(weight), NOTHING)
         return [(self._factors(name, number, weight.device)[str(path)], strength) for name, number, strength in mine]
 
     def _factors(self, name: str, number: int, device: torch.device) -> Mapping[str, Factors]:
@@ -275,7 +277,7 @@ class Adapters:
             if one.loras != changing and all(t.untyped_storage().nbytes() for _, t, *_ in one.parts):
                 one.loras = None
                 due.append((one, changing))
-        factors = {id(weight): self.factors_of(weight, loras) for one, _ in due for weight, *_ in one.parts}
+        factors = {id(weight): self.factors_of(weight, layers) for one, _ in due for weight, *_ in one.parts}
         write([one for one, _ in due], lambda weight: factors[id(weight)])
         for one, changing in due:
             one.loras = changing
@@ -301,9 +303,9 @@ class Adapters:
         """``args`` with the LoRAs of this picture added to weights among them, in their own dtype."""
         if not changes:
             return args
-        given: list[Any] = list(args)
+        given, layers = list(args), self.layers(self.mine)
         for one in changes:
-            given[one.place] = torch.empty_like(one.weight).copy_(added(one.weight, self.factors_of(one.weight, self.mine)))
+            given[one.place] = torch.empty_like(one.weight).copy_(added(one.weight, self.factors_of(one.weight, layers)))
         return given
 
     def sentence(self, loras: Set) -> str:
@@ -342,6 +344,7 @@ def make_adapters(root: torch.nn.Module, states: Iterable[State]) -> Adapters:
     found = _OF.get(root) or _OF.setdefault(root, Adapters(root))
     for state in states:
         state.adapters = found
+        found.states.add(state)
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .adapters import Adapters, make_adapters, weight_of
+from .adapters import Adapters, adapters_of, make_adapters, weight_of
 from .calibrate import denoisers
 from .errors import LoraError, ModelError
 from .merge import Factors
@@ -106,10 +106,16 @@ def _switch(found: Iterable[tuple[Adapters, list[State]]]) -> None:
 def _accelerated(pipe: Any) -> dict[str, tuple[torch.nn.Module, list[State]]]:
     """Its compiled denoisers, by name, each with its states."""
     found = {name: (module, held) for name, module in modules_of(pipe).items()
-             if (held := states(module)) or module._compiled_call_impl is not None or _compiled(pipe, name)}
+             if (held := _states(module)) or module._compiled_call_impl is not None or _compiled(pipe, name)}
     if not found:
         raise ModelError.not_accelerated(pipe)
     return found
+
+
+def _states(module: torch.nn.Module) -> list[State]:
+    """Those that have its LoRAs already, or all, which takes as long as it has parameters."""
+    adapters = adapters_of(module)
+    return [s for s in (() if adapters is None else adapters.states) if not s.closed] or states(module)
 
 
 def _compiled(pipe: Any, name: str) -> bool:

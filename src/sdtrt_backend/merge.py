@@ -3,6 +3,7 @@ their scales, and weights that stay in 16 bits."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from .quantize import Coded, Part, quantized_weights
 from .stats import channels_last
 from .values import Decision
 
+RANKS = 16  # of LoRAs on a GPU: with any other rank its kernel loads single values
 STAGED = 2**30  # bytes of weights in memory of the host that are on the GPU at a time, where two passes read them
 
 
@@ -43,13 +45,15 @@ class Factors:
         return product * self.scale
 
     def beside(self, weight: torch.Tensor) -> Factors:
-        """On the weight's device and in the order of its memory; in its dtype, or fp32."""
+        """On the weight's device and in the order of its memory; in its dtype, or fp32; flat, and of a rank that is a multiple of
+        RANKS, by zeros."""
         dtype = weight.dtype if self.down.dtype == self.up.dtype == weight.dtype else torch.float32
-        down, up = (t.to(weight.device, dtype).contiguous() for t in (self.down.flatten(1), self.up.flatten(1)))
-        last = channels_last(weight) and not self.last
+        down, up, last = self.down.to(weight.device, dtype), self.up.to(weight.device, dtype).flatten(1), channels_last(weight)
         if last:
-            down = down.view(len(down), *weight.shape[1:]).movedim(1, -1).contiguous()
-        return Factors(down, up, self.scale, last or self.last)
+            down = down.view(len(down), *weight.shape[1:]).movedim(1, -1)
+        more = -len(down) % RANKS
+        down, up = (torch.nn.functional.pad(t, by) for t, by in ((down.flatten(1), (0, 0, 0, more)), (up, (0, more))))
+        return Factors(down.contiguous(), up.contiguous(), self.scale, last)
 
 
 FactorsOf = Callable[[torch.Tensor], Sequence[tuple[Factors, float]]]  # weight -> its LoRAs with their strengths
@@ -153,5 +157,6 @@ def renew(derived: Sequence[Derived | Scaled]) -> None:
     if at_once:
         from .kernels.triton_weights import Product, write_products
 
-        write_products([Product(target, scale, one.factor) for one in at_once for target, (scale, _) in
-                        zip(one.target.split([rows for _, rows in one.parts]), one.parts, strict=True)])
+        starts = [itertools.accumulate((rows for _, rows in one.parts), initial=0) for one in at_once]
+        write_products([Product(one.target, start, rows, scale, one.factor) for one, begins in zip(at_once, starts, strict=True)
+                        for start, (scale, rows) in zip(begins, one.parts, strict=False)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Coded:
     tensors: list[tuple[torch.Tensor, torch.Tensor]]
     loras: tuple[Any, ...] | None = ()
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         return [(d.layer.weight, *pair, d.precision == "fp8" and d.layer.op == "linear")
                 for d, pair in zip(self.members, self.tensors, strict=True)]

@@ -62,6 +62,8 @@ class State:
         self.stepped_in: list[torch.nn.Module] = []
         self.slept = False  # since the module was moved
         self.adapters = adapters_of(root)  # LoRAs that are part of the codes
+        if self.adapters is not None:
+            self.adapters.states.add(self)
         self.own_loras: set[Any] = set()  # sets that 8 bits do not serve
         self.changed_by_loras: Any = WeakIdKeyDictionary()  # weights that stay in 16 bits: steps for such sets read others
         self.end = None if root is None else weakref.finalize(root, self.close)

@@ -1,5 +1,6 @@
 """Codes of weights with LoRAs against torch's own: on the GPU, and on the CPU under Triton's interpreter."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from sdtrt_backend.stats import over_channels, quantize_weight, shared_scale, we
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 LAST = {"memory_format": torch.channels_last}
-SHAPES = ((5, 7), (64, 128), (130, 200), (3, 8, 1, 1), (70, 6, 3, 3), (2, 130, 3, 1))
+SHAPES = ((5, 7), (64, 128), (130, 208), (3, 8, 1, 1), (70, 6, 3, 3), (67, 32, 3, 3), (2, 130, 3, 1))
 
 
 def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, shared=None, factor=None):
@@ -80,7 +81,7 @@ if not INTERPRETED:
 @pytest.mark.parametrize("dtype", [HALF, BF16, FP32], ids=str)
 def test_many_weights_at_once(dtype, code):
     check([make(shape, dtype, code, ranks, last=bool(i % 2), codes_last=i % 3 != 0, smoothed=i % 4 != 0)
-           for i, (shape, ranks) in enumerate((shape, ranks) for shape in SHAPES for ranks in ((), (4,), (33, 8)))])
+           for i, (shape, ranks) in enumerate(itertools.product(SHAPES, ((), (4,), (16,), (33, 8), (48, 16, 32))))])
 
 
 @on_device
@@ -114,8 +115,10 @@ def test_products():
     from sdtrt_backend.kernels.triton_weights import Product, write_products
 
     write_products([])
-    sources = [torch.rand(n, device=DEVICE) for n in (1, 5, 2000, 1)]
-    targets = [torch.full((n,), math.nan, device=DEVICE) for n in (1, 5, 2000, 1030)]
-    write_products([Product(t, s, 0.1 + i) for i, (t, s) in enumerate(zip(targets, sources, strict=True))])
-    for i, (t, s) in enumerate(zip(targets, sources, strict=True)):
-        assert torch.equal(t, s.expand(len(t)) * (0.1 + i))
+    sources, rows = [torch.rand(n, device=DEVICE) for n in (1, 5, 2000, 1)], (1, 5, 2000, 1030)
+    target = torch.full((sum(rows) + 1,), math.nan, device=DEVICE)
+    starts = (1035, 1030, 1036, 0)
+    write_products([Product(target, *given) for given in zip(starts, rows, sources, (0.1, 1.1, 2.1, 3.1), strict=True)])
+    for start, n, source, factor in zip(starts, rows, sources, (0.1, 1.1, 2.1, 3.1), strict=True):
+        assert torch.equal(target[start : start + n], source.expand(n) * factor)
+    assert target[-1].isnan()
