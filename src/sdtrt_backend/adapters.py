@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .graphs import Graphed, Memory
+from .measure import Stopwatch
 from .merge import Factors, Merged, added, renew, write
 from .quantize import Coded
 from .timesteps import timestep_value
@@ -81,7 +82,7 @@ class Adapters:
         self.numbers: dict[str, int] = {}
         self.wanted: Set = ()
         self.endings: list[Callable[[], None]] = []
-        self.switched: tuple[int, float] | None = None  # layers of the last switch, seconds
+        self.switched: tuple[int, Stopwatch] | None = None  # weights that the last switch wrote, and its time
         self._count = itertools.count()
         self._turn = threading.Condition(threading.RLock())
         self._here = threading.local()  # ``picture`` and ``block`` of a thread, which die with it
@@ -252,7 +253,7 @@ class Adapters:
 
     @torch.no_grad()
     def _write(self, state: State, loras: Set) -> None:
-        memory, start = state.memory, time.perf_counter()
+        memory, watch = state.memory, Stopwatch(next((t.device for t in state.covered()), torch.device("cpu")))
         steps: dict[int, Any] = {id(made): made for unit in state.units for made in unit.results.values()
                                  if getattr(made, "derived", None) is not None}
         for made in steps.values():
@@ -267,7 +268,8 @@ class Adapters:
                    if half or not addresses.isdisjoint(t.data_ptr() for t in one.sources)])
             memory.loras = loras
         if written:
-            self.switched = sum(len(one.parts) for one in written), time.perf_counter() - start
+            watch.stop()
+            self.switched = sum(len(one.parts) for one in written), watch
 
     def rewrite(self, memory: Memory, loras: Set) -> Sequence[Coded | Merged]:
         """Write what has other LoRAs than those of the set in place, unless it sleeps; returns what was written."""
@@ -313,7 +315,7 @@ class Adapters:
         named = ", ".join(f"{name} ({strength:g})" for name, _, strength in loras) or "none"
         sentence = f"LoRAs in the 8-bit codes: {named}"
         if self.switched is not None:
-            sentence += f"; the last switch wrote {self.switched[0]} weights in {1e3 * self.switched[1]:.0f} ms"
+            sentence += f"; the last switch wrote {self.switched[0]} weights in {self.switched[1].ms:.0f} ms"
         return sentence
 
 
