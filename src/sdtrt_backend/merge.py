@@ -18,7 +18,8 @@ from .stats import channels_last
 from .values import Decision
 
 RANKS = 16  # of LoRAs on a GPU: with any other rank its kernel loads single values
-STAGED = 2**30  # bytes of weights in memory of the host that are on the GPU at a time, where two passes read them
+AT_ONCE = 160  # weights of one launch, which takes the GPU about as long as it takes Python to put the next one together
+STAGED = 2**30  # bytes of weights in memory of the host that are on the GPU at a time
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,51 @@ def added(weight: torch.Tensor, factors: Sequence[tuple[Factors, float]]) -> tor
 
 @torch.no_grad()
 def write(targets: Sequence[Coded | Merged], factors_of: FactorsOf) -> None:
-    """Write them all in place: on a GPU by two launches, of torch's operations for what these do not take."""
-    by_kernel, others = list[Coded | Merged](), list[Coded | Merged]()
+    """Write them all in place: on a GPU many with a few launches, and meanwhile what is to be launched next is put together."""
+    some, size = list[Any](), 0
     for one in targets:
-        (by_kernel if _for_kernel(one, factors_of) else others).append(one)
-    for some in _staged(by_kernel):
+        prepared = list(_prepared(one, factors_of))
+        if None in prepared:
+            _write_by_torch(one, factors_of)
+            continue
+        some += prepared
+        size += sum(weight.nbytes for weight, *_ in one.parts if weights.away(weight))
+        if len(some) >= AT_ONCE or size >= STAGED:
+            _launch(some)
+            some, size = [], 0
+    _launch(some)
+
+
+def _launch(prepared: Sequence[Any]) -> None:
+    if prepared:
         from .kernels.triton_weights import write_weights
 
-        write_weights([w for one in some for w in _for_weights(one, factors_of)])
-    for one in others:
-        if isinstance(one, Merged):
-            one.tensor.copy_(added(one.weight, factors_of(one.weight)))
-        else:
-            _write_codes(one, factors_of)
+        write_weights(prepared)
 
 
-def _write_codes(one: Coded, factors_of: FactorsOf) -> None:
+def _prepared(one: Coded | Merged, factors_of: FactorsOf) -> Iterator[Any]:
+    """What the kernels take for each weight, None where it is not where, or not as, they take it."""
+    if not one.parts[0][1].is_cuda or not installed("triton"):
+        yield None
+        return
+    from .kernels.triton_weights import prepare
+
+    smoothing = one.smoothing if isinstance(one, Coded) else None
+    for weight, codes, scale, shared in one.parts:
+        factors = [(f.up, f.down, f.scale * strength, f.last) for f, strength in factors_of(weight)]
+        if len(factors) > 1 and len({up.dtype for up, *_ in factors}) > 1:
+            factors = [(up.float(), down.float(), strength, last) for up, down, strength, last in factors]
+        here = weight.detach()
+        if weights.away(weight):
+            here = here.clone()  # two passes read it
+        yield prepare(here, factors, codes, scale, smoothing, id(one) if shared else None) if here.is_cuda else None
+
+
+def _write_by_torch(one: Coded | Merged, factors_of: FactorsOf) -> None:
+    if isinstance(one, Merged):
+        one.tensor.copy_(added(one.weight, factors_of(one.weight)))
+        return
+
     def with_loras(d: Decision) -> Decision:
         factors = factors_of(d.layer.weight)
         return replace(d, layer=replace(d.layer, weight=added(d.layer.weight, factors))) if factors else d
@@ -106,44 +136,6 @@ def _write_codes(one: Coded, factors_of: FactorsOf) -> None:
         for mine, other in zip(pair, new, strict=True):
             with torch.inference_mode(mine.is_inference()):
                 mine.copy_(other)
-
-
-def _for_kernel(one: Coded | Merged, factors_of: FactorsOf) -> bool:
-    """Whether all that it is made of is where, and as, the kernel takes it."""
-    if not all(weight.is_cuda and codes.is_cuda for weight, codes, *_ in one.parts) or not installed("triton"):
-        return False
-    from .kernels.triton_weights import fits
-
-    return all(fits(weight) and fits(codes) and all(f.last == channels_last(weight) for f, _ in factors_of(weight))
-               for weight, codes, *_ in one.parts)
-
-
-def _for_weights(one: Coded | Merged, factors_of: FactorsOf) -> Iterator[Any]:
-    """As the kernel takes them."""
-    from .kernels.triton_weights import Write
-
-    smoothing = one.smoothing if isinstance(one, Coded) else None
-    for weight, codes, scale, shared in one.parts:
-        factors = [(f.up, f.down, f.scale * strength) for f, strength in factors_of(weight)]
-        if len({up.dtype for up, *_ in factors}) > 1:
-            factors = [(up.float(), down.float(), strength) for up, down, strength in factors]
-        here = weight.detach().clone() if weights.away(weight) else weight.detach()
-        yield Write(here, factors, codes, scale, smoothing, id(one) if shared else None)
-
-
-def _staged(targets: Sequence[Coded | Merged]) -> Iterator[Sequence[Coded | Merged]]:
-    """All at once, or as many as ``STAGED`` holds of weights that are in memory of the host."""
-    some: list[Coded | Merged] = []
-    size = 0
-    for one in targets:
-        here = sum(weight.nbytes for weight, *_ in one.parts if weights.away(weight))
-        if some and size + here > STAGED:
-            yield some
-            some, size = [], 0
-        some.append(one)
-        size += here
-    if some:
-        yield some
 
 
 def renew(derived: Sequence[Derived | Scaled]) -> None:

@@ -34,7 +34,7 @@ def key(weight: torch.Tensor) -> int:
 
 def away(parameter: torch.Tensor) -> bool:
     """Whether its values are in host memory."""
-    return bool(_SENT.get(parameter) == key(parameter))
+    return bool(_SENT.data) and bool(_SENT.get(parameter) == key(parameter))
 
 
 def can_leave(parameter: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,9 +15,18 @@ LAST = {"memory_format": torch.channels_last}
 SHAPES = ((5, 7), (64, 128), (130, 208), (3, 8, 1, 1), (70, 6, 3, 3), (67, 32, 3, 3), (2, 130, 3, 1))
 
 
-def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, shared=None, factor=None):
-    from sdtrt_backend.kernels.triton_weights import Write
+class Given(NamedTuple):
+    """What ``prepare`` takes."""
 
+    weight: torch.Tensor
+    factors: list
+    codes: torch.Tensor
+    scale: torch.Tensor
+    smoothing: torch.Tensor
+    shared: str
+
+
+def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, shared=None, factor=None):
     w = torch.randn(shape, device=DEVICE).to(dtype)
     w = w.contiguous(**LAST) if last and len(shape) == 4 else w
     smoothing = torch.rand(shape[1], device=DEVICE) + 0.5 if smoothed else None
@@ -28,10 +38,11 @@ def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, 
     for i, rank in enumerate(ranks):
         up, down = (torch.randn(s, device=DEVICE).to(factor or dtype) for s in ((shape[0], rank), (rank, *shape[1:])))
         factors.append((up, down, 0.5 - i))
-    in_order = [(up, (down.contiguous(**LAST).permute(0, 2, 3, 1) if w.dim() == 4 and not w.is_contiguous() else down)
-                 .reshape(down.shape[0], -1).contiguous(), s) for up, down, s in factors]
+    turned = w.dim() == 4 and not w.is_contiguous()
+    in_order = [(up, (down.permute(0, 2, 3, 1) if turned else down).reshape(down.shape[0], -1).contiguous(), s, turned)
+                for up, down, s in factors]
     scale = None if code not in (INT8, FP8) else torch.full((shape[0] if shared is None else 1,), math.nan, device=DEVICE)
-    return Write(w, in_order, codes, scale, smoothing, shared), factors
+    return Given(w, in_order, codes, scale, smoothing, shared), factors
 
 
 def with_loras(write, factors):
@@ -43,10 +54,10 @@ def with_loras(write, factors):
 
 def check(made):
     """Codes and scales of what torch makes: the same ones without LoRAs, else but for the last bit of a sum."""
-    from sdtrt_backend.kernels.triton_weights import write_weights
+    from sdtrt_backend.kernels.triton_weights import prepare, write_weights
 
     expected = [with_loras(*one) for one in made]
-    write_weights([write for write, _ in made])
+    write_weights([prepare(*write) for write, _ in made])
     for (write, factors), whole in zip(made, expected, strict=True):
         if write.scale is None:
             torch.testing.assert_close(write.codes, whole.to(write.codes.dtype), atol=1e-5, rtol=2e-3 if factors else 0)
@@ -122,3 +133,16 @@ def test_products():
     for start, n, source, factor in zip(starts, rows, sources, (0.1, 1.1, 2.1, 3.1), strict=True):
         assert torch.equal(target[start : start + n], source.expand(n) * factor)
     assert target[-1].isnan()
+
+
+@on_device
+def test_other_layouts_are_not_taken():
+    from sdtrt_backend.kernels.triton_weights import prepare
+
+    w, codes = torch.zeros(8, 16, device=DEVICE), torch.zeros(8, 16, dtype=INT8, device=DEVICE)
+    assert prepare(w, (), codes) is not None
+    assert prepare(w.double(), (), codes) is None
+    assert prepare(w.t().contiguous().t(), (), codes) is None
+    assert prepare(w, (), codes[:, ::2]) is None
+    assert prepare(w[0], (), codes) is None
+    assert prepare(w, [(torch.zeros(8, 1), torch.zeros(1, 16), 1.0, True)], codes) is None, "in another order than the weight"

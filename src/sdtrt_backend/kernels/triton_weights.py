@@ -14,6 +14,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,100 +28,108 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 BLOCK_ROWS, BLOCK_K, BLOCK_RANK, WARPS = 64, 128, 32, 4
 BLOCK_SCALES = 1024
 ALIGNMENT = 16  # bytes, and elements of a row, with which the kernels load and store whole vectors
-COLUMNS = tl.constexpr(16)  # of a weight in the table: those of ``_weight``, slot, what a row adds to it, first and last LoRA
+# Of a weight in the table: pointers to it, its smoothing, codes and scale; rows; elements of a row; elements from one step of the
+# outer of its two indices, channel and position in the kernel, to the next; what a step of the outer and of the inner one adds to
+# the place of a code, and to the channel; what a row adds to the place of its scale; its slot among the scales, what a row adds
+# to that; its first LoRA, and the first of the next weight
+COLUMNS = tl.constexpr(16)
 ENTRY = tl.constexpr(4)  # of a LoRA: pointers to its factors, rank, the bits of its strength
 
 
-@dataclass(frozen=True, eq=False)
+Factor = tuple[torch.Tensor, torch.Tensor, float, bool]  # up, down, strength, whether ``down`` is in the order of channels last
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Write:
-    """One weight to be written.
+    """One weight to be written, see ``prepare``. kind: what all weights of one launch have in common: dtypes of the weight, its
+    factors and its codes; whether codes are in the order of the weight; whether all rows begin at multiples of ALIGNMENT.
+    columns: its first ones in the table; shared: name of the scale that it shares; tensors: kept alive until they are written."""
 
-    weight: [out, ...] of any floating-point dtype in memory that the GPU reads; factors: (up [out, rank], down [rank, ...] in
-    the order of the weight's memory, strength) of each LoRA, contiguous, of one dtype for all. codes: int8 or float8_e4m3fn with
-    their scale, fp32 [out] or [1], or without one of the weight's dtype. smoothing: fp32, ``in`` elements, or None; shared: equal
-    for weights of one scale, None where each row has its own. Weight and codes: see ``fits``.
+    kind: tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool]
+    columns: tuple[int, ...]
+    entries: list[int]
+    rows: int
+    shared: Hashable
+    tensors: tuple[Any, ...]
+
+
+def prepare(weight: torch.Tensor, factors: Sequence[Factor], codes: torch.Tensor, scale: torch.Tensor | None = None,
+            smoothing: torch.Tensor | None = None, shared: Hashable = None) -> Write | None:
+    """A weight to be written; None where it is not laid out as the kernels take it.
+
+    weight: [out, in, ...] of any floating-point dtype, contiguous or channels last, in memory that the GPU reads; factors: up
+    [out, rank] and down [rank, in * ...] in the order of the weight's memory, contiguous, of one dtype for all. codes: int8 or
+    float8_e4m3fn with their scale, fp32 [out] or [1], or without one of the weight's dtype; contiguous or channels last.
+    smoothing: fp32, ``in`` elements; shared: equal for weights of one scale, None where each row has its own.
     """
+    layout, code_layout = (_layout(t.shape, t.stride(), t.dtype) for t in (weight, codes))
+    if layout is None or code_layout is None:
+        return None
+    channels, positions, last = layout
+    rows, length, address, code_address = weight.shape[0], channels * positions, weight.data_ptr(), codes.data_ptr()
+    entries, together, factor = list[int](), length | address | code_address, weight.dtype
+    for up, down, strength, in_order in factors:
+        if in_order != last:
+            return None
+        up_address, down_address, rank, factor = up.data_ptr(), down.data_ptr(), up.shape[1], up.dtype
+        entries += up_address, down_address, rank, _bits(strength)
+        together |= up_address | down_address | rank
+    of_channel, of_position = (1, channels) if code_layout[2] else (positions, 1)
+    order = (channels, of_position, of_channel, 0, 1) if last else (positions, of_channel, of_position, 1, 0)
+    columns = (address, 0 if smoothing is None else smoothing.data_ptr(), code_address, 0 if scale is None else scale.data_ptr(),
+               rows, length, *order, int(scale is not None and scale.numel() > 1))
+    kind = weight.dtype, factor, codes.dtype, last == code_layout[2], together % ALIGNMENT == 0
+    return Write(kind, columns, entries, rows, shared, (weight, factors, codes, scale, smoothing))
 
-    weight: torch.Tensor
-    factors: Sequence[tuple[torch.Tensor, torch.Tensor, float]]
-    codes: torch.Tensor
-    scale: torch.Tensor | None = None
-    smoothing: torch.Tensor | None = None
-    shared: Hashable = None
 
-
-def fits(t: torch.Tensor) -> bool:
-    """Whether a weight, or codes, are laid out as the kernels take them: contiguous or channels last."""
-    return t.dtype in TYPES and 0 < t.numel() < 2**31 and (t.is_contiguous() or channels_last(t))
+@cache
+def _layout(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, bool] | None:
+    """Channels, positions in the kernel of each, and whether they are channels last; None of any other layout."""
+    t = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    fits = dtype in TYPES and len(shape) > 1 and 0 < t.numel() < 2**31 and (t.is_contiguous() or channels_last(t))
+    return (shape[1], math.prod(shape[2:]), channels_last(t)) if fits else None
 
 
 def write_weights(writes: Sequence[Write]) -> None:
     """Write the codes and scales of all, on the current stream, without waiting for it. Codes are of one 8-bit dtype."""
-    if not writes:
-        return
     kinds = defaultdict[Any, list[Write]](list)
     for w in writes:
-        kinds[_kind(w)].append(w)
+        kinds[w.kind].append(w)
     shared = {name: i for i, name in enumerate(dict.fromkeys(w.shared for w in writes if w.shared is not None))}
     table, entries, slots = list[int](), list[int](), len(shared)
     for w in itertools.chain.from_iterable(kinds.values()):
         slot, step = (slots, 1) if w.shared is None else (shared[w.shared], 0)
-        slots += len(w.weight) if step and w.scale is not None else 0
+        slots += w.rows * step
         first = len(entries) // ENTRY.value
-        table.extend((*_weight(w), slot, step, first, first + len(w.factors)))
-        for up, down, strength in w.factors:
-            entries.extend((up.data_ptr(), down.data_ptr(), up.shape[1], _bits(strength)))
-    device = writes[0].codes.device
+        entries += w.entries
+        table += *w.columns, slot, step, first, len(entries) // ENTRY.value
+    device = writes[0].tensors[0].device
     numbers, first, launches = _table(table + entries, device), 0, []
     for kind, alike in kinds.items():
-        grid = len(alike), triton.cdiv(max(len(w.weight) for w in alike), BLOCK_ROWS)
+        grid = len(alike), triton.cdiv(max(w.rows for w in alike), BLOCK_ROWS)
         launches.append((grid, numbers[first:], kind))
         first += COLUMNS.value * len(alike)
     sizes = {"ROWS": BLOCK_ROWS, "K": BLOCK_K, "RANK": BLOCK_RANK, "num_warps": WARPS}
-    scales = torch.zeros(max(1, slots), device=device)
+    scales = torch.zeros(slots, device=device)
     for grid, rows, (weight, factor, code, _, aligned) in launches:
         if code.itemsize == 1:
             _amax[grid](rows, numbers[first:], scales, TYPES[weight], TYPES[factor], aligned, **sizes)
-            dtype = code
-    if slots:
-        scales = torch.cat([shared_scale(scales[: len(shared)]), row_scale(scales[len(shared) :], dtype)])
+    codes = next((code for *_, (_, _, code, _, _) in launches if code.itemsize == 1), torch.int8)
+    scales = torch.cat([shared_scale(scales[: len(shared)]), row_scale(scales[len(shared) :], codes)])
     for grid, rows, (weight, factor, code, same, aligned) in launches:
         _codes[grid](rows, numbers[first:], scales, TYPES[weight], TYPES[factor], TYPES[code], same, aligned, **sizes)
 
 
-def _kind(w: Write) -> tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool]:
-    """Of weights that one launch takes: dtypes of the weight, the factors and the codes; whether codes are in the order of the
-    weight; whether all rows begin at multiples of ALIGNMENT."""
-    factors = [t for up, down, _ in w.factors for t in (up, down)]
-    aligned = w.weight[0].numel() % ALIGNMENT == 0 and not any(t.shape[1] % ALIGNMENT for t in factors) and not any(
-        t.data_ptr() % ALIGNMENT for t in (w.weight, w.codes, *factors))
-    return (w.weight.dtype, factors[0].dtype if factors else w.weight.dtype, w.codes.dtype,
-            channels_last(w.weight) == channels_last(w.codes), aligned)
-
-
 def _bits(number: float) -> int:
     """Of an fp32 number."""
-    return int.from_bytes(struct.pack("<f", number), "little", signed=True)
+    bits: int = struct.unpack("<i", struct.pack("<f", number))[0]
+    return bits
 
 
 def _table(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """On the device without waiting for it."""
     table = torch.frombuffer(array("q", numbers), dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.clone()
-
-
-def _weight(w: Write) -> tuple[int, ...]:
-    """Its columns in the table but the last four: four pointers; rows; elements of a row; elements from one step of the outer of
-    its two indices, channel and position in the kernel, to the next; what a step of the outer and of the inner one adds to the
-    place of a code, and to the channel; what a row adds to the place of its scale."""
-    rows, channels, *kernel = w.weight.shape
-    positions = math.prod(kernel)
-    code = (1, channels) if channels_last(w.codes) else (positions, 1)  # of a channel, of a position
-    inner, code_outer, code_inner, channel_outer, channel_inner = (
-        (channels, code[1], code[0], 0, 1) if channels_last(w.weight) else (positions, *code, 1, 0))
-    return (w.weight.data_ptr(), 0 if w.smoothing is None else w.smoothing.data_ptr(), w.codes.data_ptr(),
-            0 if w.scale is None else w.scale.data_ptr(), rows, channels * positions, inner, code_outer, code_inner,
-            channel_outer, channel_inner, int(w.scale is not None and len(w.scale) > 1))
 
 
 @triton.jit
@@ -248,7 +257,7 @@ def write_products(products: Sequence[Product]) -> None:
         return
     table = list[int]()
     for p in products:
-        table.extend((p.target.data_ptr() + 4 * p.start, p.source.data_ptr(), p.rows, int(len(p.source) > 1), _bits(p.factor)))
+        table.extend((p.target.data_ptr() + 4 * p.start, p.source.data_ptr(), p.rows, int(p.source.numel() > 1), _bits(p.factor)))
     grid = len(products), triton.cdiv(max(p.rows for p in products), BLOCK_SCALES)
     _products[grid](_table(table, products[0].target.device), BLOCK=BLOCK_SCALES, num_warps=WARPS)
 
