@@ -5,7 +5,7 @@
     python benchmarks/lora.py --model sdxl --tiny --rank 4                     # the same code on a CPU
 
 Two LoRAs of ``--rank`` over all linears and convolutions, random weights. Ways: ``eager`` and PEFT; ``compile``: torch.compile
-and PEFT's hot swap; ``side``: sd_int8 and PEFT, two products beside each layer; ``keep`` and ``release``: sd_int8 and
+and PEFT's hot swap; ``side``: sd_int8 and the same, two products beside each layer; ``keep`` and ``release``: sd_int8 and
 ``sdtrt_backend.set_loras``, with the 16-bit weights on the GPU and in memory of the host.
 
 step       ms without a LoRA, with one, and after the switches; median of ROUNDS means of CALLS calls, as a user calls it
@@ -89,8 +89,8 @@ def measured(way: str, module: torch.nn.Module, arguments: Callable[[float], dic
     if ours:
         options = {} if gpu.DEVICE.type == "cuda" else {"engine": "reference"}
         sdtrt_backend.accelerate(Pipe(module), weights="release" if way == "release" else "keep", max_error=1.0, **options)
-    elif way == "compile":
-        module.enable_lora_hotswap(target_rank=rank)
+    if way in ("side", "compile"):
+        module.enable_lora_hotswap(target_rank=rank, check_compiled="ignore")
 
     def step() -> torch.Tensor:
         result: torch.Tensor = module(**kwargs)[0]
@@ -144,7 +144,7 @@ def _switch(way: str, module: Any, dicts: dict[str, Any]) -> Callable[[str], Non
         for name, factors in dicts.items():
             sdtrt_backend.load_lora(module, factors, name)
         return lambda name: sdtrt_backend.set_loras(module, {name: 1.0})
-    if way == "compile":
+    if way in ("side", "compile"):
         return lambda name: module.load_lora_adapter(dict(dicts[name]), prefix=None, adapter_name="one",
                                                      hotswap="one" in getattr(module, "peft_config", {}))
     for name, factors in dicts.items():
