@@ -263,9 +263,7 @@ class Adapters:
         with memory.writing():
             memory.loras = None  # until all is written: after a failure half way the next set is written whole
             written = self.rewrite(memory, loras)
-            addresses = {t.data_ptr() for one in written if isinstance(one, Coded) for pair in one.tensors for t in pair}
-            renew([one for made in steps.values() for one in made.derived
-                   if half or not addresses.isdisjoint(t.data_ptr() for t in one.sources)])
+            renew([one for made in steps.values() for one in made.derived], None if half else written)
             memory.loras = loras
         if written:
             watch.stop()
@@ -275,7 +273,8 @@ class Adapters:
         """Write what has other LoRAs than those of the set in place, unless it sleeps; returns what was written."""
         layers, due = self.layers(loras), list[tuple[Coded | Merged, Set]]()
         for one in (*memory.codes.values(), *memory.merged.values()):
-            changing = tuple(sorted({lora for weight, *_ in one.parts for lora in layers.get(id(weight), NOTHING)[2]}))
+            found = [layers.get(id(weight), NOTHING)[2] for weight, *_ in one.parts]
+            changing = found[0] if len(found) == 1 else tuple(sorted(set(itertools.chain.from_iterable(found))))
             if one.loras != changing and all(t.untyped_storage().nbytes() for _, t, *_ in one.parts):
                 one.loras = None
                 due.append((one, changing))

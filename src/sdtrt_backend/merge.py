@@ -3,9 +3,10 @@ their scales, and weights that stay in 16 bits."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Factors:
     up: torch.Tensor
     scale: float
     last: bool = False
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of up, of down, and the rank."""
+        return self.up.data_ptr(), self.down.data_ptr(), len(self.down)
 
     @property
     def nbytes(self) -> int:
@@ -62,13 +68,15 @@ FactorsOf = Callable[[torch.Tensor], Sequence[tuple[Factors, float]]]  # weight 
 
 @dataclass(eq=False)
 class Merged:
-    """A second tensor for a weight that stays in 16 bits. loras: those that are part of it, None where none were written."""
+    """A second tensor for a weight that stays in 16 bits. loras, places: see ``Coded``; None before the
+    first writing."""
 
     weight: torch.Tensor
     tensor: torch.Tensor
     loras: tuple[Any, ...] | None = None
+    places: list[Any] = field(default_factory=list)
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         return [(self.weight, self.tensor, None, False)]
 
@@ -84,43 +92,52 @@ def added(weight: torch.Tensor, factors: Sequence[tuple[Factors, float]]) -> tor
 @torch.no_grad()
 def write(targets: Sequence[Coded | Merged], factors_of: FactorsOf) -> None:
     """Write them all in place: on a GPU many with a few launches, and meanwhile what is to be launched next is put together."""
-    some, size = list[Any](), 0
+    some, staged = list[Any](), 0
     for one in targets:
-        prepared = list(_prepared(one, factors_of))
-        if None in prepared:
+        writes = _for_kernel(one, factors_of)
+        if writes is None:
             _write_by_torch(one, factors_of)
             continue
-        some += prepared
-        size += sum(weight.nbytes for weight, *_ in one.parts if weights.away(weight))
-        if len(some) >= AT_ONCE or size >= STAGED:
+        some += writes
+        staged += sum(weight.nbytes for weight, *_ in one.parts if weights.away(weight))
+        if len(some) >= AT_ONCE or staged >= STAGED:
             _launch(some)
-            some, size = [], 0
+            some, staged = [], 0
     _launch(some)
 
 
-def _launch(prepared: Sequence[Any]) -> None:
-    if prepared:
-        from .kernels.triton_weights import write_weights
-
-        write_weights(prepared)
+def _launch(writes: Sequence[Any]) -> None:
+    if writes:
+        _kernels().write_weights(writes)
 
 
-def _prepared(one: Coded | Merged, factors_of: FactorsOf) -> Iterator[Any]:
-    """What the kernels take for each weight, None where it is not where, or not as, they take it."""
-    if not one.parts[0][1].is_cuda or not installed("triton"):
-        yield None
-        return
-    from .kernels.triton_weights import prepare
+@cache
+def _kernels() -> Any:
+    """None where Triton is not installed."""
+    return importlib.import_module(".kernels.triton_weights", __package__) if installed("triton") else None
 
-    smoothing = one.smoothing if isinstance(one, Coded) else None
-    for weight, codes, scale, shared in one.parts:
-        factors = [(f.up, f.down, f.scale * strength, f.last) for f, strength in factors_of(weight)]
-        if len(factors) > 1 and len({up.dtype for up, *_ in factors}) > 1:
-            factors = [(up.float(), down.float(), strength, last) for up, down, strength, last in factors]
-        here = weight.detach()
-        if weights.away(weight):
-            here = here.clone()  # two passes read it
-        yield prepare(here, factors, codes, scale, smoothing, id(one) if shared else None) if here.is_cuda else None
+
+def _for_kernel(one: Coded | Merged, factors_of: FactorsOf) -> list[Any] | None:
+    """What the kernels take for its weights; None where one is not where, or not as, they take it."""
+    kernels, writes = _kernels(), []
+    if not one.parts[0][1].is_cuda or kernels is None:
+        return None
+    one.places += [None] * (len(one.parts) - len(one.places))
+    for i, (weight, codes, scale, shared) in enumerate(one.parts):
+        here = weight.detach().clone() if weights.away(weight) else weight  # two passes read it
+        known = one.places[i]
+        if known is None or known.valid_for != kernels.valid_for(here, codes, scale):
+            smoothing = one.smoothing if isinstance(one, Coded) else None
+            known = kernels.place(here, codes, scale, smoothing, id(one) if shared else None) if here.is_cuda else None
+            one.places[i] = known
+        factors = [(f, f.scale * strength) for f, strength in factors_of(weight)]
+        if len(factors) > 1 and len({f.up.dtype for f, _ in factors}) > 1:
+            factors = [(replace(f, up=f.up.float(), down=f.down.float()), strength) for f, strength in factors]
+        found = None if known is None else known.write(here, factors)
+        if found is None:
+            return None
+        writes.append(found)
+    return writes
 
 
 def _write_by_torch(one: Coded | Merged, factors_of: FactorsOf) -> None:
@@ -138,17 +155,14 @@ def _write_by_torch(one: Coded | Merged, factors_of: FactorsOf) -> None:
                 mine.copy_(other)
 
 
-def renew(derived: Sequence[Derived | Scaled]) -> None:
-    """What steps read in place of codes and scales, after those were written: scales on a GPU by one launch."""
+def renew(derived: Sequence[Derived | Scaled], written: Sequence[Coded | Merged] | None) -> None:
+    """What steps read in place of codes and scales, after those of ``written`` were, or any: scales on a GPU by one launch."""
     at_once: list[Scaled] = []
+    addresses = {t.data_ptr() for one in written or () for _, *pair, _ in one.parts for t in pair if t is not None}
     for one in derived:
-        if isinstance(one, Scaled) and one.target.is_cuda and installed("triton"):
+        if isinstance(one, Scaled) and one.target.is_cuda and _kernels() is not None:
             at_once.append(one)
-        else:
+        elif written is None or not addresses.isdisjoint(t.data_ptr() for t in one.sources):
             one.renew()
     if at_once:
-        from .kernels.triton_weights import Product, write_products
-
-        starts = [itertools.accumulate((rows for _, rows in one.parts), initial=0) for one in at_once]
-        write_products([Product(one.target, start, rows, scale, one.factor) for one, begins in zip(at_once, starts, strict=True)
-                        for start, (scale, rows) in zip(begins, one.parts, strict=False)])
+        _kernels().write_products([(one.target, one.parts, one.factor) for one in at_once])

@@ -8,6 +8,8 @@ import pytest
 import torch
 from interpreted import DEVICE, FP8, INT8, INTERPRETED, on_device, run_interpreted
 
+from sdtrt_backend.lower.lowered import scaled
+from sdtrt_backend.merge import Factors
 from sdtrt_backend.stats import over_channels, quantize_weight, shared_scale, weight_scale
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -16,7 +18,7 @@ SHAPES = ((5, 7), (64, 128), (130, 208), (3, 8, 1, 1), (70, 6, 3, 3), (67, 32, 3
 
 
 class Given(NamedTuple):
-    """What ``prepare`` takes."""
+    """A weight and what is to be written."""
 
     weight: torch.Tensor
     factors: list
@@ -38,8 +40,7 @@ def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, 
     for i, rank in enumerate(ranks):
         up, down = (torch.randn(s, device=DEVICE).to(factor or dtype) for s in ((shape[0], rank), (rank, *shape[1:])))
         factors.append((up, down, 0.5 - i))
-    turned = w.dim() == 4 and not w.is_contiguous()
-    in_order = [(up, (down.permute(0, 2, 3, 1) if turned else down).reshape(down.shape[0], -1).contiguous(), s, turned)
+    in_order = [(Factors(down, up, 1.0).beside(w), s) if factor is None else (Factors(down.flatten(1), up, 1.0), s)
                 for up, down, s in factors]
     scale = None if code not in (INT8, FP8) else torch.full((shape[0] if shared is None else 1,), math.nan, device=DEVICE)
     return Given(w, in_order, codes, scale, smoothing, shared), factors
@@ -54,10 +55,10 @@ def with_loras(write, factors):
 
 def check(made):
     """Codes and scales of what torch makes: the same ones without LoRAs, else but for the last bit of a sum."""
-    from sdtrt_backend.kernels.triton_weights import prepare, write_weights
+    from sdtrt_backend.kernels.triton_weights import place, write_weights
 
     expected = [with_loras(*one) for one in made]
-    write_weights([prepare(*write) for write, _ in made])
+    write_weights([place(g.weight, g.codes, g.scale, g.smoothing, g.shared).write(g.weight, g.factors) for g, _ in made])
     for (write, factors), whole in zip(made, expected, strict=True):
         if write.scale is None:
             torch.testing.assert_close(write.codes, whole.to(write.codes.dtype), atol=1e-5, rtol=2e-3 if factors else 0)
@@ -123,26 +124,27 @@ def test_a_row_of_zeros_has_codes_of_zero():
 
 @on_device
 def test_products():
-    from sdtrt_backend.kernels.triton_weights import Product, write_products
+    from sdtrt_backend.kernels.triton_weights import write_products
 
     write_products([])
-    sources, rows = [torch.rand(n, device=DEVICE) for n in (1, 5, 2000, 1)], (1, 5, 2000, 1030)
-    target = torch.full((sum(rows) + 1,), math.nan, device=DEVICE)
-    starts = (1035, 1030, 1036, 0)
-    write_products([Product(target, *given) for given in zip(starts, rows, sources, (0.1, 1.1, 2.1, 3.1), strict=True)])
-    for start, n, source, factor in zip(starts, rows, sources, (0.1, 1.1, 2.1, 3.1), strict=True):
-        assert torch.equal(target[start : start + n], source.expand(n) * factor)
-    assert target[-1].isnan()
+    parts = [[(torch.rand(1, device=DEVICE), 1030), (torch.rand(5, device=DEVICE), 5)], [(torch.rand(2000, device=DEVICE), 2000)],
+             [(torch.rand(1, device=DEVICE), 1)]]
+    targets = [torch.full((sum(rows for _, rows in some) + 1,), math.nan, device=DEVICE) for some in parts]
+    write_products(list(zip(targets, parts, (0.1, 1.1, 2.1), strict=True)))
+    for target, some, factor in zip(targets, parts, (0.1, 1.1, 2.1), strict=True):
+        assert torch.equal(target[:-1], scaled(some, factor))
+        assert target[-1].isnan()
 
 
 @on_device
 def test_other_layouts_are_not_taken():
-    from sdtrt_backend.kernels.triton_weights import prepare
+    from sdtrt_backend.kernels.triton_weights import place
 
     w, codes = torch.zeros(8, 16, device=DEVICE), torch.zeros(8, 16, dtype=INT8, device=DEVICE)
-    assert prepare(w, (), codes) is not None
-    assert prepare(w.double(), (), codes) is None
-    assert prepare(w.t().contiguous().t(), (), codes) is None
-    assert prepare(w, (), codes[:, ::2]) is None
-    assert prepare(w[0], (), codes) is None
-    assert prepare(w, [(torch.zeros(8, 1), torch.zeros(1, 16), 1.0, True)], codes) is None, "in another order than the weight"
+    assert place(w.double(), codes) is None
+    assert place(w.t().contiguous().t(), codes) is None
+    assert place(w, codes[:, ::2]) is None
+    assert place(w[0], codes) is None
+    other = Factors(torch.zeros(1, 16), torch.zeros(8, 1), 1.0, last=True)
+    assert place(w, codes).write(w, [(other, 1.0)]) is None, "in another order than the weight"
+    assert place(w, codes).write(w, []) is not None

@@ -9,13 +9,12 @@ torch itself makes, to the bit. The same code runs on CPU tensors under TRITON_I
 
 import itertools
 import math
-import struct
 from array import array
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton  # type: ignore[import, unused-ignore]
@@ -33,61 +32,101 @@ ALIGNMENT = 16  # bytes, and elements of a row, with which the kernels load and 
 # the place of a code, and to the channel; what a row adds to the place of its scale; its slot among the scales, what a row adds
 # to that; its first LoRA, and the first of the next weight
 COLUMNS = tl.constexpr(16)
-ENTRY = tl.constexpr(4)  # of a LoRA: pointers to its factors, rank, the bits of its strength
+ENTRY = tl.constexpr(3)  # of a LoRA: pointers to its factors, rank
 
 
-Factor = tuple[torch.Tensor, torch.Tensor, float, bool]  # up, down, strength, whether ``down`` is in the order of channels last
+class Factors(Protocol):
+    """Of one LoRA of one weight: up [out, rank] and down [rank, in * ...], contiguous and of one dtype; down is in the order of
+    the weight's memory, of channels last where ``last``."""
+
+    @property
+    def up(self) -> torch.Tensor: ...
+
+    @property
+    def last(self) -> bool: ...
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of up, of down, and the rank."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Write:
-    """One weight to be written, see ``prepare``. kind: what all weights of one launch have in common: dtypes of the weight, its
-    factors and its codes; whether codes are in the order of the weight; whether all rows begin at multiples of ALIGNMENT.
-    columns: its first ones in the table; shared: name of the scale that it shares; tensors: kept alive until they are written."""
+    """One weight to be written. kind: what all weights of one launch have in common: dtypes of the weight, its factors and its
+    codes; whether codes are in the order of the weight; whether all rows begin at multiples of ALIGNMENT. columns: its first ones
+    in the table; shared: name of the scale that it shares; tensors: kept alive until they are written."""
 
     kind: tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool]
     columns: tuple[int, ...]
     entries: list[int]
-    rows: int
+    strengths: list[float]
     shared: Hashable
     tensors: tuple[Any, ...]
 
 
-def prepare(weight: torch.Tensor, factors: Sequence[Factor], codes: torch.Tensor, scale: torch.Tensor | None = None,
-            smoothing: torch.Tensor | None = None, shared: Hashable = None) -> Write | None:
-    """A weight to be written; None where it is not laid out as the kernels take it.
+@dataclass(frozen=True, eq=False, slots=True)
+class Place:
+    """Where a weight is, which it does not keep there, and where its codes are to be, see ``place``. valid_for: see there; last:
+    whether the weight is channels last; same: whether its codes are like it; bits: of all that is to be a multiple of ALIGNMENT."""
 
-    weight: [out, in, ...] of any floating-point dtype, contiguous or channels last, in memory that the GPU reads; factors: up
-    [out, rank] and down [rank, in * ...] in the order of the weight's memory, contiguous, of one dtype for all. codes: int8 or
-    float8_e4m3fn with their scale, fp32 [out] or [1], or without one of the weight's dtype; contiguous or channels last.
-    smoothing: fp32, ``in`` elements; shared: equal for weights of one scale, None where each row has its own.
+    valid_for: tuple[Any, ...]
+    columns: tuple[int, ...]
+    last: bool
+    same: bool
+    bits: int
+    shared: Hashable
+    dtype: torch.dtype
+    codes: torch.Tensor
+
+    def write(self, weight: torch.Tensor, factors: Sequence[tuple[Factors, float]]) -> Write | None:
+        """The weight with these LoRAs, each with its strength, of one dtype; None where one is in another order than it."""
+        entries, strengths, bits, dtype = list[int](), list[float](), self.bits, self.dtype
+        for one, strength in factors:
+            if one.last != self.last:
+                return None
+            up, down, rank = one.addresses
+            entries += up, down, rank
+            strengths.append(strength)
+            bits |= up | down | rank
+            dtype = one.up.dtype
+        kind = self.dtype, dtype, self.codes.dtype, self.same, bits % ALIGNMENT == 0
+        return Write(kind, self.columns, entries, strengths, self.shared, (self.codes, weight, factors))
+
+
+def valid_for(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None) -> tuple[Any, ...]:
+    """What a ``Place`` of these tensors is valid for: addresses, and what is not the same for good."""
+    return weight.data_ptr(), codes.data_ptr(), 0 if scale is None else scale.data_ptr(), weight.stride(), weight.dtype
+
+
+def place(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None = None, smoothing: torch.Tensor | None = None,
+          shared: Hashable = None) -> Place | None:
+    """Of a weight and its codes; None where they are not laid out as the kernels take them, which is contiguous or channels last.
+
+    weight: [out, in, ...] of any floating-point dtype, in memory that the GPU reads; codes: int8 or float8_e4m3fn with their
+    scale, fp32 [out] or [1], or without one of the weight's dtype; smoothing: fp32, ``in`` elements, lives as long as the codes;
+    shared: equal for weights of one scale, None where each row has its own.
     """
-    layout, code_layout = (_layout(t.shape, t.stride(), t.dtype) for t in (weight, codes))
+    layout = _layout(weight.shape, weight.stride(), weight.dtype)
+    code_layout = _layout(codes.shape, codes.stride(), codes.dtype)
     if layout is None or code_layout is None:
         return None
-    channels, positions, last = layout
-    rows, length, address, code_address = weight.shape[0], channels * positions, weight.data_ptr(), codes.data_ptr()
-    entries, together, factor = list[int](), length | address | code_address, weight.dtype
-    for up, down, strength, in_order in factors:
-        if in_order != last:
-            return None
-        up_address, down_address, rank, factor = up.data_ptr(), down.data_ptr(), up.shape[1], up.dtype
-        entries += up_address, down_address, rank, _bits(strength)
-        together |= up_address | down_address | rank
-    of_channel, of_position = (1, channels) if code_layout[2] else (positions, 1)
+    rows, channels, positions, last = layout
+    valid = valid_for(weight, codes, scale)
+    address, code_address, scale_address = valid[:3]
+    of_channel, of_position = (1, channels) if code_layout[3] else (positions, 1)
     order = (channels, of_position, of_channel, 0, 1) if last else (positions, of_channel, of_position, 1, 0)
-    columns = (address, 0 if smoothing is None else smoothing.data_ptr(), code_address, 0 if scale is None else scale.data_ptr(),
-               rows, length, *order, int(scale is not None and scale.numel() > 1))
-    kind = weight.dtype, factor, codes.dtype, last == code_layout[2], together % ALIGNMENT == 0
-    return Write(kind, columns, entries, rows, shared, (weight, factors, codes, scale, smoothing))
+    columns = (address, 0 if smoothing is None else smoothing.data_ptr(), code_address, scale_address, rows, channels * positions,
+               *order, 0 if scale is None or scale.numel() == 1 else 1)
+    bits = address | code_address | channels * positions
+    return Place(valid, columns, last, last == code_layout[3], bits, shared, weight.dtype, codes)
 
 
 @cache
-def _layout(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, bool] | None:
-    """Channels, positions in the kernel of each, and whether they are channels last; None of any other layout."""
+def _layout(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int, bool] | None:
+    """Rows, channels, positions in the kernel, and whether they are channels last; None of any other layout."""
     t = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     fits = dtype in TYPES and len(shape) > 1 and 0 < t.numel() < 2**31 and (t.is_contiguous() or channels_last(t))
-    return (shape[1], math.prod(shape[2:]), channels_last(t)) if fits else None
+    return (shape[0], shape[1], math.prod(shape[2:]), channels_last(t)) if fits else None
 
 
 def write_weights(writes: Sequence[Write]) -> None:
@@ -96,39 +135,36 @@ def write_weights(writes: Sequence[Write]) -> None:
     for w in writes:
         kinds[w.kind].append(w)
     shared = {name: i for i, name in enumerate(dict.fromkeys(w.shared for w in writes if w.shared is not None))}
-    table, entries, slots = list[int](), list[int](), len(shared)
+    table, entries, strengths, slots = list[int](), list[int](), list[float](), len(shared)
     for w in itertools.chain.from_iterable(kinds.values()):
         slot, step = (slots, 1) if w.shared is None else (shared[w.shared], 0)
-        slots += w.rows * step
-        first = len(entries) // ENTRY.value
+        slots += w.columns[4] * step
+        first = len(strengths)
         entries += w.entries
-        table += *w.columns, slot, step, first, len(entries) // ENTRY.value
+        strengths += w.strengths
+        table += *w.columns, slot, step, first, len(strengths)
     device = writes[0].tensors[0].device
-    numbers, first, launches = _table(table + entries, device), 0, []
+    numbers, factors, launches, first = _table(table + entries, device), _table(strengths, device, "f"), [], 0
     for kind, alike in kinds.items():
-        grid = len(alike), triton.cdiv(max(w.rows for w in alike), BLOCK_ROWS)
+        grid = len(alike), triton.cdiv(max(w.columns[4] for w in alike), BLOCK_ROWS)
         launches.append((grid, numbers[first:], kind))
         first += COLUMNS.value * len(alike)
     sizes = {"ROWS": BLOCK_ROWS, "K": BLOCK_K, "RANK": BLOCK_RANK, "num_warps": WARPS}
-    scales = torch.zeros(slots, device=device)
+    scales, given = torch.zeros(slots, device=device), (numbers[first:], factors)
     for grid, rows, (weight, factor, code, _, aligned) in launches:
         if code.itemsize == 1:
-            _amax[grid](rows, numbers[first:], scales, TYPES[weight], TYPES[factor], aligned, **sizes)
+            _amax[grid](rows, *given, scales, TYPES[weight], TYPES[factor], aligned, **sizes)
     codes = next((code for *_, (_, _, code, _, _) in launches if code.itemsize == 1), torch.int8)
     scales = torch.cat([shared_scale(scales[: len(shared)]), row_scale(scales[len(shared) :], codes)])
     for grid, rows, (weight, factor, code, same, aligned) in launches:
-        _codes[grid](rows, numbers[first:], scales, TYPES[weight], TYPES[factor], TYPES[code], same, aligned, **sizes)
+        _codes[grid](rows, *given, scales, TYPES[weight], TYPES[factor], TYPES[code], same, aligned, **sizes)
 
 
-def _bits(number: float) -> int:
-    """Of an fp32 number."""
-    bits: int = struct.unpack("<i", struct.pack("<f", number))[0]
-    return bits
-
-
-def _table(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """On the device without waiting for it."""
-    table = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+def _table(numbers: Sequence[float], device: torch.device, kind: str = "q") -> torch.Tensor:
+    """int64 (q) or fp32 (f), on the device without waiting for it."""
+    if not numbers:
+        return torch.zeros(1, device=device)
+    table = torch.frombuffer(array(kind, numbers), dtype=torch.int64 if kind == "q" else torch.float32)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.clone()
 
 
@@ -156,7 +192,7 @@ def _up(up: tl.tensor, rank: tl.tensor, rows: tl.tensor, start: tl.tensor, limit
 
 
 @triton.jit
-def _values(table: tl.tensor, entries: tl.tensor, rows: tl.tensor, k: tl.tensor, first_up: tl.tensor,
+def _values(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, rows: tl.tensor, k: tl.tensor, first_up: tl.tensor,
             WEIGHT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr) -> tl.tensor:
     """A tile of a weight with its LoRAs, smoothed, fp32; zeros outside of the weight. first_up: see ``_first_up``."""
     length, limit = _length(table + 5, ALIGNED), tl.load(table + 4)
@@ -174,7 +210,7 @@ def _values(table: tl.tensor, entries: tl.tensor, rows: tl.tensor, k: tl.tensor,
             r = start + tl.arange(0, RANK)
             d = tl.load(down + r[:, None] * length + k[None, :], mask=(r < rank)[:, None] & k_inside, other=0.0)
             product = tl.dot(u, d, product, input_precision="tf32x3")  # of 16-bit factors the products are exact
-        y += product * tl.load(at + 3).to(tl.int32).to(tl.float32, bitcast=True)
+        y += product * tl.load(strengths + entry)
     smoothing = tl.load(table + 1)
     if smoothing != 0:
         inner = tl.load(table + 6).to(tl.int32)
@@ -196,7 +232,7 @@ def _first_up(table: tl.tensor, entries: tl.tensor, rows: tl.tensor, FACTOR: tl.
 
 
 @triton.jit
-def _amax(table: tl.tensor, entries: tl.tensor, amax_ptr: tl.tensor, WEIGHT: tl.constexpr,
+def _amax(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, amax_ptr: tl.tensor, WEIGHT: tl.constexpr,
           FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr) -> None:
     """amax [slots], fp32, zeros before: the largest absolute value of what has one scale."""
     table += COLUMNS * tl.program_id(0)
@@ -207,13 +243,13 @@ def _amax(table: tl.tensor, entries: tl.tensor, amax_ptr: tl.tensor, WEIGHT: tl.
     up = _first_up(table, entries, rows, FACTOR, ALIGNED, RANK)
     amax = tl.zeros((ROWS,), tl.float32)
     for start in range(0, _length(table + 5, ALIGNED), K):
-        y = _values(table, entries, rows, start + tl.arange(0, K), up, WEIGHT, FACTOR, ALIGNED, RANK)
+        y = _values(table, entries, strengths, rows, start + tl.arange(0, K), up, WEIGHT, FACTOR, ALIGNED, RANK)
         amax = tl.maximum(amax, tl.max(tl.abs(y), 1))
     tl.atomic_max(amax_ptr + tl.load(table + 12) + rows * tl.load(table + 13), amax, mask=rows < limit)
 
 
 @triton.jit
-def _codes(table: tl.tensor, entries: tl.tensor, scales_ptr: tl.tensor, WEIGHT: tl.constexpr,
+def _codes(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, scales_ptr: tl.tensor, WEIGHT: tl.constexpr,
            FACTOR: tl.constexpr, CODE: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
            K: tl.constexpr, RANK: tl.constexpr) -> None:
     """Codes, and scales where they belong. scales: of the slots, fp32."""
@@ -229,7 +265,7 @@ def _codes(table: tl.tensor, entries: tl.tensor, scales_ptr: tl.tensor, WEIGHT: 
         tl.store(tl.load(table + 3).to(tl.pointer_type(tl.float32)) + rows * tl.load(table + 11), scale, mask=inside)
     for start in range(0, length, K):
         k = start + tl.arange(0, K)
-        y = _values(table, entries, rows, k, up, WEIGHT, FACTOR, ALIGNED, RANK)
+        y = _values(table, entries, strengths, rows, k, up, WEIGHT, FACTOR, ALIGNED, RANK)
         if CODE.is_int():
             # 1.5 * 2^23: fp32 holds only integers there, so the addition rounds, to even
             y = (tl.div_rn(y, scale[:, None]) + 12582912.0) - 12582912.0
@@ -240,32 +276,26 @@ def _codes(table: tl.tensor, entries: tl.tensor, scales_ptr: tl.tensor, WEIGHT: 
         tl.store(codes + rows[:, None] * length + at[None, :], y.to(CODE), mask=inside[:, None] & (k < length)[None, :])
 
 
-@dataclass(frozen=True, eq=False)
-class Product:
-    """target[start : start + rows] = source * factor: fp32, contiguous, the source [rows] or [1]."""
-
-    target: torch.Tensor
-    start: int
-    rows: int
-    source: torch.Tensor
-    factor: float
-
-
-def write_products(products: Sequence[Product]) -> None:
-    """All of them by one launch, as torch multiplies them."""
-    if not products:
-        return
-    table = list[int]()
-    for p in products:
-        table.extend((p.target.data_ptr() + 4 * p.start, p.source.data_ptr(), p.rows, int(p.source.numel() > 1), _bits(p.factor)))
-    grid = len(products), triton.cdiv(max(p.rows for p in products), BLOCK_SCALES)
-    _products[grid](_table(table, products[0].target.device), BLOCK=BLOCK_SCALES, num_warps=WARPS)
+def write_products(products: Sequence[tuple[torch.Tensor, Sequence[tuple[torch.Tensor, int]], float]]) -> None:
+    """(target, parts, factor): the sources of the parts, each [rows] or [1] and for so many rows, one behind the other, times the
+    factor; fp32, contiguous. All of them by one launch, as torch multiplies them."""
+    table, factors, most = list[int](), list[float](), 0
+    for target, parts, factor in products:
+        address = target.data_ptr()
+        for source, rows in parts:
+            table += address, source.data_ptr(), rows, 0 if source.numel() == 1 else 1
+            factors.append(factor)
+            address, most = address + 4 * rows, max(most, rows)
+    if products:
+        device = products[0][0].device
+        _products[(len(factors), triton.cdiv(most, BLOCK_SCALES))](_table(table, device), _table(factors, device, "f"),
+                                                                   BLOCK=BLOCK_SCALES, num_warps=WARPS)
 
 
 @triton.jit
-def _products(table: tl.tensor, BLOCK: tl.constexpr) -> None:
-    row = table + 5 * tl.program_id(0)
+def _products(table: tl.tensor, factors: tl.tensor, BLOCK: tl.constexpr) -> None:
+    row = table + 4 * tl.program_id(0)
     target, source = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.pointer_type(tl.float32))
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, factor = i < tl.load(row + 2), tl.load(row + 4).to(tl.int32).to(tl.float32, bitcast=True)
-    tl.store(target + i, tl.load(source + i * tl.load(row + 3), mask=inside) * factor, mask=inside)
+    inside = i < tl.load(row + 2)
+    tl.store(target + i, tl.load(source + i * tl.load(row + 3), mask=inside) * tl.load(factors + tl.program_id(0)), mask=inside)
