@@ -148,7 +148,7 @@ def test_a_sample_reads_no_16_bit_weight_of_a_quantised_layer(ready, steps):
     held = {t.data_ptr() for t in built.counter.shares.__self__.buffers()}
     quantised = {name for group in built.counter.groups for name in group}
     assert quantised == {layer.name for layer in steps[-1].state.report().layers if layer.precision == "int8"}
-    assert not any(layer.weight.data_ptr() in held for layer in steps[-1].captured.layers if layer.name in quantised)
+    assert not any(layer.weight.data_ptr() in held for layer in steps[-1].plain.layers if layer.name in quantised)
 
 
 def test_a_graph_that_quantises_in_an_unknown_way_still_has_its_outputs_watched(ready, broken, monkeypatch):
@@ -200,7 +200,7 @@ def test_an_overflow_that_the_module_has_itself_is_not_blamed(ready, denoiser, b
 def test_a_module_that_gives_zeros_itself_is_asked_once(ready, broken, steps, monkeypatch):
     compiled, asked = ready(), []
     zeros = lambda *args: asked.append(1) or (torch.zeros(2, 4, 8, 8),)  # noqa: E731
-    monkeypatch.setattr(steps[-1].captured.graph, "forward", zeros)
+    monkeypatch.setattr(steps[-1].plain.graph, "forward", zeros)
     broken.spoil = torch.zeros_like
     for _ in range(3):
         assert not call(compiled).any()

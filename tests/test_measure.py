@@ -1,6 +1,7 @@
 """Measuring measures what it says."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -136,3 +137,12 @@ def test_the_noise_of_a_layer_in_16_bits_is_that_of_its_codes(dtype, precision, 
     assert found == pytest.approx(expected, abs=0.5)
     assert 20 < found < 45
     assert flops == 2 * 512 * 256 * 128
+
+
+def test_a_stopwatch_runs_from_when_it_is_made_to_its_stop():
+    watch = measure.Stopwatch(torch.device("cpu"))
+    time.sleep(0.02)
+    watch.stop()
+    stopped = watch.ms
+    time.sleep(0.02)
+    assert 20 <= stopped == watch.ms

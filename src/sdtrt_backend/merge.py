@@ -3,7 +3,6 @@ their scales, and weights that stay in 16 bits."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -114,7 +113,11 @@ def _launch(writes: Sequence[Any]) -> None:
 @cache
 def _kernels() -> Any:
     """None where Triton is not installed."""
-    return importlib.import_module(".kernels.triton_weights", __package__) if installed("triton") else None
+    if not installed("triton"):
+        return None
+    from .kernels import triton_weights
+
+    return triton_weights
 
 
 def _for_kernel(one: Coded | Merged, factors_of: FactorsOf) -> list[Any] | None:

@@ -67,7 +67,7 @@ class Write:
 @dataclass(frozen=True, eq=False, slots=True)
 class Place:
     """Where a weight is, which it does not keep there, and where its codes are to be, see ``place``. valid_for: see there; last:
-    whether the weight is channels last; same: whether its codes are like it; bits: of all that is to be a multiple of ALIGNMENT."""
+    whether the weight is channels last; same: whether its codes are like it; bits: of what is to be a multiple of ALIGNMENT."""
 
     valid_for: tuple[Any, ...]
     columns: tuple[int, ...]
