@@ -158,9 +158,10 @@ class Adapters:
         return [layer_of(root, path) for path in paths if id(self._weight(path)) not in known]
 
     def look_again(self) -> None:
-        """The module's parameters may be others now."""
+        """The module's parameters may be others now, or their memory in another order."""
         self._layers.clear()
         self._weights.clear()
+        self._near.clear()
 
     def factors_of(self, weight: torch.Tensor, layers: Layers) -> list[tuple[Factors, float]]:
         """Those of a set, of which these are the layers, that change this weight: on its device, each with its strength."""

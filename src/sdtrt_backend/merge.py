@@ -67,8 +67,7 @@ FactorsOf = Callable[[torch.Tensor], Sequence[tuple[Factors, float]]]  # weight 
 
 @dataclass(eq=False)
 class Merged:
-    """A second tensor for a weight that stays in 16 bits. loras, places: see ``Coded``; None before the
-    first writing."""
+    """A second tensor for a weight that stays in 16 bits. loras, places: see ``Coded``."""
 
     weight: torch.Tensor
     tensor: torch.Tensor
@@ -122,8 +121,8 @@ def _kernels() -> Any:
 
 def _for_kernel(one: Coded | Merged, factors_of: FactorsOf) -> list[Any] | None:
     """What the kernels take for its weights; None where one is not where, or not as, they take it."""
-    kernels, writes = _kernels(), []
-    if not one.parts[0][1].is_cuda or kernels is None:
+    kernels, writes = _kernels() if one.parts[0][1].is_cuda else None, []
+    if kernels is None:
         return None
     one.places += [None] * (len(one.parts) - len(one.places))
     for i, (weight, codes, scale, shared) in enumerate(one.parts):
