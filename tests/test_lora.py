@@ -219,6 +219,23 @@ def test_a_module_in_pieces_has_the_set_in_every_layer():
     assert all(map(torch.equal, own(plain), pipe.draw()))
 
 
+def test_a_layer_that_only_an_earlier_graph_has_follows_a_set_too():
+    torch._dynamo.reset()
+    plain = small_unet()
+    pipe = sdtrt_backend.accelerate(SmallPipeline(copy.deepcopy(plain)), engine="reference")
+    for _ in range(4):
+        pipe.draw()  # as one graph
+    Offload(pipe.unet, whole=False)
+    for _ in range(4):
+        pipe.draw()  # in pieces, between which conv_in runs as it is
+    factors = lora(plain, ["conv_in"], 3, strength=0.5)
+    sdtrt_backend.load_lora(pipe.unet, factors, "a")
+    sdtrt_backend.set_loras(pipe.unet, {"a": 1.0})
+    expected = own(merged(plain, [(factors, 1.0)]))
+    assert compare(pipe.draw(), expected) < 0.4 * compare(own(plain), expected)
+    sdtrt_backend.restore(pipe)
+
+
 def test_pieces_follow_a_set_after_another_piece_was_built_again():
     torch._dynamo.reset()
     pipe = SmallPipeline(small_unet())

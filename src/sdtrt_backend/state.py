@@ -181,7 +181,11 @@ class State:
         root = None if self.root is None else self.root()
         if root is None or self.adapters is None or self.looking or not self.units:
             return
-        in_graphs = {id(p) for p in self.covered()}
+        in_graphs: set[int] = set()
+        for unit in sorted(self.units, key=lambda unit: unit.used, reverse=True):
+            ids = {id(p) for p in unit.plain.constants.values()}
+            if in_graphs.isdisjoint(ids):  # else of a time when Dynamo cut the module in other pieces, or in none
+                in_graphs |= ids
         new = [m for m in self.adapters.modules(root, in_graphs) if m._compiled_call_impl is None]
         for module in new:
             names.step_into(module)

@@ -88,6 +88,7 @@ class Unit:
         self.building = False
         self.calls = 0
         self.called = False
+        self.used = time.monotonic()
         self.to_judge = 0  # calls: the values of its layers are not those that were calibrated
         self.met: set[Set] = set()  # LoRAs that its steps ran with
         self.places = tuple(captured.constants)
@@ -200,6 +201,7 @@ class Unit:
             return self._call(args)
 
     def _call(self, args: Sequence[Any]) -> Any:
+        self.used = time.monotonic()
         if self.state.drift.waiting:  # first: what has arrived may end the steps, or make inputs of constants
             try:
                 self.state.drift.look()
