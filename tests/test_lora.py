@@ -236,6 +236,25 @@ def test_a_layer_that_only_an_earlier_graph_has_follows_a_set_too():
     sdtrt_backend.restore(pipe)
 
 
+def test_a_module_that_is_cut_after_a_set_has_it_again_and_says_so():
+    torch._dynamo.reset()
+    plain = small_unet()
+    pipe = sdtrt_backend.accelerate(SmallPipeline(copy.deepcopy(plain)), engine="reference")
+    for _ in range(4):
+        pipe.draw()
+    factors = lora(plain, ["conv_in"], 3, strength=0.5)
+    sdtrt_backend.load_lora(pipe.unet, factors, "a")
+    sdtrt_backend.set_loras(pipe.unet, {"a": 1.0})
+    expected = own(merged(plain, [(factors, 1.0)]))
+    assert compare(pipe.draw(), expected) < 0.4 * compare(own(plain), expected)
+    assert not any("no graph has" in note for note in sdtrt_backend.explain(pipe.unet).notes)
+    Offload(pipe.unet, whole=False)
+    pipe.draw()
+    assert any("no graph has 1 of the layers that LoRAs change" in note for note in sdtrt_backend.explain(pipe.unet).notes)
+    assert compare(pipe.draw(), expected) < 0.4 * compare(own(plain), expected)
+    sdtrt_backend.restore(pipe)
+
+
 def test_pieces_follow_a_set_after_another_piece_was_built_again():
     torch._dynamo.reset()
     pipe = SmallPipeline(small_unet())

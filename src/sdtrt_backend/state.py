@@ -60,6 +60,7 @@ class State:
         self.needs_weights = False
         self.looking = root is not None  # for layers that no graph has
         self.stepped_in: list[torch.nn.Module] = []
+        self.cut_anew = False  # graphs were made while LoRAs were loaded
         self.slept = False  # since the module was moved
         self.adapters = adapters_of(root)  # LoRAs that are part of the codes
         if self.adapters is not None:
@@ -174,6 +175,16 @@ class State:
         if self.stepped_in:
             self.runs += 1  # the picture that has begun has them from its second step on
         self.step_into_changed()
+
+    def follow_cut(self) -> None:
+        """Dynamo has made other graphs of the module since its LoRAs were loaded."""
+        self.cut_anew, before = False, len(self.stepped_in)
+        self.step_into_changed()
+        new = len(self.stepped_in) - before
+        if new and self.memory.loras:
+            self.say(self.notes, f"since the module was cut into other pieces (offloading?) no graph has {new} of the layers that "
+                                 "LoRAs change: they ran without them, and have them from now on, so make the picture that was "
+                                 "being drawn again")
 
     def step_into_changed(self) -> None:
         """Likewise for layers that a LoRA changes: without a graph they would run without it. A module that is one graph has

@@ -88,12 +88,13 @@ class Unit:
         self.building = False
         self.calls = 0
         self.called = False
-        self.used = time.monotonic()
+        self.used = 0.0  # when it was called last
         self.to_judge = 0  # calls: the values of its layers are not those that were calibrated
         self.met: set[Set] = set()  # LoRAs that its steps ran with
         self.places = tuple(captured.constants)
         if state.adapters is not None:
             state.adapters.look_again()
+            state.cut_anew = True
         self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
         self.numbers: dict[Any, set[Any]] = {}
         self.baked: list[int] = []  # inputs whose number is part of each step
@@ -201,7 +202,9 @@ class Unit:
             return self._call(args)
 
     def _call(self, args: Sequence[Any]) -> Any:
-        self.used = time.monotonic()
+        again, self.used = self.used > 0, time.monotonic()
+        if again and self.state.cut_anew:  # the call in which the new graphs were made is over
+            self._say_failures(self.state.follow_cut, "looking for layers that no graph has")
         if self.state.drift.waiting:  # first: what has arrived may end the steps, or make inputs of constants
             try:
                 self.state.drift.look()
@@ -209,7 +212,7 @@ class Unit:
                 return self._failed(error, "looking at what was watched", self._key(self.take(args), args), args)
         if self.state.looking:
             if self.called:  # another call of the root
-                self._step_in()
+                self._say_failures(self.state.step_in, "looking for layers that no graph has")
             self.called = True
         if self.state.slept and self.constants[0].is_cuda:
             self.state.woken()
@@ -226,11 +229,11 @@ class Unit:
         except Exception as error:
             return self._failed(error, "running the step", key, args)
 
-    def _step_in(self) -> None:
+    def _say_failures(self, do: Callable[[], None], what: str) -> None:
         try:
-            self.state.step_in()
+            do()
         except Exception as error:
-            self._say_failure(error, "looking for layers that no graph has")
+            self._say_failure(error, what)
 
     def _key(self, inputs: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
         """See ``signature``; with the numbers that became part of steps, and whether those read other weights for LoRAs."""

@@ -60,13 +60,14 @@ class Write:
     columns: tuple[int, ...]
     entries: list[int]
     strengths: list[float]
+    rows: int
     shared: Hashable
     tensors: tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Place:
-    """Where a weight is, which it does not keep there, and where its codes are to be, see ``place``. valid_for: see there; last:
+    """Where a weight is, which it does not keep there, and where its codes are to be, see ``place``. valid_for: see below; last:
     whether the weight is channels last; same: whether its codes are like it; bits: of what is to be a multiple of ALIGNMENT."""
 
     valid_for: tuple[Any, ...]
@@ -74,6 +75,7 @@ class Place:
     last: bool
     same: bool
     bits: int
+    rows: int
     shared: Hashable
     dtype: torch.dtype
     codes: torch.Tensor
@@ -90,7 +92,7 @@ class Place:
             bits |= up | down | rank
             dtype = one.up.dtype
         kind = self.dtype, dtype, self.codes.dtype, self.same, bits % ALIGNMENT == 0
-        return Write(kind, self.columns, entries, strengths, self.shared, (self.codes, weight, factors))
+        return Write(kind, self.columns, entries, strengths, self.rows, self.shared, (self.codes, weight, factors))
 
 
 def valid_for(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None) -> tuple[Any, ...]:
@@ -118,7 +120,7 @@ def place(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None 
     columns = (address, 0 if smoothing is None else smoothing.data_ptr(), code_address, scale_address, rows, channels * positions,
                *order, 0 if scale is None or scale.numel() == 1 else 1)
     bits = address | code_address | channels * positions
-    return Place(valid, columns, last, last == code_layout[3], bits, shared, weight.dtype, codes)
+    return Place(valid, columns, last, last == code_layout[3], bits, rows, shared, weight.dtype, codes)
 
 
 @cache
@@ -138,7 +140,7 @@ def write_weights(writes: Sequence[Write]) -> None:
     table, entries, strengths, slots = list[int](), list[int](), list[float](), len(shared)
     for w in itertools.chain.from_iterable(kinds.values()):
         slot, step = (slots, 1) if w.shared is None else (shared[w.shared], 0)
-        slots += w.columns[4] * step
+        slots += w.rows * step
         first = len(strengths)
         entries += w.entries
         strengths += w.strengths
@@ -146,7 +148,7 @@ def write_weights(writes: Sequence[Write]) -> None:
     device = writes[0].tensors[0].device
     numbers, factors, launches, first = _table(table + entries, device), _table(strengths, device, "f"), [], 0
     for kind, alike in kinds.items():
-        grid = len(alike), triton.cdiv(max(w.columns[4] for w in alike), BLOCK_ROWS)
+        grid = len(alike), triton.cdiv(max(w.rows for w in alike), BLOCK_ROWS)
         launches.append((grid, numbers[first:], kind))
         first += COLUMNS.value * len(alike)
     sizes = {"ROWS": BLOCK_ROWS, "K": BLOCK_K, "RANK": BLOCK_RANK, "num_warps": WARPS}
