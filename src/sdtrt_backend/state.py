@@ -182,9 +182,9 @@ class State:
         self.step_into_changed()
         new = len(self.stepped_in) - before
         if new and self.memory.loras:
-            self.say(self.notes, f"since the module was cut into other pieces (offloading?) no graph has {new} of the layers that "
-                                 "LoRAs change: they ran without them, and have them from now on, so make the picture that was "
-                                 "being drawn again")
+            self.say(self.notes, f"since the module was cut into other pieces (offloading?) no graph has {new} of the layers "
+                                 "that LoRAs change: they ran without them, and have them from now on: the picture that was "
+                                 "being drawn is to be made again")
 
     def step_into_changed(self) -> None:
         """Likewise for layers that a LoRA changes: without a graph they would run without it. A module that is one graph has
