@@ -20,6 +20,12 @@ def coded(weights, op="conv2d", precision="int8", smoothing=None):
     return Coded(members, smoothing, quantized_weights(members, smoothing))
 
 
+def write_all(targets, loras_of):
+    """loras_of: weight -> its LoRAs, each with its strength."""
+    write(targets, lambda w: [(f, id(f)) for f, _ in loras_of(w)],
+          {id(f): strength for one in targets for w, *_ in one.parts for f, strength in loras_of(w)}, {})
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [(6, 10), (6, 8, 3, 3), (6, 8, 1, 1)], ids=str)
 def test_factors_beside_a_weight_add_the_same(shape, last):
@@ -47,13 +53,13 @@ def test_codes_are_those_of_the_weights_with_the_loras(precision, smoothed):
     one = coded(weights, "linear", precision, torch.rand(8) + 0.5 if smoothed else None)
     before = [(c.clone(), s.clone()) for c, s in one.tensors]
     held = [(c.data_ptr(), s.data_ptr()) for c, s in one.tensors]
-    write([one], lambda w: loras.get(id(w), []))
+    write_all([one], lambda w: loras.get(id(w), []))
     fresh = coded([added(weights[0], loras[id(weights[0])]), weights[1]], "linear", precision, one.smoothing)
     for (codes, scale), (other, other_scale) in zip(one.tensors, fresh.tensors, strict=True):
         assert torch.equal(codes.float(), other.float())
         assert torch.equal(scale, other_scale)
     assert [(c.data_ptr(), s.data_ptr()) for c, s in one.tensors] == held
-    write([one], lambda w: [])
+    write_all([one], lambda w: [])
     assert all(torch.equal(c.float(), b.float()) and torch.equal(s, t)
                for (c, s), (b, t) in zip(one.tensors, before, strict=True))
 
@@ -62,7 +68,7 @@ def test_a_weight_that_stays_in_16_bits_is_written_beside_it():
     weight = torch.randn(6, 8, 3, 3, dtype=torch.bfloat16).contiguous(**LAST)
     kept, one = weight.clone(), Merged(weight, torch.empty_like(weight))
     lora = factors(weight)
-    write([one], lambda w: [(lora, 1.0)])
+    write_all([one], lambda w: [(lora, 1.0)])
     assert torch.equal(one.tensor, (weight.float() + lora.delta(weight)).bfloat16())
     assert torch.equal(weight, kept)
 
@@ -76,10 +82,10 @@ def test_only_what_is_made_of_written_codes_is_made_again():
 
     scale = one.tensors[0][1]
     factor = Scaled(torch.zeros(4), [(scale, 4)], 0.25)
-    renew([derived(one), derived(other), factor], [one])
+    renew([derived(one), derived(other), factor], [one], {})
     assert made == [one]
     assert torch.equal(factor.target, scale * 0.25)
-    renew([derived(one), derived(other)], None)
+    renew([derived(one), derived(other)], None, {})
     assert made == [one, one, other]
 
 

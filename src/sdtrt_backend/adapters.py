@@ -121,7 +121,7 @@ class Adapters:
         used = {number for loras in (*(p.loras for p in self._pictures), *self._blocks) for _, number, _ in loras}
         self._retired = {number: factors for number, factors in self._retired.items() if number in used}
         for key in [k for k in self._near if k[1] not in self.numbers.values() and k[1] not in used]:
-            del self._near[key]
+            self._send_away(key)
 
     def _of(self, name: str, number: int) -> Mapping[str, Factors]:
         return self.loaded[name] if self.numbers.get(name) == number else self._retired[number]
@@ -161,24 +161,40 @@ class Adapters:
         """The module's parameters may be others now, or their memory in another order."""
         self._layers.clear()
         self._weights.clear()
-        self._near.clear()
+        for key in list(self._near):
+            self._send_away(key)
 
-    def factors_of(self, weight: torch.Tensor, layers: Layers) -> list[tuple[Factors, float]]:
-        """Those of a set, of which these are the layers, that change this weight: on its device, each with its strength."""
-        _, path, mine = layers.get(id(weight), NOTHING)
-        return [(self._factors(name, number, weight.device)[str(path)], strength) for name, number, strength in mine]
+    def factors_of(self, weight: torch.Tensor, loras: Set) -> list[tuple[Factors, tuple[str, int, float]]]:
+        """Those of a set that change this weight: on its device."""
+        _, path, mine = self.layers(loras).get(id(weight), NOTHING)
+        return [(self._factors(one[0], one[1], weight.device, loras)[path], one) for one in mine]
 
-    def _factors(self, name: str, number: int, device: torch.device) -> Mapping[str, Factors]:
-        """Of one LoRA, on the device where that has room."""
+    def _factors(self, name: str, number: int, device: torch.device, loras: Set) -> Mapping[str, Factors]:
+        """Of one LoRA, on the device where that has room beside the others of the set."""
         if device.type == "cpu":
             return self._of(name, number)
         key = name, number, device
         if key not in self._near:
             self._near[key] = {path: f.beside(self._weight(path)) for path, f in self._of(name, number).items()}
-            while sum(f.nbytes for near in self._near.values() for f in near.values()) > ON_DEVICE and len(self._near) > 1:
-                self._near.popitem(last=False)
-        self._near.move_to_end(key)
+            sizes = {k: sum(f.nbytes for f in near.values()) for k, near in self._near.items()}
+            wanted = {key[:2], *(one[:2] for one in loras)}
+            for other in [k for k in self._near if k[:2] not in wanted]:
+                if sum(sizes.values()) > ON_DEVICE:
+                    del sizes[other]
+                    self._send_away(other)
         return self._near[key]
+
+    def _send_away(self, key: tuple[str, int, torch.device]) -> None:
+        """Nobody holds the factors of this LoRA on this device any more."""
+        del self._near[key]
+        for state in self.states:
+            state.memory.prepared.clear()
+
+    def bring(self, name: str) -> None:
+        """To the GPUs that have 8-bit steps, so that the first switch to it finds it there."""
+        units = [unit for state in self.states if not state.slept for unit in state.units if unit.results]
+        for device in {unit.constants[0].device for unit in units}:
+            self._factors(name, self.numbers[name], device, self.wanted)
 
     # --- pictures
 
@@ -264,7 +280,7 @@ class Adapters:
         with memory.writing():
             memory.loras = None  # until all is written: after a failure half way the next set is written whole
             written = self.rewrite(memory, loras)
-            renew([one for made in steps.values() for one in made.derived], None if half else written)
+            renew([one for made in steps.values() for one in made.derived], None if half else written, memory.prepared)
             memory.loras = loras
         if written:
             watch.stop()
@@ -279,8 +295,10 @@ class Adapters:
             if one.loras != changing and all(t.untyped_storage().nbytes() for _, t, *_ in one.parts):
                 one.loras = None
                 due.append((one, changing))
-        factors = {id(weight): self.factors_of(weight, layers) for one, _ in due for weight, *_ in one.parts}
-        write([one for one, _ in due], lambda weight: factors[id(weight)])
+        for key in [key for key in self._near if any(key[:2] == one[:2] for one in loras)]:
+            self._near.move_to_end(key)
+        write([one for one, _ in due], lambda weight: [(f, one[:2]) for f, one in self.factors_of(weight, loras)],
+              {one[:2]: one[2] for one in loras}, memory.prepared)
         for one, changing in due:
             one.loras = changing
         return [one for one, _ in due]
@@ -305,9 +323,10 @@ class Adapters:
         """``args`` with the LoRAs of this picture added to weights among them, in their own dtype."""
         if not changes:
             return args
-        given, layers = list(args), self.layers(self.mine)
+        given = list(args)
         for one in changes:
-            given[one.place] = torch.empty_like(one.weight).copy_(added(one.weight, self.factors_of(one.weight, layers)))
+            factors = [(f, strength) for f, (_, _, strength) in self.factors_of(one.weight, self.mine)]
+            given[one.place] = torch.empty_like(one.weight).copy_(added(one.weight, factors))
         return given
 
     def sentence(self, loras: Set) -> str:

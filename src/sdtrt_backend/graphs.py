@@ -71,7 +71,8 @@ class Memory:
     graphs' tensors, and the promise that one graph runs at a time.
 
     codes: see ``quantize.insert``; merged: (id of a weight that stays in 16 bits, device) -> it with LoRAs; made: what a graph
-    does and its inputs -> what was built for it; loras: the set that codes and merged weights are of, None where writing failed.
+    does and its inputs -> what was built for it; loras: the set that codes and merged weights are of, None where writing failed;
+    prepared: see ``merge.write``.
     """
 
     def __init__(self) -> None:
@@ -79,6 +80,7 @@ class Memory:
         self.merged: dict[tuple[int, torch.device], Any] = {}
         self.made: dict[Any, Any] = {}
         self.loras: tuple[Any, ...] | None = ()
+        self.prepared: dict[Any, Any] = {}
         self.spare: Spare = defaultdict(list)  # from a build to the release of the weights that it replaces
         self.stamps = Stamps()
         self.lock = threading.Lock()

@@ -54,6 +54,7 @@ def load_lora(pipe: Any, source: str | os.PathLike[str] | Mapping[str, torch.Ten
     made = {part: (make_adapters(module, held), held) for part, (module, held) in modules.items()}
     for part, (adapters, _) in made.items():
         adapters.load(name, parts.get(part, {}))
+        adapters.bring(name)
     _load_text(pipe, [part for part, factors in parts.items() if factors and part not in modules], given, name, kwargs)
     _switch(made.values())
 

@@ -3,7 +3,8 @@ their scales, and weights that stay in 16 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
@@ -20,6 +21,8 @@ from .values import Decision
 RANKS = 16  # of LoRAs on a GPU: with any other rank its kernel loads single values
 AT_ONCE = 160  # weights of one launch, which takes the GPU about as long as it takes Python to put the next one together
 STAGED = 2**30  # bytes of weights in memory of the host that are on the GPU at a time
+SETS = 16  # of LoRAs for which a GPU's tables are kept
+SCALES = "scales"  # theirs among them
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,6 @@ class Factors:
     up: torch.Tensor
     scale: float
     last: bool = False
-
-    @cached_property
-    def addresses(self) -> tuple[int, int, int]:
-        """Of up, of down, and the rank."""
-        return self.up.data_ptr(), self.down.data_ptr(), len(self.down)
 
     @property
     def nbytes(self) -> int:
@@ -62,17 +60,31 @@ class Factors:
         return Factors(down.contiguous(), up.contiguous(), self.scale, last)
 
 
-FactorsOf = Callable[[torch.Tensor], Sequence[tuple[Factors, float]]]  # weight -> its LoRAs with their strengths
+FactorsOf = Callable[[torch.Tensor], Sequence[tuple[Factors, Hashable]]]  # weight -> its LoRAs, each with its name
+
+
+@dataclass
+class Prepared:
+    """A GPU's tables, right as long as everything is ``where`` it was. writes: what is written at once; strengths: (name, scale)
+    of the LoRA of each that they take; factors: must live as long; left: places of what kernels do not take."""
+
+    where: Sequence[Any]
+    writes: list[Any] = field(default_factory=list)
+    strengths: dict[tuple[Hashable, float], int] = field(default_factory=dict)
+    factors: list[Factors] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
+
+    def strengths_of(self, strengths: Mapping[Hashable, float]) -> list[float]:
+        return [scale * strengths[name] for name, scale in self.strengths]
 
 
 @dataclass(eq=False)
 class Merged:
-    """A second tensor for a weight that stays in 16 bits. loras, places: see ``Coded``."""
+    """A second tensor for a weight that stays in 16 bits. loras: see ``Coded``."""
 
     weight: torch.Tensor
     tensor: torch.Tensor
     loras: tuple[Any, ...] | None = None
-    places: list[Any] = field(default_factory=list)
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -88,25 +100,47 @@ def added(weight: torch.Tensor, factors: Sequence[tuple[Factors, float]]) -> tor
 
 
 @torch.no_grad()
-def write(targets: Sequence[Coded | Merged], factors_of: FactorsOf) -> None:
-    """Write them all in place: on a GPU many with a few launches, and meanwhile what is to be launched next is put together."""
-    some, staged = list[Any](), 0
-    for one in targets:
-        writes = _for_kernel(one, factors_of)
-        if writes is None:
-            _write_by_torch(one, factors_of)
-            continue
-        some += writes
-        staged += sum(weight.nbytes for weight, *_ in one.parts if weights.away(weight))
-        if len(some) >= AT_ONCE or staged >= STAGED:
-            _launch(some)
-            some, staged = [], 0
-    _launch(some)
+def write(targets: Sequence[Coded | Merged], factors_of: FactorsOf, strengths: Mapping[Hashable, float],
+          prepared: dict[Any, Prepared]) -> None:
+    """Write them all in place. strengths: of each LoRA; prepared: kept from one call to the next, for the GPU."""
+    on_gpu = [one for one in targets if one.parts[0][1].is_cuda and _kernels() is not None]
+    left = [one for one in targets if not one.parts[0][1].is_cuda or _kernels() is None]
+    if on_gpu:
+        left += _write_by_kernels(on_gpu, factors_of, strengths, prepared)
+    for one in left:
+        _write_by_torch(one, lambda weight: [(f, strengths[name]) for f, name in factors_of(weight)])
 
 
-def _launch(writes: Sequence[Any]) -> None:
-    if writes:
-        _kernels().write_weights(writes)
+def _write_by_kernels(targets: Sequence[Coded | Merged], factors_of: FactorsOf, strengths: Mapping[Hashable, float],
+                      prepared: dict[Any, Prepared]) -> list[Coded | Merged]:
+    """Many with a few launches, and meanwhile what is to be launched next is put together; returns what they do not take."""
+    kernels, name, device = _kernels(), tuple(strengths), targets[0].parts[0][1].device
+    where = [*map(weakref.ref, targets), *(kernels.where(*part[:3]) for one in targets for part in one.parts)]
+    known = prepared.get(name)
+    if known is not None and known.where == where:
+        values = known.strengths_of(strengths)
+        for writes in known.writes:
+            writes(values)
+        return [targets[i] for i in known.left]
+    some, here, staged, new = list[Any](), list[torch.Tensor](), 0, Prepared(where)
+    for i, one in enumerate(targets):
+        mine = [weight.detach().clone() if weights.away(weight) else weight for weight, *_ in one.parts]  # two passes read it
+        found = _for_kernel(one, mine, factors_of, new)
+        if found is None:
+            new.left.append(i)
+        else:
+            some, here = some + found, here + mine
+        staged += sum(t.nbytes for t, (weight, *_) in zip(mine, one.parts, strict=True) if t is not weight)
+        if some and (len(some) >= AT_ONCE or staged >= STAGED or i == len(targets) - 1):
+            new.writes.append(kernels.Writes(some, device))
+            new.writes[-1](new.strengths_of(strengths))
+            some, here, staged = [], [], 0
+    if not any(weights.away(weight) for one in targets for weight, *_ in one.parts):
+        prepared.pop(name, None)
+        while len(prepared) >= SETS:
+            prepared.pop(next(iter(prepared)))
+        prepared[name] = new
+    return [targets[i] for i in new.left]
 
 
 @cache
@@ -119,30 +153,22 @@ def _kernels() -> Any:
     return triton_weights
 
 
-def _for_kernel(one: Coded | Merged, factors_of: FactorsOf) -> list[Any] | None:
+def _for_kernel(one: Coded | Merged, here: Sequence[torch.Tensor], factors_of: FactorsOf, new: Prepared) -> list[Any] | None:
     """What the kernels take for its weights; None where one is not where, or not as, they take it."""
-    kernels, writes = _kernels() if one.parts[0][1].is_cuda else None, []
-    if kernels is None:
-        return None
-    one.places += [None] * (len(one.parts) - len(one.places))
-    for i, (weight, codes, scale, shared) in enumerate(one.parts):
-        here = weight.detach().clone() if weights.away(weight) else weight  # two passes read it
-        known = one.places[i]
-        if known is None or known.valid_for != kernels.valid_for(here, codes, scale):
-            smoothing = one.smoothing if isinstance(one, Coded) else None
-            known = kernels.place(here, codes, scale, smoothing, id(one) if shared else None) if here.is_cuda else None
-            one.places[i] = known
-        factors = [(f, f.scale * strength) for f, strength in factors_of(weight)]
-        if len(factors) > 1 and len({f.up.dtype for f, _ in factors}) > 1:
-            factors = [(replace(f, up=f.up.float(), down=f.down.float()), strength) for f, strength in factors]
-        found = None if known is None else known.write(here, factors)
-        if found is None:
-            return None
-        writes.append(found)
-    return writes
+    found = []
+    for (weight, codes, scale, shared), mine in zip(one.parts, here, strict=True):
+        factors = factors_of(weight)
+        if len({f.up.dtype for f, _ in factors}) > 1:
+            factors = [(replace(f, up=f.up.float(), down=f.down.float()), name) for f, name in factors]
+        new.factors += [f for f, _ in factors]
+        places = [(f, new.strengths.setdefault((name, f.scale), len(new.strengths))) for f, name in factors]
+        smoothing = one.smoothing if isinstance(one, Coded) else None
+        found.append(_kernels().to_write(mine, codes, scale, smoothing, id(one) if shared else None, places)
+                     if mine.device == codes.device else None)
+    return None if None in found else found
 
 
-def _write_by_torch(one: Coded | Merged, factors_of: FactorsOf) -> None:
+def _write_by_torch(one: Coded | Merged, factors_of: Callable[[torch.Tensor], Sequence[tuple[Factors, float]]]) -> None:
     if isinstance(one, Merged):
         one.tensor.copy_(added(one.weight, factors_of(one.weight)))
         return
@@ -157,14 +183,18 @@ def _write_by_torch(one: Coded | Merged, factors_of: FactorsOf) -> None:
                 mine.copy_(other)
 
 
-def renew(derived: Sequence[Derived | Scaled], written: Sequence[Coded | Merged] | None) -> None:
-    """What steps read in place of codes and scales, after those of ``written`` were, or any: scales on a GPU by one launch."""
-    at_once: list[Scaled] = []
-    addresses = {t.data_ptr() for one in written or () for _, *pair, _ in one.parts for t in pair if t is not None}
-    for one in derived:
-        if isinstance(one, Scaled) and one.target.is_cuda and _kernels() is not None:
-            at_once.append(one)
-        elif written is None or not addresses.isdisjoint(t.data_ptr() for t in one.sources):
-            one.renew()
+def renew(derived: Sequence[Derived | Scaled], written: Sequence[Coded | Merged] | None, prepared: dict[Any, Any]) -> None:
+    """What steps read in place of codes and scales, after those of ``written`` were, or any: scales on a GPU by one launch.
+    prepared: see ``write``."""
+    at_once = [one for one in derived if isinstance(one, Scaled) and one.target.is_cuda and _kernels() is not None]
+    others = derived if not at_once else [one for one in derived if not isinstance(one, Scaled) or not one.target.is_cuda]
+    look = written if written is not None and others else ()
+    addresses = {t.data_ptr() for one in look for _, *pair, _ in one.parts for t in pair if t is not None}
+    for other in others:
+        if written is None or not addresses.isdisjoint(t.data_ptr() for t in other.sources):
+            other.renew()
     if at_once:
-        _kernels().write_products([(one.target, one.parts, one.factor) for one in at_once])
+        where = [(one.target.data_ptr(), one.factor, *(t.data_ptr() for t in one.sources)) for one in at_once]
+        if SCALES not in prepared or prepared[SCALES][0] != where:
+            prepared[SCALES] = where, _kernels().Products([(one.target, one.parts, one.factor) for one in at_once])
+        prepared[SCALES][1]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -121,14 +121,13 @@ class Coded:
     """The 8-bit weights of layers that read one tensor with one scale.
 
     members: the layers' decisions; smoothing: as ``quantized_weights`` takes it; tensors: (codes, scale) of each; loras: those
-    that are part of them, None where writing them failed; places: what ``merge`` knows of where they are.
+    that are part of them, None where writing them failed.
     """
 
     members: Sequence[Decision]
     smoothing: torch.Tensor | None
     tensors: list[tuple[torch.Tensor, torch.Tensor]]
     loras: tuple[Any, ...] | None = ()
-    places: list[Any] = field(default_factory=list)
 
     @cached_property
     def parts(self) -> list[Part]:

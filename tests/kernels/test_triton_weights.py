@@ -55,10 +55,12 @@ def with_loras(write, factors):
 
 def check(made):
     """Codes and scales of what torch makes: the same ones without LoRAs, else but for the last bit of a sum."""
-    from sdtrt_backend.kernels.triton_weights import place, write_weights
+    from sdtrt_backend.kernels.triton_weights import Writes, to_write
 
-    expected = [with_loras(*one) for one in made]
-    write_weights([place(g.weight, g.codes, g.scale, g.smoothing, g.shared).write(g.weight, g.factors) for g, _ in made])
+    expected, strengths = [with_loras(*one) for one in made], [strength for g, _ in made for _, strength in g.factors]
+    places = iter(range(len(strengths)))
+    Writes([to_write(g.weight, g.codes, g.scale, g.smoothing, g.shared, [(f, next(places)) for f, _ in g.factors])
+            for g, _ in made], torch.device(DEVICE))(strengths)
     for (write, factors), whole in zip(made, expected, strict=True):
         if write.scale is None:
             torch.testing.assert_close(write.codes, whole.to(write.codes.dtype), atol=1e-5, rtol=2e-3 if factors else 0)
@@ -123,14 +125,27 @@ def test_a_row_of_zeros_has_codes_of_zero():
 
 
 @on_device
-def test_products():
-    from sdtrt_backend.kernels.triton_weights import write_products
+def test_what_was_put_together_takes_other_strengths():
+    from sdtrt_backend.kernels.triton_weights import Writes, to_write
 
-    write_products([])
+    given, factors = make((24, 32), BF16, INT8, (4, 16))
+    writes = Writes([to_write(given.weight, given.codes, given.scale, given.smoothing, None, [(given.factors[0][0], 0),
+                                                                                             (given.factors[1][0], 1)])],
+                    torch.device(DEVICE))
+    for strengths in ((1.0, 0.0), (0.0, -2.0), (0.5, 0.25)):
+        writes(strengths)
+        whole = with_loras(given, [(up, down, s) for (up, down, _), s in zip(factors, strengths, strict=True)])
+        torch.testing.assert_close(given.codes * given.scale[:, None], whole, rtol=0, atol=float(given.scale.max()) * 0.51)
+
+
+@on_device
+def test_products():
+    from sdtrt_backend.kernels.triton_weights import Products
+
     parts = [[(torch.rand(1, device=DEVICE), 1030), (torch.rand(5, device=DEVICE), 5)], [(torch.rand(2000, device=DEVICE), 2000)],
              [(torch.rand(1, device=DEVICE), 1)]]
     targets = [torch.full((sum(rows for _, rows in some) + 1,), math.nan, device=DEVICE) for some in parts]
-    write_products(list(zip(targets, parts, (0.1, 1.1, 2.1), strict=True)))
+    Products(list(zip(targets, parts, (0.1, 1.1, 2.1), strict=True)))()
     for target, some, factor in zip(targets, parts, (0.1, 1.1, 2.1), strict=True):
         assert torch.equal(target[:-1], scaled(some, factor))
         assert target[-1].isnan()
@@ -138,13 +153,13 @@ def test_products():
 
 @on_device
 def test_other_layouts_are_not_taken():
-    from sdtrt_backend.kernels.triton_weights import place
+    from sdtrt_backend.kernels.triton_weights import to_write
 
     w, codes = torch.zeros(8, 16, device=DEVICE), torch.zeros(8, 16, dtype=INT8, device=DEVICE)
-    assert place(w.double(), codes) is None
-    assert place(w.t().contiguous().t(), codes) is None
-    assert place(w, codes[:, ::2]) is None
-    assert place(w[0], codes) is None
+    assert to_write(w.double(), codes) is None
+    assert to_write(w.t().contiguous().t(), codes) is None
+    assert to_write(w, codes[:, ::2]) is None
+    assert to_write(w[0], codes) is None
     other = Factors(torch.zeros(1, 16), torch.zeros(8, 1), 1.0, last=True)
-    assert place(w, codes).write(w, [(other, 1.0)]) is None, "in another order than the weight"
-    assert place(w, codes).write(w, []) is not None
+    assert to_write(w, codes, factors=[(other, 0)]) is None, "in another order than the weight"
+    assert to_write(w, codes) is not None

@@ -32,7 +32,7 @@ ALIGNMENT = 16  # bytes, and elements of a row, with which the kernels load and 
 # the place of a code, and to the channel; what a row adds to the place of its scale; its slot among the scales, what a row adds
 # to that; its first LoRA, and the first of the next weight
 COLUMNS = tl.constexpr(16)
-ENTRY = tl.constexpr(3)  # of a LoRA: pointers to its factors, rank
+ENTRY = tl.constexpr(4)  # of a LoRA: pointers to its factors, rank, place of its strength
 
 
 class Factors(Protocol):
@@ -43,84 +43,57 @@ class Factors(Protocol):
     def up(self) -> torch.Tensor: ...
 
     @property
-    def last(self) -> bool: ...
+    def down(self) -> torch.Tensor: ...
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """Of up, of down, and the rank."""
+    def last(self) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Write:
     """One weight to be written. kind: what all weights of one launch have in common: dtypes of the weight, its factors and its
     codes; whether codes are in the order of the weight; whether all rows begin at multiples of ALIGNMENT. columns: its first ones
-    in the table; shared: name of the scale that it shares; tensors: kept alive until they are written."""
+    in the table; entries: its LoRAs; shared: name of the scale that it shares."""
 
     kind: tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool]
     columns: tuple[int, ...]
     entries: list[int]
-    strengths: list[float]
     rows: int
     shared: Hashable
-    tensors: tuple[Any, ...]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Place:
-    """Where a weight is, which it does not keep there, and where its codes are to be, see ``place``. valid_for: see below; last:
-    whether the weight is channels last; same: whether its codes are like it; bits: of what is to be a multiple of ALIGNMENT."""
-
-    valid_for: tuple[Any, ...]
-    columns: tuple[int, ...]
-    last: bool
-    same: bool
-    bits: int
-    rows: int
-    shared: Hashable
-    dtype: torch.dtype
-    codes: torch.Tensor
-
-    def write(self, weight: torch.Tensor, factors: Sequence[tuple[Factors, float]]) -> Write | None:
-        """The weight with these LoRAs, each with its strength, of one dtype; None where one is in another order than it."""
-        entries, strengths, bits, dtype = list[int](), list[float](), self.bits, self.dtype
-        for one, strength in factors:
-            if one.last != self.last:
-                return None
-            up, down, rank = one.addresses
-            entries += up, down, rank
-            strengths.append(strength)
-            bits |= up | down | rank
-            dtype = one.up.dtype
-        kind = self.dtype, dtype, self.codes.dtype, self.same, bits % ALIGNMENT == 0
-        return Write(kind, self.columns, entries, strengths, self.rows, self.shared, (self.codes, weight, factors))
-
-
-def valid_for(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None) -> tuple[Any, ...]:
-    """What a ``Place`` of these tensors is valid for: addresses, and what is not the same for good."""
+def where(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None) -> tuple[Any, ...]:
+    """As long as it is the same, what was put together for these tensors is right."""
     return weight.data_ptr(), codes.data_ptr(), 0 if scale is None else scale.data_ptr(), weight.stride(), weight.dtype
 
 
-def place(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None = None, smoothing: torch.Tensor | None = None,
-          shared: Hashable = None) -> Place | None:
-    """Of a weight and its codes; None where they are not laid out as the kernels take them, which is contiguous or channels last.
+def to_write(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None = None, smoothing: torch.Tensor | None = None,
+             shared: Hashable = None, factors: Sequence[tuple[Factors, int]] = ()) -> Write | None:
+    """A weight with LoRAs and its codes; None where they are not laid out as the kernels take them, which is contiguous or
+    channels last.
 
     weight: [out, in, ...] of any floating-point dtype, in memory that the GPU reads; codes: int8 or float8_e4m3fn with their
-    scale, fp32 [out] or [1], or without one of the weight's dtype; smoothing: fp32, ``in`` elements, lives as long as the codes;
-    shared: equal for weights of one scale, None where each row has its own.
+    scale, fp32 [out] or [1], or without one of the weight's dtype; smoothing: fp32, ``in`` elements; shared: equal for weights
+    of one scale, None where each row has its own; factors: of one dtype, each with the place of its strength. All of them must
+    live until they were written.
     """
     layout = _layout(weight.shape, weight.stride(), weight.dtype)
     code_layout = _layout(codes.shape, codes.stride(), codes.dtype)
-    if layout is None or code_layout is None:
+    if layout is None or code_layout is None or any(one.last != layout[3] for one, _ in factors):
         return None
     rows, channels, positions, last = layout
-    valid = valid_for(weight, codes, scale)
-    address, code_address, scale_address = valid[:3]
+    address, code_address, scale_address, *_ = where(weight, codes, scale)
     of_channel, of_position = (1, channels) if code_layout[3] else (positions, 1)
     order = (channels, of_position, of_channel, 0, 1) if last else (positions, of_channel, of_position, 1, 0)
     columns = (address, 0 if smoothing is None else smoothing.data_ptr(), code_address, scale_address, rows, channels * positions,
                *order, 0 if scale is None or scale.numel() == 1 else 1)
-    bits = address | code_address | channels * positions
-    return Place(valid, columns, last, last == code_layout[3], bits, rows, shared, weight.dtype, codes)
+    entries, bits, dtype = list[int](), address | code_address | channels * positions, weight.dtype
+    for one, place in factors:
+        up, down, rank, dtype = one.up.data_ptr(), one.down.data_ptr(), len(one.down), one.up.dtype
+        entries += up, down, rank, place
+        bits |= up | down | rank
+    kind = weight.dtype, dtype, codes.dtype, last == code_layout[3], bits % ALIGNMENT == 0
+    return Write(kind, columns, entries, rows, shared)
 
 
 @cache
@@ -131,35 +104,40 @@ def _layout(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> 
     return (shape[0], shape[1], math.prod(shape[2:]), channels_last(t)) if fits else None
 
 
-def write_weights(writes: Sequence[Write]) -> None:
-    """Write the codes and scales of all, on the current stream, without waiting for it. Codes are of one 8-bit dtype."""
-    kinds = defaultdict[Any, list[Write]](list)
-    for w in writes:
-        kinds[w.kind].append(w)
-    shared = {name: i for i, name in enumerate(dict.fromkeys(w.shared for w in writes if w.shared is not None))}
-    table, entries, strengths, slots = list[int](), list[int](), list[float](), len(shared)
-    for w in itertools.chain.from_iterable(kinds.values()):
-        slot, step = (slots, 1) if w.shared is None else (shared[w.shared], 0)
-        slots += w.rows * step
-        first = len(strengths)
-        entries += w.entries
-        strengths += w.strengths
-        table += *w.columns, slot, step, first, len(strengths)
-    device = writes[0].tensors[0].device
-    numbers, factors, launches, first = _table(table + entries, device), _table(strengths, device, "f"), [], 0
-    for kind, alike in kinds.items():
-        grid = len(alike), triton.cdiv(max(w.rows for w in alike), BLOCK_ROWS)
-        launches.append((grid, numbers[first:], kind))
-        first += COLUMNS.value * len(alike)
-    sizes = {"ROWS": BLOCK_ROWS, "K": BLOCK_K, "RANK": BLOCK_RANK, "num_warps": WARPS}
-    scales, given = torch.zeros(slots, device=device), (numbers[first:], factors)
-    for grid, rows, (weight, factor, code, _, aligned) in launches:
-        if code.itemsize == 1:
-            _amax[grid](rows, *given, scales, TYPES[weight], TYPES[factor], aligned, **sizes)
-    codes = next((code for *_, (_, _, code, _, _) in launches if code.itemsize == 1), torch.int8)
-    scales = torch.cat([shared_scale(scales[: len(shared)]), row_scale(scales[len(shared) :], codes)])
-    for grid, rows, (weight, factor, code, same, aligned) in launches:
-        _codes[grid](rows, *given, scales, TYPES[weight], TYPES[factor], TYPES[code], same, aligned, **sizes)
+class Writes:
+    """What is to be written at once, by a launch of each kernel for each kind; codes are of one 8-bit dtype."""
+
+    def __init__(self, writes: Sequence[Write], device: torch.device) -> None:
+        kinds = defaultdict[Any, list[Write]](list)
+        for w in writes:
+            kinds[w.kind].append(w)
+        shared = {name: i for i, name in enumerate(dict.fromkeys(w.shared for w in writes if w.shared is not None))}
+        table, entries, slots = list[int](), list[int](), len(shared)
+        for w in itertools.chain.from_iterable(kinds.values()):
+            slot, step = (slots, 1) if w.shared is None else (shared[w.shared], 0)
+            slots += w.rows * step
+            first = len(entries) // ENTRY.value
+            entries += w.entries
+            table += *w.columns, slot, step, first, len(entries) // ENTRY.value
+        numbers, self.launches, first = _table(table + entries, device), list[Any](), 0
+        for kind, alike in kinds.items():
+            grid = len(alike), triton.cdiv(max(w.rows for w in alike), BLOCK_ROWS)
+            self.launches.append((grid, numbers[first:], kind))
+            first += COLUMNS.value * len(alike)
+        self.entries, self.shared, self.slots, self.device = numbers[first:], len(shared), slots, device
+
+    def __call__(self, strengths: Sequence[float]) -> None:
+        """Write the codes and scales of all, on the current stream, without waiting for it."""
+        sizes = {"ROWS": BLOCK_ROWS, "K": BLOCK_K, "RANK": BLOCK_RANK, "num_warps": WARPS}
+        scales, given = torch.zeros(self.slots, device=self.device), (self.entries, _table(strengths, self.device, "f"))
+        codes = torch.int8
+        for grid, rows, (weight, factor, code, _, aligned) in self.launches:
+            if code.itemsize == 1:
+                _amax[grid](rows, *given, scales, TYPES[weight], TYPES[factor], aligned, **sizes)
+                codes = code
+        scales = torch.cat([shared_scale(scales[: self.shared]), row_scale(scales[self.shared :], codes)])
+        for grid, rows, (weight, factor, code, same, aligned) in self.launches:
+            _codes[grid](rows, *given, scales, TYPES[weight], TYPES[factor], TYPES[code], same, aligned, **sizes)
 
 
 def _table(numbers: Sequence[float], device: torch.device, kind: str = "q") -> torch.Tensor:
@@ -212,7 +190,7 @@ def _values(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, rows: tl
             r = start + tl.arange(0, RANK)
             d = tl.load(down + r[:, None] * length + k[None, :], mask=(r < rank)[:, None] & k_inside, other=0.0)
             product = tl.dot(u, d, product, input_precision="tf32x3")  # of 16-bit factors the products are exact
-        y += product * tl.load(strengths + entry)
+        y += product * tl.load(strengths + tl.load(at + 3))
     smoothing = tl.load(table + 1)
     if smoothing != 0:
         inner = tl.load(table + 6).to(tl.int32)
@@ -278,20 +256,24 @@ def _codes(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, scales_pt
         tl.store(codes + rows[:, None] * length + at[None, :], y.to(CODE), mask=inside[:, None] & (k < length)[None, :])
 
 
-def write_products(products: Sequence[tuple[torch.Tensor, Sequence[tuple[torch.Tensor, int]], float]]) -> None:
+class Products:
     """(target, parts, factor): the sources of the parts, each [rows] or [1] and for so many rows, one behind the other, times the
-    factor; fp32, contiguous. All of them by one launch, as torch multiplies them."""
-    table, factors, most = list[int](), list[float](), 0
-    for target, parts, factor in products:
-        address = target.data_ptr()
-        for source, rows in parts:
-            table += address, source.data_ptr(), rows, 0 if source.numel() == 1 else 1
-            factors.append(factor)
-            address, most = address + 4 * rows, max(most, rows)
-    if products:
+    factor; fp32, contiguous. All of them by one launch, as torch multiplies them. They must live until then."""
+
+    def __init__(self, products: Sequence[tuple[torch.Tensor, Sequence[tuple[torch.Tensor, int]], float]]) -> None:
+        table, factors, most = list[int](), list[float](), 0
+        for target, parts, factor in products:
+            address = target.data_ptr()
+            for source, rows in parts:
+                table += address, source.data_ptr(), rows, 0 if source.numel() == 1 else 1
+                factors.append(factor)
+                address, most = address + 4 * rows, max(most, rows)
         device = products[0][0].device
-        _products[(len(factors), triton.cdiv(most, BLOCK_SCALES))](_table(table, device), _table(factors, device, "f"),
-                                                                   BLOCK=BLOCK_SCALES, num_warps=WARPS)
+        self.given = _table(table, device), _table(factors, device, "f")
+        self.grid = len(factors), triton.cdiv(most, BLOCK_SCALES)
+
+    def __call__(self) -> None:
+        _products[self.grid](*self.given, BLOCK=BLOCK_SCALES, num_warps=WARPS)
 
 
 @triton.jit
