@@ -1,6 +1,7 @@
 """What does a LoRA cost a step, and what does it cost to switch to another one? SDXL's UNet or Flux, on a GPU.
 
     python benchmarks/lora.py --model sdxl                                     # all ways, one table
+    python benchmarks/lora.py --model sdxl --side-by-side                      # the same, each in a process of its own
     python benchmarks/lora.py --model flux --ways eager,keep,release
     python benchmarks/lora.py --model sdxl --tiny --rank 4                     # the same code on a CPU
 
@@ -12,17 +13,24 @@ step       ms without a LoRA, with one, and after the switches; median of ROUNDS
 switch     ms from one LoRA to the other until the GPU has done it: median of SWITCHES, the first two of each left out
 compiled   frames that Dynamo compiled, and CUDA graphs that were captured, during the timed switches and the steps behind them
 error      relative, of a step with the second LoRA, to the module with it merged in fp32
+
+With ``--side-by-side`` the ways compile at the same time, and measure one after the other when all have, or after ``--limit`` s.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import fcntl
 import gc
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +43,7 @@ from sdtrt_backend.measure import compare, finish_device
 from sdtrt_backend.recipe import versions
 
 WAYS = ("eager", "compile", "side", "keep", "release")
+OURS = ("keep", "release", "side")
 ROUNDS, CALLS, SWITCHES = 10, 5, 8
 PICTURES = 5  # until the module must be ready: two calibrate, one builds
 STRENGTH = 0.2  # of the spread of a weight, that a LoRA adds to it
@@ -62,6 +71,25 @@ def merged(module: torch.nn.Module, factors: dict[str, torch.Tensor]) -> torch.n
     return whole
 
 
+class Turns:
+    """Of the ways that share a machine: they measure in turn, and only while none compiles. Alone a way never waits."""
+
+    def __init__(self, way: str, ways: list[str], folder: str, until: float) -> None:
+        self.way, self.ways, self.folder, self.until = way, ways, Path(folder), until
+
+    def wait(self, phase: str, ways: list[str]) -> None:
+        while len(self.ways) > 1 and time.time() < self.until and not all((self.folder / f"{phase}-{w}").exists() for w in ways):
+            time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def mine(self, phase: str) -> Iterator[None]:
+        (self.folder / f"{phase}-{self.way}").touch()
+        self.wait(phase, self.ways)
+        with open(self.folder / "turn", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
 class Pipe:
     """What ``accelerate`` takes for a pipeline."""
 
@@ -82,11 +110,13 @@ def step_ms(step: Callable[[], Any]) -> float:
 
 
 def measured(way: str, module: torch.nn.Module, arguments: Callable[[float], dict[str, Any]], dicts: dict[str, Any],
-             expected: torch.Tensor, rank: int) -> dict[str, Any]:
+             expected: torch.Tensor, rank: int, turns: Turns) -> dict[str, Any]:
     """The row of one way."""
     torch._dynamo.reset()
-    kwargs, ours = arguments(gpu.TIMESTEPS[2]), way in ("side", "keep", "release")
+    kwargs, ours, start = arguments(gpu.TIMESTEPS[2]), way in OURS, time.perf_counter()
     if ours:
+        first = next(w for w in turns.ways if w in OURS)
+        turns.wait("without", [first] if way != first else [])  # which times the kernels
         options = {} if gpu.DEVICE.type == "cuda" else {"engine": "reference"}
         sdtrt_backend.accelerate(Pipe(module), weights="release" if way == "release" else "keep", max_error=1.0, **options)
     if way in ("side", "compile"):
@@ -101,9 +131,13 @@ def measured(way: str, module: torch.nn.Module, arguments: Callable[[float], dic
             for t in gpu.TIMESTEPS:
                 module(**arguments(t))
         assert sdtrt_backend.explain(module).state == "ready", sdtrt_backend.explain(module).fallbacks
-    row: dict[str, Any] = {"way": way}
-    if way != "compile":  # there the LoRA must be loaded before
-        row["before_ms"] = step_ms(step)
+    row: dict[str, Any] = {"way": way, "build_s": time.perf_counter() - start}
+    with turns.mine("without"):
+        if way != "compile":  # there the LoRA must be loaded before
+            row["before_ms"] = step_ms(step)
+    with turns.mine("begin"):  # all have measured
+        pass
+    start = time.perf_counter()
     switch = _switch(way, module, dicts)
     switch("a")
     if way == "compile":
@@ -112,7 +146,15 @@ def measured(way: str, module: torch.nn.Module, arguments: Callable[[float], dic
         switch(name)
         step()
         step()
-    row["with_ms"] = step_ms(step)
+    row["build_with_s"] = time.perf_counter() - start
+    with turns.mine("with"):
+        row |= _switched(way, module, switch, step, expected)
+    return row
+
+
+def _switched(way: str, module: torch.nn.Module, switch: Callable[[str], None], step: Callable[[], torch.Tensor],
+              expected: torch.Tensor) -> dict[str, Any]:
+    row: dict[str, Any] = {"with_ms": step_ms(step)}
     captured: list[int] = []
     record, frames = graphs.record, _frames()
     graphs.record = lambda *a, **k: captured.append(1) or record(*a, **k)  # type: ignore[func-returns-value]
@@ -153,8 +195,9 @@ def _switch(way: str, module: Any, dicts: dict[str, Any]) -> Callable[[str], Non
 
 
 @torch.no_grad()
-def main(given: argparse.Namespace) -> None:
-    rows = []
+def rows_of(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """One after the other, in this process."""
+    rows: list[dict[str, Any]] = []
     module = gpu.build(given.model, given.tiny)
     arguments = gpu.inputs(module, given.batch, given.tiny, given.model)
     dicts = {name: lora(module, given.rank, seed) for name, seed in (("a", 1), ("b", 2))}
@@ -167,15 +210,47 @@ def main(given: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
         mine = copy.deepcopy(module)
         try:
-            rows.append(measured(way, mine, arguments, dicts, expected, given.rank))
+            turns = Turns(way, given.turns.split(",")[1:] if given.turns else [way], given.turns.split(",")[0], given.until)
+            rows.append(measured(way, mine, arguments, dicts, expected, given.rank, turns))
         except Exception as error:  # a row of the table; the others go on
             rows.append({"way": way, "error": gpu.first_line(error)})
         print(json.dumps(rows[-1]), flush=True)
         sdtrt_backend.restore(mine)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"machine": gpu.machine(), "versions": versions(), "model": given.model, "rank": given.rank, "batch": given.batch,
-                 "tiny": given.tiny}
-        given.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def side_by_side(given: argparse.Namespace, ways: list[str]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        given.turns, given.until = ",".join([folder, *ways]), time.time() + given.limit
+        children = {}
+        for way in ways:
+            options = [f"--{name}={value}" for name, value in vars(given).items() if not isinstance(value, bool)]
+            options += [*["--tiny"] * given.tiny, f"--ways={way}", f"--out={folder}/{way}.json"]
+            children[way] = subprocess.Popen([sys.executable, __file__, *options])
+        left, rows = dict(children), []
+        while left:
+            time.sleep(0.5)
+            too_late = time.time() > given.until + given.limit
+            for way in [way for way, child in left.items() if child.poll() is not None or too_late]:
+                left.pop(way).kill()  # one that ended can be killed again
+                for phase in ("without", "begin", "with"):  # nobody waits for it
+                    (Path(folder) / f"{phase}-{way}").touch()
+        for way, child in children.items():
+            file = Path(folder) / f"{way}.json"
+            rows += json.loads(file.read_text())["rows"] if file.exists() else [
+                {"way": way, "error": f"no result: its process ended with {child.wait()}"}]
+        return rows
+
+
+def main(given: argparse.Namespace) -> None:
+    ways = given.ways.split(",")
+    rows = side_by_side(given, ways) if given.side_by_side else rows_of(given)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"machine": gpu.machine(), "versions": versions(), "model": given.model, "rank": given.rank, "batch": given.batch,
+             "tiny": given.tiny}
+    given.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    if given.turns and not given.side_by_side:
+        return
     print(f"\n{given.model}, batch {given.batch}, rank {given.rank}\n"
           f"{'':8} {'step without':>13} {'with':>8} {'after':>8} {'switch ms':>10} {'frames':>7} {'graphs':>7} {'error':>9}")
     for r in rows:
@@ -194,5 +269,9 @@ if __name__ == "__main__":
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--tiny", action="store_true", help="a small configuration of the same structure")
+    parser.add_argument("--side-by-side", action="store_true", help="each way in a process, all at the same time")
+    parser.add_argument("--limit", type=float, default=420.0, help="of that: s until those that are ready measure")
+    parser.add_argument("--turns", default="", help=argparse.SUPPRESS)  # of one way: a folder, all ways
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lora_gpu.json")
     main(parser.parse_args())
