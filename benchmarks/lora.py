@@ -46,6 +46,7 @@ WAYS = ("eager", "compile", "side", "keep", "release")
 OURS = ("keep", "release", "side")
 ROUNDS, CALLS, SWITCHES = 10, 5, 8
 PICTURES = 5  # until the module must be ready: two calibrate, one builds
+MEASURING = 120  # s that it may take all ways to measure
 STRENGTH = 0.2  # of the spread of a weight, that a LoRA adds to it
 
 
@@ -230,7 +231,7 @@ def side_by_side(given: argparse.Namespace, ways: list[str]) -> list[dict[str, A
         left, rows = dict(children), []
         while left:
             time.sleep(0.5)
-            too_late = time.time() > given.until + given.limit
+            too_late = time.time() > given.until + MEASURING
             for way in [way for way, child in left.items() if child.poll() is not None or too_late]:
                 left.pop(way).kill()  # one that ended can be killed again
                 for phase in ("without", "begin", "with"):  # nobody waits for it
