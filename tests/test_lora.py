@@ -1,7 +1,9 @@
 """LoRAs in the 8-bit codes: equal to a fresh quantisation, undone to the bit, one set for a picture, whatever reads the file."""
 
 import copy
+import gc
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small import TIMESTEPS, Offload, SmallPipeline, own, small_inputs, small_unet
+from small import TIMESTEPS, Offload, SmallPipeline, add_lora, own, small_inputs, small_unet
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import sdtrt_backend
 from sdtrt_backend import LoraError, ModelError, OptionError, adapters, merge
@@ -253,6 +256,28 @@ def test_a_module_that_is_cut_after_a_set_has_it_again_and_says_so():
     assert any("no graph has 1 of the layers that LoRAs change" in note for note in sdtrt_backend.explain(pipe.unet).notes)
     assert compare(pipe.draw(), expected) < 0.4 * compare(own(plain), expected)
     sdtrt_backend.restore(pipe)
+
+
+@pytest.mark.parametrize("end", [sdtrt_backend.restore, lambda pipe: None], ids=["restored", "dropped"])
+def test_what_dynamo_goes_on_holding_holds_no_weights_and_no_loras(end):
+    unet = small_unet()
+    pipe = sdtrt_backend.accelerate(SmallPipeline(unet), engine="reference", calibration_runs=1)
+    pipe.draw()
+    factors = lora(unet, ATTENTION, 1)
+    sdtrt_backend.load_lora(unet, factors, "a")
+    sdtrt_backend.set_loras(unet, {"a": 1.0})
+    pipe.draw()
+    add_lora(unet, "b", 1)  # a graph more
+    pipe.draw()
+    held = [StorageWeakRef(p.untyped_storage()) for p in unet.parameters()]
+    loaded = [weakref.ref(f) for f in adapters_of(unet).loaded["a"].values()]
+    end(pipe)
+    gc.collect()
+    assert sum(ref() is not None for ref in loaded) == (0 if end is sdtrt_backend.restore else len(loaded))
+    del unet, pipe
+    gc.collect()
+    assert not any(ref() is not None for ref in loaded)
+    assert all(ref.expired() for ref in held)
 
 
 def test_pieces_follow_a_set_after_another_piece_was_built_again():

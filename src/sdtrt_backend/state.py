@@ -189,15 +189,15 @@ class State:
     def step_into_changed(self) -> None:
         """Likewise for layers that a LoRA changes: without a graph they would run without it. A module that is one graph has
         none."""
-        root = None if self.root is None else self.root()
-        if root is None or self.adapters is None or self.looking or not self.units:
+        root, adapters = None if self.root is None else self.root(), self.adapters
+        if root is None or adapters is None or self.looking or not self.units:
             return
         in_graphs: set[int] = set()
         for unit in sorted(self.units, key=lambda unit: unit.used, reverse=True):
             ids = {id(p) for p in unit.plain.constants.values()}
             if in_graphs.isdisjoint(ids):  # else of a time when Dynamo cut the module in other pieces, or in none
                 in_graphs |= ids
-        new = [m for m in self.adapters.modules(root, in_graphs) if m._compiled_call_impl is None]
+        new = [m for m in adapters.modules(root, in_graphs) if m._compiled_call_impl is None]
         for module in new:
             names.step_into(module)
         self.stepped_in += new
@@ -269,6 +269,7 @@ class State:
             self.units.clear()
             self.drift.waiting.clear()
             self.memory.forget_all()
+            self.adapters = None  # Dynamo may hold a closed state
 
     def purge(self) -> None:
         """Drop units of parameters that the root has no more, or has in another dtype: an adapter was removed, a checkpoint was

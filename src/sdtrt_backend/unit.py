@@ -112,7 +112,8 @@ class Unit:
 
     def _beside(self) -> bool:
         """Whether this call's LoRAs change weights that stay in 16 bits, so that its step reads others in their place."""
-        return self.state.adapters is not None and self._changes(self.state.adapters)[2]
+        adapters = self.state.adapters
+        return adapters is not None and self._changes(adapters)[2]
 
     def _with_others(self, adapters: Adapters) -> Captured:
         """The graph with those other weights."""
@@ -259,8 +260,9 @@ class Unit:
             if self._follow_moved(variant, part, addresses):
                 return self._call(args)
             elements = part.elements(addresses)
-        if self.state.adapters is not None:
-            if not self._holds(variant, self.state.adapters):
+        adapters = self.state.adapters
+        if adapters is not None:
+            if not self._holds(variant, adapters):
                 return self.own(args)
             now = self.others.get(self.constants[0].device) if self._beside() else self.plain
             if variant.made is not None and variant.captured is not now:  # it does not follow all that LoRAs change
@@ -561,7 +563,8 @@ class Unit:
             if not self.to_judge:
                 self.state.place_weights()
             return result
-        mine = () if self.state.adapters is None else self.state.adapters.mine
+        adapters = self.state.adapters
+        mine = () if adapters is None else adapters.mine
         if mine and self.state.options.lora_policy == "own":
             self.state.own_loras.add(mine)
             named = ", ".join(name for name, _, _ in mine)
