@@ -7,6 +7,7 @@ from test_lora import ATTENTION, CONVOLUTIONS, lora
 
 import sdtrt_backend
 from sdtrt_backend.measure import compare
+from sdtrt_backend.state import states
 
 pytestmark = pytest.mark.slow
 BOUND = 0.15
@@ -17,8 +18,8 @@ def load(unet, name="a", seed=1):
     unet.load_lora_adapter(lora(unet, ATTENTION, seed, strength=0.8), prefix=None, adapter_name=name)
 
 
-def hot_swap(unet):
-    unet.load_lora_adapter(lora(small_unet(), ATTENTION, 9, strength=1.2), prefix=None, adapter_name="a", hotswap=True)
+def hot_swap(unet, seed=9):
+    unet.load_lora_adapter(lora(small_unet(), ATTENTION, seed, strength=1.2), prefix=None, adapter_name="a", hotswap=True)
 
 
 def with_two(unet):
@@ -101,3 +102,30 @@ def test_a_fused_lora_is_served_in_8_bits_after_accelerate_again(base):
     assert sdtrt_backend.explain(pipe).state == "ready"
     assert in_8_bits(pipe) == base[0]
     assert compare(got, own(pipe.unet)) < BOUND
+
+
+@pytest.mark.parametrize("engine", ["reference", "inductor"])
+@pytest.mark.parametrize("past_its_version", [True, False])
+def test_a_hot_swap_builds_nothing_and_the_next_call_has_it(engine, past_its_version):
+    """PEFT writes the values past their version, ``load_state_dict`` does not."""
+    torch._dynamo.reset()
+    pipe = SmallPipeline(small_unet())
+    unet = pipe.unet
+    unet.enable_lora_hotswap(target_rank=8)
+    load(unet)
+    sdtrt_backend.accelerate(pipe, engine=engine, calibration_runs=1)
+    for _ in range(3):
+        pipe.draw()
+    (state,) = states(unet)
+    made = [result for unit in state.units for result in unit.results.values()]
+    for seed in (9, 10):
+        if past_its_version:
+            hot_swap(unet, seed)
+        else:
+            swapped = {n: torch.randn_like(p) * p.std() for n, p in unet.named_parameters() if ".lora_" in n}
+            unet.load_state_dict(swapped, strict=False)
+        assert compare(pipe.draw(), own(unet)) < BOUND
+    for _ in range(NOTICED):
+        pipe.draw()
+    assert [result for unit in state.units for result in unit.results.values()] == made
+    assert not any("built again" in note for note in sdtrt_backend.explain(pipe).notes)

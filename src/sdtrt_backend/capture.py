@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .fx import alive, finish, for_passes, module_path
 from .names import layer_name
 from .recipe import fingerprint
 from .roles import CONDITIONING, conditioning, ends
-from .rules import OPS
+from .rules import OPS, SIDE_BRANCH
 from .scalars import without_item
 from .timesteps import find_timestep
 from .values import Layer
@@ -30,7 +31,8 @@ class Captured:
 
     graph: Dynamo's own, never changed; layers: its quantisable calls; timestep: index of that input or None.
     constants: input index -> parameter or buffer; inputs: the other indices; biases: indices of the layers' biases;
-    unquantizable: layer name -> why it is not even a candidate; written: indices of constants that are written between calls.
+    unquantizable: layer name -> why it is not even a candidate; written: indices of constants that are written between calls, as
+    adapters are that run beside a layer.
     """
 
     graph: fx.GraphModule
@@ -96,8 +98,10 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
         layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight, arguments.get("groups", 1),
                             CONDITIONING if arguments["input"] in vectors else first_and_last.get(node, "")))
     others = tuple(i for i in range(len(placeholders)) if i not in constants)
+    beside = {id(layer.weight) for layer in layers if fnmatchcase(layer.name, SIDE_BRANCH)}
     return Captured(graph, tuple(layers), constants, timestep, unquantizable, others,
-                    frozenset(i for i, n in enumerate(placeholders) if n in biases))
+                    frozenset(i for i, n in enumerate(placeholders) if n in biases),
+                    frozenset(i for i, p in constants.items() if id(p) in beside))
 
 
 def bind(captured: Captured, args: Sequence[Any]) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
@@ -148,17 +152,18 @@ def follow(captured: Captured, live: Container[torch.Tensor]) -> Captured:
     if not moved:
         return captured
     constants = {i: p for i, p in captured.constants.items() if i not in moved}
-    return replace(captured, constants=constants, inputs=tuple(sorted({*captured.inputs, *moved})))
+    return replace(captured, constants=constants, inputs=tuple(sorted({*captured.inputs, *moved})),
+                   written=captured.written - moved)
 
 
 def exchanged(captured: Captured, others: Mapping[int, torch.Tensor]) -> Captured:
     """The same with other tensors as these constants, which are written between calls. others: index -> tensor."""
-    return replace(captured, constants={**captured.constants, **others}, written=frozenset(others))
+    return replace(captured, constants={**captured.constants, **others}, written=captured.written | others.keys())
 
 
 def follow_all(captured: Captured) -> Captured:
     """The same with every constant as an input."""
-    return replace(captured, constants={}, inputs=tuple(sorted({*captured.inputs, *captured.constants})))
+    return replace(captured, constants={}, inputs=tuple(sorted({*captured.inputs, *captured.constants})), written=frozenset())
 
 
 _NUMBERS = itertools.count()

@@ -171,6 +171,7 @@ class Graphed:
         self.memory, self.step, self.constants = memory, step, constants  # the constants must live as long as the graph
         with torch.inference_mode(False):  # made in it, they could not be written outside it
             self.inputs = [t.detach().clone() for t in example]
+        self.scalars = [i for i, t in enumerate(example) if not t.dim()]
         self.device = next(t.device for t in example if t.is_cuda)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: Sequence[Any] = ()
@@ -201,7 +202,10 @@ class Graphed:
             if memory.last is not None:
                 torch.cuda.current_stream().wait_event(memory.last)
             for mine, given in zip(self.inputs, inputs, strict=True):
-                mine.copy_(given)
+                if mine.dim():
+                    mine.copy_(given)
+            if self.scalars:  # each adapter has one: by one launch
+                torch._foreach_copy_([self.inputs[i] for i in self.scalars], [inputs[i] for i in self.scalars])
             self.graph.replay()
             outputs = [o.clone() if isinstance(o, torch.Tensor) else o for o in self.outputs]
             memory.last = torch.cuda.current_stream().record_event()

@@ -102,6 +102,7 @@ class Unit:
     def _follow(self, captured: Captured) -> None:
         """Constants that are known to change are inputs from now on."""
         self.plain = follow(captured, self.state.live)
+        self.beside = {id(self.plain.constants[i]) for i in self.plain.written}
         self.take = _getter(self.plain.inputs)
         self.frozen = Constants(self.plain.constants.values())
         self._follow_loras_anew()
@@ -278,8 +279,9 @@ class Unit:
         state = self.state
         if self.frozen.written():
             self.renew(state.memory.stamps.changed(self.frozen.tensors))
-            self.clear()
             self.frozen.accept()
+            if key in self.variants:
+                return self._call(args)
         if state.recipe is None and state.refusal is None and self.refusal is None:
             self._tell_the_time(args)
         if state.refusal is not None or self.refusal is not None:
@@ -354,7 +356,7 @@ class Unit:
         for weight in new:
             state.changed_by_loras[weight] = True
         for unit in state.units if new else ():
-            for key in [k for k, v in unit.variants.items() if v.captured.written]:
+            for key in [k for k, v in unit.variants.items() if v.captured.written - unit.plain.written]:
                 del unit.variants[key]
                 unit.results.pop(key, None)
             unit._follow_loras_anew()
@@ -623,12 +625,28 @@ class Unit:
 
     # --- changed values
 
-    def renew(self, changed: Sequence[torch.Tensor], what: str = "values") -> None:
+    def _holds_values(self) -> bool:
+        """Whether a step has the values of constants as a part of what was compiled."""
+        return any(v.made is not None and v.made.derived is None for v in self.variants.values())
+
+    def renew(self, changed: Sequence[torch.Tensor], what: str = "values") -> bool:
         """What was built from other values of these constants goes: the next call builds from what they are now. Constants that
-        no layer holds in 8 bits become inputs of that step, which then follows them by itself."""
+        no layer holds in 8 bits become inputs of that step, which then follows them by itself. False where nothing had to go:
+        steps read what adapters beside a layer are now."""
         state = self.state
         ids = {id(p) for p in changed}
         units = [unit for unit in state.units if any(id(p) in ids for p in unit.frozen.tensors)]
+        if what == "values":
+            held = {id(p) for unit in units for p in unit.frozen.tensors if id(p) not in unit.beside or unit._holds_values()}
+            read = [p for p in changed if id(p) not in held]
+            state.memory.stamps.forget({id(p) for p in read})
+            state.memory.stamps.add(read)
+            changed = [p for p in changed if id(p) in held]
+            for unit in units if read else ():
+                unit.to_judge = max(unit.to_judge, 1)
+        if not changed:
+            return False
+        ids = {id(p) for p in changed}
         of_layers = {k for unit in units for k in unit.of_layers}
         for p in changed:
             if id(p) not in of_layers and state.memory.stamps.alike(p):
@@ -638,13 +656,12 @@ class Unit:
             unit._follow(unit.plain)
             if what == "values" and not ids.isdisjoint(unit.of_layers):
                 unit.judge_a_picture()
-        if not changed:
-            return
         state.memory.forget(ids)
         how = "changed" if what == "values" else "moved to other memory"
         why = "an adapter merged or swapped, a checkpoint loaded" if what == "values" else "offloading"
         state.say(state.notes, f"constants of the module were {how} after the 8-bit step was built ({why}?): it is built again "
                                f"from the new {what}")
+        return True
 
     def _follow_moved(self, variant: Variant, part: Part, addresses: list[int] | None) -> bool:
         """Constants whose memory was replaced, as moving and offloading do it, become inputs: a step that holds the memory that
@@ -708,8 +725,7 @@ class Unit:
         if state.refusal is not None or self.refusal is not None or state.closed:
             return None
         changed = [] if part is None else part.differing(values[peaked:], state.memory.stamps)
-        if changed:  # others as well, most likely
-            self.renew(state.memory.stamps.changed(self.frozen.tensors) or changed)
+        if changed and self.renew(state.memory.stamps.changed(self.frozen.tensors) or changed):  # others as well, most likely
             if late:
                 state.say(state.notes, f"it was noticed on call {call}{since}")
             return None if not args or late else self.own(args)
