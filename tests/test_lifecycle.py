@@ -298,6 +298,8 @@ def state_dict(module, name):
 def with_loras(module, weights):
     """A copy with these LoRAs in its weights."""
     copied = copy.deepcopy(module)
+    for part in copied.modules():
+        vars(part).pop("forward", None)  # of an offload: it calls what was copied
     with torch.no_grad():
         for name, strength in weights.items():
             factors = state_dict(module, name)
