@@ -10,6 +10,7 @@ from test_lora import ATTENTION, CONVOLUTIONS, lora, merged, sets_seen
 import sdtrt_backend
 from sdtrt_backend import graphs
 from sdtrt_backend.measure import compare
+from sdtrt_backend.state import states
 from sdtrt_backend.weights import away
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -81,10 +82,9 @@ def test_tables_of_a_switch_follow_weights_to_other_memory(ready):
     pipe, dicts, plain, _, _ = ready
     for loras in ({"a": 1.0}, {"b": 1.0}, {"a": 1.0}):
         sdtrt_backend.set_loras(pipe.unet, loras)
-    kept = [p.data for p in pipe.unet.parameters()]
-    for p in pipe.unet.parameters():
-        p.data = p.data.clone()
-    for old in kept:
+    (state,) = states(pipe.unet)
+    for p in [weight for one in state.memory.codes.values() for weight, *_ in one.parts]:
+        old, p.data = p.data, p.data.clone()
         old.fill_(1.0)  # what is read from there now is wrong
     for loras in ({"b": 1.0}, {"a": 0.7}):
         sdtrt_backend.set_loras(pipe.unet, loras)
