@@ -269,8 +269,9 @@ class Lifecycle(RuleBasedStateMachine):
         assert known <= listed, f"not in the report: {sorted(known - listed)}"
         # a size may need more of its layers in 16 bits for the error bound than another one
         shape = "x".join(map(str, small_inputs(self.unet, TIMESTEPS[0], self.size)[0].shape))
-        pieces = [piece for _, piece in report.pieces if shape in piece.sizes.split(", ")] or [report]
-        in_8_bits = {row.name for piece in pieces for row in piece.layers if row.precision == "int8"}
+        pieces = [piece for _, piece in report.pieces if shape in piece.sizes.split(", ")]
+        # of a module in pieces the one with the latents, if any, is its first convolution, in 16 bits
+        in_8_bits = _in_8_bits(*pieces) or _in_8_bits(report)
         # some calls are sampled for drift, which reads the codes once more
         ran = min(products_in_8_bits(self.unet, self.size) for _ in range(3))
         if sdtrt_backend.explain(self.pipe).state != "ready":
@@ -315,6 +316,10 @@ def layers(module):
     kinds = torch.nn.Linear | torch.nn.Conv2d
     return {name.removesuffix(".base_layer") for name, m in module.named_modules()
             if isinstance(m, kinds) and not {"lora_A", "lora_B"} & set(name.split("."))}
+
+
+def _in_8_bits(*reports):
+    return {row.name for report in reports for row in report.layers if row.precision == "int8"}
 
 
 def same(mine, theirs, what):
