@@ -68,6 +68,7 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
                  if isinstance(v, torch.nn.Parameter) or (isinstance(v, torch.Tensor) and id(v) in paths)}
     value_of, biases = {placeholders[i]: v for i, v in constants.items()}, set()
     layers: list[Layer] = []
+    named: dict[str, torch.Tensor] = {}
     unquantizable: dict[str, str] = {}
     changed = written(graph.graph)
     timestep = find_timestep([n.name for n in placeholders], example_inputs)
@@ -93,7 +94,7 @@ def capture(graph: fx.GraphModule, example_inputs: Sequence[Any], paths: Mapping
             unquantizable[name] = f"its padding is given as {arguments['padding']!r}, not in pixels"
             continue
         biases.add(arguments["bias"])
-        while any(known.name == name and known.weight is not weight for known in layers):
+        while named.setdefault(name, weight) is not weight:
             name += "'"  # a second call in one submodule, with another weight
         layers.append(Layer(name, OPS[node.target].name, node.name, arguments["input"].name, weight, arguments.get("groups", 1),
                             CONDITIONING if arguments["input"] in vectors else first_and_last.get(node, "")))
