@@ -280,6 +280,23 @@ def test_what_dynamo_goes_on_holding_holds_no_weights_and_no_loras(end):
     assert all(ref.expired() for ref in held)
 
 
+def test_layers_that_steps_take_as_inputs_follow_a_set_in_another_dtype_too():
+    plain = small_unet()
+    pipe = SmallPipeline(copy.deepcopy(plain))
+    sdtrt_backend.accelerate(pipe, engine="reference", calibration_runs=1)
+    Offload(pipe.unet, whole=True)  # its weights have other memory at each call
+    for _ in range(3):
+        pipe.draw()
+    factors = lora(plain, ATTENTION + CONVOLUTIONS, 3, strength=0.5)
+    sdtrt_backend.load_lora(pipe.unet, factors, "a")
+    sdtrt_backend.set_loras(pipe.unet, {"a": 1.0})
+    assert compare(pipe.draw(), own(merged(plain, [(factors, 1.0)]))) < BOUND
+    (state,) = states(pipe.unet)
+    assert not state.stepped_in, "each layer is in the one graph"
+    pipe.unet.to(torch.bfloat16)
+    assert compare(pipe.draw(), own(merged(plain, [(factors, 1.0)]).bfloat16())) < BOUND
+
+
 def test_pieces_follow_a_set_after_another_piece_was_built_again():
     torch._dynamo.reset()
     pipe = SmallPipeline(small_unet())

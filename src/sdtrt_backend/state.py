@@ -166,7 +166,7 @@ class State:
         root = None if self.root is None else self.root()
         if root is None or self.closed or not names.runs_compiled(root):
             return
-        in_graphs = {id(p) for p in self.covered()}
+        in_graphs = {i for unit in self.units for i in unit.ids}
         left = [layer.name for layer in layers_of(root) if id(layer.weight) not in in_graphs
                 and reason_to_keep(layer, self.options.exclude, self.options.level) is None]
         self.stepped_in = [m for m in map(root.get_submodule, left) if m._compiled_call_impl is None]
@@ -194,9 +194,8 @@ class State:
             return
         in_graphs: set[int] = set()
         for unit in sorted(self.units, key=lambda unit: unit.used, reverse=True):
-            ids = {id(p) for p in unit.plain.constants.values()}
-            if in_graphs.isdisjoint(ids):  # else of a time when Dynamo cut the module in other pieces, or in none
-                in_graphs |= ids
+            if in_graphs.isdisjoint(unit.ids):  # else of a time when Dynamo cut the module in other pieces, or in none
+                in_graphs |= set(unit.ids)
         new = [m for m in adapters.modules(root, in_graphs) if m._compiled_call_impl is None]
         for module in new:
             names.step_into(module)

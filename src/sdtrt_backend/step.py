@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import names, weights
-from .capture import Captured, capture, follow
+from .capture import Captured, capture
 from .errors import SdtrtError
 from .options import Options
 from .recipe import Recipe, fingerprint, one_weight
@@ -71,7 +71,7 @@ class Step:
         state.purge()
         if root is None and state not in self.rootless:
             self.rootless.append(state)
-        unit = Unit(follow(captured, state.live), state, self.frame)
+        unit = Unit(captured, state, self.frame)
         if state.recipe is not None and of_other_weights(captured, state.recipe):
             unit.judge_a_picture()
         state.units.append(unit)
