@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ import torch
 from .graphs import Graphed, Memory
 from .measure import Stopwatch
 from .merge import Factors, Merged, added, renew, write
+from .names import step_into
 from .quantize import Coded
 from .timesteps import timestep_value
 
@@ -82,6 +83,7 @@ class Adapters:
         self.numbers: dict[str, int] = {}
         self.wanted: Set = ()
         self.endings: list[Callable[[], None]] = []
+        self.stepped_in: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self.switched: tuple[int, Stopwatch] | None = None  # weights that the last switch wrote, and its time
         self._count = itertools.count()
         self._turn = threading.Condition(threading.RLock())
@@ -99,6 +101,8 @@ class Adapters:
         """They are forgotten: what was loaded beside them goes too."""
         for ending in self.endings:
             ending()
+        for layer in self.stepped_in:
+            layer._compiled_call_impl = None
 
     def load(self, name: str, factors: Mapping[str, Factors]) -> None:
         """Under ``name``, in place of what it named before."""
@@ -152,10 +156,15 @@ class Adapters:
             self._weights[path] = weight_of(root, path)
         return self._weights[path]
 
-    def modules(self, root: torch.nn.Module, known: Container[int]) -> list[torch.nn.Module]:
-        """The layers that loaded LoRAs change, but those with weights of ``known`` ids."""
-        paths = dict.fromkeys(path for factors in self.loaded.values() for path in factors)
-        return [layer_of(root, path) for path in paths if id(self._weight(path)) not in known]
+    def step_in(self) -> None:
+        """Layers that LoRAs change are pieces of their own where hooks, as of offloading, cut the module into pieces, then or
+        later: called as it is, a layer would run without them. Of a module that is one graph this compiles nothing anew."""
+        root = self.root()
+        for path in dict.fromkeys(path for factors in self.loaded.values() for path in factors):
+            layer = None if root is None else layer_of(root, path)
+            if layer is not None and layer._compiled_call_impl is None:
+                step_into(layer)
+                self.stepped_in.add(layer)
 
     def look_again(self) -> None:
         """The module's parameters may be others now, or their memory in another order."""

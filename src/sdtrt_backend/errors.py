@@ -273,6 +273,11 @@ class LoraError(SdtrtError):
         return cls(f"the LoRA changes {path} by {came}, its weight is {expected}: it is of another model")
 
     @classmethod
+    def in_no_graph(cls, path: str) -> LoraError:
+        return cls(f"the LoRA changes {path}, which is in none of the blocks that were compiled, so that it would run without "
+                   "it: compile the whole denoiser, as accelerate(pipe) does, or use pipe.load_lora_weights")
+
+    @classmethod
     def other_kind(cls, kind: str, where: str) -> LoraError:
         return cls(f"{where} is of {kind}, expected up and down factors alone: use pipe.load_lora_weights, where diffusers reads "
                    "it, or merge it into the weights")

@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,15 @@ def load_lora(pipe: Any, source: str | os.PathLike[str] | Mapping[str, torch.Ten
     for part, factors in parts.items():
         if part in modules:
             _check_fits(modules[part][0], part, factors)
+            if not _compiled(pipe, part):
+                _check_graphs(*modules[part], part, factors)
     if not any(parts.values()):
         raise LoraError.nothing_of(type(pipe).__name__, parts)
     made = {part: (make_adapters(module, held), held) for part, (module, held) in modules.items()}
     for part, (adapters, _) in made.items():
         adapters.load(name, parts.get(part, {}))
         adapters.bring(name)
+        adapters.step_in()
     _load_text(pipe, [part for part, factors in parts.items() if factors and part not in modules], given, name, kwargs)
     _switch(made.values())
 
@@ -99,7 +102,6 @@ def _switch(found: Iterable[tuple[Adapters, list[State]]]) -> None:
     """At once where no other thread is drawing, so that the next picture does not wait for it."""
     for adapters, held in found:
         for state in held:
-            state.step_into_changed()
             if not state.slept and any(unit.results for unit in state.units):
                 adapters.hold(state, adapters.wanted, wait=False)
 
@@ -219,6 +221,15 @@ def _check_fits(module: torch.nn.Module, part: str, factors: Mapping[str, Factor
         made = (f.up.shape[0], *f.down.shape[1:])
         if weight.numel() != math.prod(made) or weight.shape[0] != made[0]:
             raise LoraError.other_shape(f"{part}.{path}", tuple(weight.shape), made)
+
+
+def _check_graphs(module: torch.nn.Module, held: Sequence[State], part: str, factors: Mapping[str, Factors]) -> None:
+    """Where the user compiled blocks of it, nobody calls us for a layer outside of them."""
+    if module._compiled_call_impl is None and not any(state.whole for state in held):
+        in_graphs = {i for state in held for unit in state.units for i in unit.ids}
+        for path in factors:
+            if id(weight_of(module, path)) not in in_graphs:
+                raise LoraError.in_no_graph(f"{part}.{path}".removeprefix("."))
 
 
 # --- text encoders, whose LoRAs are PEFT's as usual

@@ -60,7 +60,7 @@ class State:
         self.needs_weights = False
         self.looking = root is not None  # for layers that no graph has
         self.stepped_in: list[torch.nn.Module] = []
-        self.cut_anew = False  # graphs were made while LoRAs were loaded
+        self.whole = False  # the root is compiled as a whole, not some of its blocks
         self.slept = False  # since the module was moved
         self.adapters = adapters_of(root)  # LoRAs that are part of the codes
         if self.adapters is not None:
@@ -164,7 +164,8 @@ class State:
         them that no graph has are pieces like any other."""
         self.looking = False
         root = None if self.root is None else self.root()
-        if root is None or self.closed or not names.runs_compiled(root):
+        self.whole = root is not None and names.runs_compiled(root)
+        if root is None or self.closed or not self.whole:
             return
         in_graphs = {i for unit in self.units for i in unit.ids}
         left = [layer.name for layer in layers_of(root) if id(layer.weight) not in in_graphs
@@ -174,32 +175,6 @@ class State:
             names.step_into(module)
         if self.stepped_in:
             self.runs += 1  # the picture that has begun has them from its second step on
-        self.step_into_changed()
-
-    def follow_cut(self) -> None:
-        """Dynamo has made other graphs of the module since its LoRAs were loaded."""
-        self.cut_anew, before = False, len(self.stepped_in)
-        self.step_into_changed()
-        new = len(self.stepped_in) - before
-        if new and self.memory.loras:
-            self.say(self.notes, f"since the module was cut into other pieces (offloading?) no graph has {new} of the layers "
-                                 "that LoRAs change: they ran without them, and have them from now on: the picture that was "
-                                 "being drawn is to be made again")
-
-    def step_into_changed(self) -> None:
-        """Likewise for layers that a LoRA changes: without a graph they would run without it. A module that is one graph has
-        none."""
-        root, adapters = None if self.root is None else self.root(), self.adapters
-        if root is None or adapters is None or self.looking or not self.units:
-            return
-        in_graphs: set[int] = set()
-        for unit in sorted(self.units, key=lambda unit: unit.used, reverse=True):
-            if in_graphs.isdisjoint(unit.ids):  # else of a time when Dynamo cut the module in other pieces, or in none
-                in_graphs |= set(unit.ids)
-        new = [m for m in adapters.modules(root, in_graphs) if m._compiled_call_impl is None]
-        for module in new:
-            names.step_into(module)
-        self.stepped_in += new
 
     def step_out(self) -> None:
         for module in self.stepped_in:

@@ -88,13 +88,11 @@ class Unit:
         self.building = False
         self.calls = 0
         self.called = False
-        self.used = 0.0  # when it was called last
         self.to_judge = 0  # calls: the values of its layers are not those that were calibrated
         self.met: set[Set] = set()  # LoRAs that its steps ran with
         self.places = tuple(captured.constants)
         if state.adapters is not None:
             state.adapters.look_again()
-            state.cut_anew = True
         self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
         self.numbers: dict[Any, set[Any]] = {}
         self.baked: list[int] = []  # inputs whose number is part of each step
@@ -204,9 +202,6 @@ class Unit:
             return self._call(args)
 
     def _call(self, args: Sequence[Any]) -> Any:
-        again, self.used = self.used > 0, time.monotonic()
-        if again and self.state.cut_anew:  # the call in which the new graphs were made is over
-            self._say_failures(self.state.follow_cut, "looking for layers that no graph has")
         if self.state.drift.waiting:  # first: what has arrived may end the steps, or make inputs of constants
             try:
                 self.state.drift.look()
