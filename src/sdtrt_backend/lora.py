@@ -34,8 +34,8 @@ def load_lora(pipe: Any, source: str | os.PathLike[str] | Mapping[str, torch.Ten
     kohya, linears and convolutions. kwargs: what that function takes besides (``weight_name``, ...). A name that is loaded
     already gets the new values, at once where it is in use. Parts for text encoders are loaded into them by PEFT.
     Raises LoraError where the LoRA does not fit, is of another kind (DoRA, LoHa, LoKr), or changes a layer outside of the blocks
-    that were compiled, ModelError for a pipeline that is not accelerated; nothing has changed then. Source: Hu et al., LoRA, 2021,
-    equation 3.
+    that were compiled, ModelError for a pipeline that is not accelerated; nothing has changed then.
+    Source: Hu et al., LoRA, 2021, equation 3.
     """
     modules = _accelerated(pipe)
     if find_spec("peft") is None:
