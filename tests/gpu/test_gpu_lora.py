@@ -90,3 +90,30 @@ def test_tables_of_a_switch_follow_weights_to_other_memory(ready):
         sdtrt_backend.set_loras(pipe.unet, loras)
         assert compare(pipe.draw(), expected(plain, dicts, loras)) < BOUND
     sdtrt_backend.set_loras(pipe.unet, {})
+
+
+def test_a_hot_swap_captures_nothing_and_the_next_call_has_it(monkeypatch):
+    torch._dynamo.reset()
+    unet = small_unet().cuda().half().to(memory_format=torch.channels_last)
+    unet.enable_lora_hotswap(target_rank=8)
+
+    def swap(seed, hotswap=True):
+        unet.load_lora_adapter(lora(small_unet(), ATTENTION, seed, strength=1.2), prefix=None, adapter_name="a", hotswap=hotswap)
+
+    swap(1, hotswap=False)
+    pipe = sdtrt_backend.accelerate(SmallPipeline(unet), engine="inductor")
+    for _ in range(4):
+        before = pipe.draw()
+    captured = []
+    record = graphs.record
+    monkeypatch.setattr(graphs, "record", lambda *args, **kwargs: captured.append(1) or record(*args, **kwargs))
+    for seed in (2, 3):
+        swap(seed)
+        got = pipe.draw()
+        right = own(unet)
+        assert compare(got, right) < 0.2 < compare(before, right)
+        before = got
+    for _ in range(10):
+        pipe.draw()
+    assert not captured
+    assert sdtrt_backend.explain(pipe).state == "ready"
