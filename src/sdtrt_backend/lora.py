@@ -184,12 +184,12 @@ def _read(pipe: Any, source: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.
 
 def _skeleton(module: Any) -> torch.nn.Module:
     """A module of the same kind and dtype, whose parameters take no memory: each is one zero."""
-    kind, config = type(module), copy.deepcopy(module.config)
+    kind, config, dtype = type(module), copy.deepcopy(module.config), module.dtype  # which diffusers looks for in all modules
     with torch.device("meta"):
         made: torch.nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     for owner in made.modules():
         for name, p in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-            empty = torch.zeros((), dtype=module.dtype if p.is_floating_point() else p.dtype).expand(p.shape)
+            empty = torch.zeros((), dtype=dtype if p.is_floating_point() else p.dtype).expand(p.shape)
             setattr(owner, name, torch.nn.Parameter(empty, requires_grad=False) if isinstance(p, torch.nn.Parameter) else empty)
     return made
 
