@@ -26,7 +26,7 @@ LAYERS = {
                 "kernels.triton_rope", "kernels.triton_candidates", "kernels.triton_weights", "kernels.providers", "kernels.gpu",
                 "kernels.onednn", "kernels.choose", "kernels"],
     "plan": ["smooth", "quantize", "assign", "partition"],
-    "calibration": ["observe", "resume", "budget", "pictures", "calibrate"],
+    "calibration": ["parts", "observe", "resume", "budget", "pictures", "calibrate"],
     "lowerings": ["engine", "lower.lowered", "lower.reference", "lower.producers", "lower.attention", "lower.inductor_cpu",
                   "lower.inductor_cuda", "lower.torchao", "lower.onnx", "lower.tensorrt", "lower"],
     "build": ["drift", "build"],

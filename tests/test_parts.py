@@ -9,9 +9,9 @@ from toy import ToyDenoiser
 
 import sdtrt_backend
 from sdtrt_backend import budget, unit
-from sdtrt_backend.calibrate import denoisers
 from sdtrt_backend.errors import RecipeError
 from sdtrt_backend.measure import compare
+from sdtrt_backend.parts import denoisers
 from sdtrt_backend.recipe import Recipe
 
 REFERENCE = {"engine": "reference", "max_error": 0.3, "calibration_runs": 1}

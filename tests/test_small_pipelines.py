@@ -18,9 +18,9 @@ from PIL import Image
 from tolerances import TOLERANCES
 
 import sdtrt_backend
-from sdtrt_backend.calibrate import denoisers
 from sdtrt_backend.demo import GUIDANCE, draw
 from sdtrt_backend.metrics import Pictures, psnr
+from sdtrt_backend.parts import denoisers
 
 CAPTIONS = (Path(__file__).parents[1] / "benchmarks" / "prompts.txt").read_text().splitlines()
 CALIBRATES, STEPS, SIDE, SEED = 8, 10, 64, 1000  # captions, of a picture, pixels, of the first judged picture

@@ -2,10 +2,11 @@
 
 For ``min_psnr``, solved while calibrating, two numbers of every part of the denoiser are measured: the error of the final
 latents of real pictures when this part alone runs in 8 bits, so a timestep counts as much as the scheduler makes it, and the
-milliseconds that 8 bits save. Parts leave the 8 bits, most error per millisecond first, until pictures of prompts that
-calibrated nothing have the PSNR: for a second code of their inputs where kernels take two and the user's precision would cost
-more, else for that precision, and all of them for that one where second codes are not enough. For ``max_error``, looked at
-where the first 8-bit step exceeds it, the error is that of the step, and multiplications stand for milliseconds.
+milliseconds that 8 bits save. Where the decoder of a VAE is among them, the error is that of the pictures. Parts leave the 8
+bits, most error per millisecond first, until pictures of prompts that calibrated nothing have the PSNR: for a second code of
+their inputs where kernels take two and the user's precision would cost more, else for that precision, and all of them for that
+one where second codes are not enough. For ``max_error``, looked at where the first 8-bit step exceeds it, the error is that of
+the step, and multiplications stand for milliseconds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .kernels import Problem, of_layer, times_ms
 from .measure import compare
 from .metrics import psnr
 from .options import Options
+from .parts import defaults, every_timestep
 from .quantize import free_convs, insert, plan
 from .recipe import Recipe
 from .rules import layers_of
@@ -68,7 +70,7 @@ class Part:
 
     def why(self, target: float, whole: float) -> str:
         """The sentence for its layers, which are not in one code. whole: the error of all parts."""
-        price = f"would bring {self.error / whole:.1%} of the error of the final latents and save {self.gain_ms:.3f} ms a step"
+        price = f"would bring {self.error / whole:.1%} of the error and save {self.gain_ms:.3f} ms a step"
         if self.two_codes:
             return f"has two codes for min_psnr={target:g}: one for {self.name} {price}"
         return f"kept for min_psnr={target:g}: in 8 bits {self.name} {price}"
@@ -83,21 +85,24 @@ def split(prompts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
     return list(prompts[:-judges]), list(prompts[-judges:])
 
 
-class Together(torch.nn.ModuleDict):
-    """A denoiser and what else its pipeline calls at every timestep: paths of the others' layers start with their name."""
+class Together:
+    """A denoiser and what else of its pipeline is in the recipe: paths of the others' layers start with their name."""
 
     def __init__(self, denoiser: torch.nn.Module, others: Mapping[str, torch.nn.Module]) -> None:
-        super().__init__(dict(others))
-        self.denoiser = (denoiser,)  # in a tuple it adds no paths of its own
+        self.denoiser, self.others = denoiser, others
+
+    def part_of(self, path: str) -> str:
+        """Name of the part that a layer belongs to; "" for the denoiser."""
+        return next((part for part in self.others if path.startswith(f"{part}.")), "")
 
     def get_submodule(self, target: str) -> torch.nn.Module:
-        part, _, rest = target.partition(".")
-        return self[part].get_submodule(rest) if part in self else self.denoiser[0].get_submodule(target)
+        part = self.part_of(target)
+        return self.others[part].get_submodule(target[len(part) + 1:]) if part else self.denoiser.get_submodule(target)
 
     def decided(self, recipe: Recipe, options: Options) -> dict[str, Decision]:
         """Path -> what the plan says of the layer, each part by its own recipe, whose patterns know paths without a part."""
-        found = {d.layer.name: d for d in decided(self.denoiser[0], recipe, options)}
-        return found | {f"{part}.{d.layer.name}": d for part, module in self.items()
+        found = {d.layer.name: d for d in decided(self.denoiser, recipe, options)}
+        return found | {f"{part}.{d.layer.name}": d for part, module in self.others.items()
                         for d in decided(module, recipe.parts[part], options)}
 
 
@@ -161,7 +166,7 @@ def fit(denoiser: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw,
     all_mean, all_sure = mean, sure = judged(kept)
     enough = sure >= target
     if not enough:
-        parts = tried(module, whole_recipe, decisions, weights, twice, draw, bar)
+        parts = tried(module, whole_recipe, decisions, weights, twice, draw, bar, steps)
         seconds = [replace(p, two_codes=True, gain_ms=p.second_ms) if p.second_ms < p.gain_ms else p for p in parts]
         for alternatives in (seconds, parts) if seconds != parts else (parts,):
             enough, kept, mean, sure = searched(alternatives, all_mean, all_sure)
@@ -190,11 +195,11 @@ def fit(denoiser: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw,
 
 @torch.no_grad()
 def within(captured: Captured, args: Sequence[Any], recipe: Recipe, decisions: Sequence[Decision], flops: Mapping[str, int],
-           error: float, options: Options) -> Recipe | None:
+           error: float, bound: float, option: str) -> Recipe | None:
     """``recipe`` with the layers named that stay in the user's precision so that the step's error on ``args`` is within
-    ``options.max_error``; None where nothing would be left in 8 bits. Multiplications stand for the time that 8 bits save.
+    ``bound``; None where nothing would be left in 8 bits. Multiplications stand for the time that 8 bits save.
 
-    flops: of each layer; error: that the step with all ``decisions`` had.
+    flops: of each layer; error: that the step with all ``decisions`` had; option: that says so.
     """
     quantized = {d.layer.name: d for d in decisions if d.quantized}
     full = captured.graph(*args)
@@ -204,11 +209,11 @@ def within(captured: Captured, args: Sequence[Any], recipe: Recipe, decisions: S
         alone = insert(graph, nodes, [quantized[n] for n in layers])(*tensor_inputs(captured, args))
         parts.append(Part(name, layers, compare(alone, full) ** 2, float(sum(flops[n] for n in layers))))
     whole = sum(p.error for p in parts)
-    kept = fastest(parts, whole * (WITHIN * options.max_error / error) ** 2)
+    kept = fastest(parts, whole * (WITHIN * bound / error) ** 2)
     if len(kept) == len(parts):
         return None
-    why = {name: f"kept for max_error={options.max_error:g}: in 8 bits {p.name} would bring {p.error / whole:.1%} of the first "
-                 "step's error" for p in kept for name in p.layers}
+    why = {name: f"kept for {option}: in 8 bits {p.name} would bring {p.error / whole:.1%} of the first step's error"
+           for p in kept for name in p.layers}
     return replace(recipe, layers={n: replace(la, keep=why.get(n, la.keep)) for n, la in recipe.layers.items()})
 
 
@@ -235,9 +240,11 @@ def decided(module: torch.nn.Module, recipe: Recipe, options: Options) -> tuple[
                 options.two_codes)
 
 
-def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor],
-          can_have_two: Container[str], draw: Draw, bar: Any) -> list[Part]:
-    """Every part with its error and its gain. can_have_two: layers whose kernels take two codes."""
+def tried(module: Together, recipe: Recipe, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor],
+          can_have_two: Container[str], draw: Draw, bar: Any, steps: int) -> list[Part]:
+    """Every part with its error and its gain. can_have_two: layers whose kernels take two codes; steps: of a picture, of which
+    what is called once for it has its share."""
+    output = "pt" if any("output_psnr" in defaults(part) for part in module.others) else "latent"
     prompts = list(range(TRIED))
     problems: dict[str, Problem] = {}
 
@@ -249,7 +256,7 @@ def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decis
 
     handles = [module.get_submodule(name).register_forward_pre_hook(shape(name), with_kwargs=True) for name in decisions]
     try:
-        exact = draw(prompts, TRIAL_STEPS, "latent")
+        exact = draw(prompts, TRIAL_STEPS, output)
     finally:
         for handle in handles:
             handle.remove()
@@ -258,10 +265,11 @@ def tried(module: torch.nn.Module, recipe: Recipe, decisions: Mapping[str, Decis
     bar.total = len(groups)
     for name, layers in groups.items():
         with emulated(module, {n: decisions[n] for n in layers}, weights):
-            error = stats.relative_error(draw(prompts, TRIAL_STEPS, "latent"), exact) ** 2
+            error = stats.relative_error(draw(prompts, TRIAL_STEPS, output), exact) ** 2
         gain = second = 0.0
         for n in layers:
-            wide, narrow = took[problems[n]] if n in problems else (0.0, 0.0)
+            calls = 1 if every_timestep(module.part_of(n)) else 1 / steps
+            wide, narrow = (calls * ms for ms in took[problems[n]]) if n in problems else (0.0, 0.0)
             gain += max(0.0, wide - narrow * (2 if decisions[n].two_codes else 1))
             second += narrow if n in can_have_two and not decisions[n].two_codes else math.inf
         parts.append(Part(name, layers, error, gain, second))

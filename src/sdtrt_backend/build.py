@@ -67,12 +67,13 @@ class Timings:
 
 @dataclass(frozen=True)
 class _Made:
-    """layers: one row per layer; error: of the first output; timings: of this build; eight_bit_flops: of the kernels that ran;
-    sizes: of the inputs; baked: names of the inputs whose number became part of it."""
+    """layers: one row per layer; error: of the first output; bound: that it may have; timings: of this build; eight_bit_flops: of
+    the kernels that ran; sizes: of the inputs; baked: names of the inputs whose number became part of it."""
 
     precision: str
     layers: tuple[LayerReport, ...] = ()
     error: float | None = None
+    bound: float = math.inf
     timings: Timings = Timings()
     notes: tuple[str, ...] = ()
     plan: Plan | None = None
@@ -229,7 +230,7 @@ def _progress(options: Options) -> Iterator[Callable[[str], None]]:
 
 def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequence[Decision], lowered: Lowered, lowering: Lowering,
            names: Mapping[str, str], made: _Made, watched: bool) -> Ready | Refused:
-    """Use the step only if its first output is finite and inside ``max_error``, and its time beats the 16-bit step."""
+    """Use the step only if its first output is finite and inside its bound, and its time beats the 16-bit step."""
     captured, args, options = request.captured, request.args, request.options
     where = {d.layer.node: lowered.engines.get(names.get(d.layer.node, ""), lowering.name) for d in decisions}
     step = lowered.step
@@ -241,19 +242,20 @@ def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequenc
     step = _in_dtypes(step, first, full)
     if watched:
         step = drift.with_peaks(step, tensors[0].device)
-    error = measure.compare(first, full)
-    made = replace(made, layers=layers, error=error, measured=lowering.counts,
+    error, bound = measure.compare(first, full), measure.bound(options, full)
+    made = replace(made, layers=layers, error=error, bound=bound, measured=lowering.counts,
                    eight_bit_flops=lowering.flops(counted.flops, layers, decisions))
     if not all(bool(t.isfinite().all()) for t in measure.outputs(full)):
         return _refused(replace(made, error=None), "the model's own output is not finite on this input, so an 8-bit step cannot "
                                                    "be judged")
-    if not error <= options.max_error:
+    if not error <= bound:
         what = "is not finite" if error == math.inf else f"differs by {error:.3f}"
-        return _refused(made, f"the first 8-bit output {what} from the full-precision output on the same input, max_error is "
-                              f"{options.max_error}")
+        name, value = measure.bounded_by(options, bound)
+        return _refused(made, f"the first 8-bit output {what} from the full-precision output on the same input, {name} is "
+                              f"{value}")
     if lowering.graphed and tensors[0].is_cuda:
         step = Graphed(step, tensors, request.memory, lowered.constants)
-        if not measure.compare(step(*tensors)[:len(full)], full) <= options.max_error:
+        if not measure.compare(step(*tensors)[:len(full)], full) <= bound:
             return _refused(made, "the CUDA graph of the 8-bit step does not give what the step gives")
     made, slower, compiled = _raced(request, tensors, step, lowering, made)
     if slower is not None:
@@ -295,16 +297,18 @@ def _raced(request: Request, tensors: Sequence[torch.Tensor], step: Callable[...
 def _within_max_error(request: Request, planned: Plan, refused: Refused) -> Ready | Refused:
     """The step again, with layers in the user's precision that bring too much of the error; ``refused`` where that is no way."""
     options, error = request.options, refused.error
-    if error is None or not options.max_error < error < math.inf or request.budgeted:
+    if error is None or not refused.bound < error < math.inf or request.budgeted:
         return refused
+    name, value = measure.bounded_by(options, refused.bound)
     flops = {layer.name: layer.flops for layer in refused.layers}
-    smaller = budget.within(request.captured, request.args, request.recipe, planned.decisions, flops, error, options)
+    smaller = budget.within(request.captured, request.args, request.recipe, planned.decisions, flops, error, refused.bound,
+                            f"{name}={value:g}")
     if smaller is None:
         return refused
     again = build(replace(request, recipe=smaller, budgeted=True))
     kept = sum(la.keep is not None for la in smaller.layers.values())
-    return replace(again, notes=(*again.notes, f"with every layer in 8 bits the first output differed by {error:.3f}, max_error "
-                                               f"is {options.max_error}: {kept} layers stay in their own precision"))
+    return replace(again, notes=(*again.notes, f"with every layer in 8 bits the first output differed by {error:.3f}, {name} "
+                                               f"is {value}: {kept} layers stay in their own precision"))
 
 
 def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[Decision],

@@ -21,49 +21,26 @@ from . import budget, names, weights
 from .errors import CalibrationError, ModelError
 from .observe import Calibration, InputStats, Observer, observed
 from .options import Options
+from .parts import EVERY_TIMESTEP, chosen, defaults, denoisers, every_timestep, holder
 from .pictures import asked
 from .recipe import Recipe
 from .resume import ResumeFolder, settings_of
 from .rules import BY_CALL
 
-__all__ = ["Calibration", "InputStats", "Observer", "calibrate", "denoiser_name", "denoisers", "observed", "quiet", "uncompiled"]
+__all__ = ["Calibration", "InputStats", "Observer", "calibrate", "observed", "quiet", "uncompiled"]
 
 log = logging.getLogger(__name__)
-DENOISERS = ("unet", "transformer", "prior", "decoder")
-
-
-def denoiser_name(pipe: Any) -> str:
-    """Attribute of the pipeline that holds the denoiser. Raises ModelError when there is none."""
-    for name in DENOISERS:
-        if isinstance(getattr(pipe, name, None), torch.nn.Module):
-            return name
-    raise ModelError.no_denoiser(pipe, DENOISERS)
-
-
-def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
-    """Attribute -> module, unwrapped, of all that the pipeline calls at every timestep: its denoiser first, then a second one,
-    ControlNets, priors. Raises ModelError when there is no denoiser."""
-    parts = {name: getattr(pipe, name) for name in (denoiser_name(pipe), *_components(pipe))}
-    modules = {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-    first = denoiser_name(pipe)
-    once = {id(module): name for name, module in reversed(modules.items())}  # one that has two names has the first
-    return {name: module for name, module in modules.items()
-            if once[id(module)] == name and (name == first or names.takes_a_timestep(module))}
-
-
-def _components(pipe: Any) -> list[str]:
-    """Names of the pipeline's parts; of one that is no diffusers pipeline, of all that it holds."""
-    return list(pipe.components if hasattr(type(pipe), "components") else vars(pipe))
 
 
 @contextlib.contextmanager
 def uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
-    """The pipeline with its plain denoiser, whatever torch.compile made of it; put back afterwards."""
-    compiled = getattr(pipe, name)
+    """The pipeline with this part of it plain, whatever torch.compile made of it; put back afterwards."""
+    owner, attribute = holder(pipe, name)
+    compiled = getattr(owner, attribute)
     module: torch.nn.Module = getattr(compiled, "_orig_mod", compiled)
     in_place, module._compiled_call_impl = module._compiled_call_impl, None
     if module is not compiled:
-        setattr(pipe, name, module)
+        setattr(owner, attribute, module)
     names.named(module)
     try:
         with weights.borrowed(module.parameters()):
@@ -71,7 +48,7 @@ def uncompiled(pipe: Any, name: str) -> Iterator[torch.nn.Module]:
     finally:
         module._compiled_call_impl = in_place
         if module is not compiled:
-            setattr(pipe, name, compiled)
+            setattr(owner, attribute, compiled)
 
 
 def _integer(value: Any) -> bool:
@@ -80,7 +57,8 @@ def _integer(value: Any) -> bool:
 
 def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: int = 25, guidance_scale: float | None = None,
               seed: int = 0, batch_size: int = 1, options: Mapping[str, Any] | None = None, progress: bool = True,
-              resume: str | os.PathLike[str] | None = None, **pipe_kwargs: Any) -> Recipe:
+              resume: str | os.PathLike[str] | None = None, parts: str | Iterable[str] = EVERY_TIMESTEP,
+              **pipe_kwargs: Any) -> Recipe:
     """Run the user's own pipeline over ``prompts`` in its own precision and return the Recipe, with ``parts`` for what else than
     its denoiser it calls at every timestep.
 
@@ -92,6 +70,7 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
     resume: a folder that keeps the statistics after every batch of prompts, so that the same call goes on after Ctrl-C or a
     crash, to the same recipe to the byte. They stay there: once all prompts are done, the call observes nothing and makes the
     recipe, also with another ``rule``, ``percentile``, ``alpha`` or ``alpha_conv``. Of another call, or damaged: an error.
+    parts: see ``accelerate``; the recipe is of the denoisers in any case.
     pipe_kwargs: anything else the pipeline takes (height, width, image, mask_image, control_image, ...). Of prompts, images,
     masks, videos and audio a list as long as ``prompts`` is one for each, anything else one for all.
     Raises CalibrationError, ModelError, OptionError; the pipeline is left as it was, also after Ctrl-C.
@@ -102,7 +81,7 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
     if not _integer(seed):
         raise CalibrationError.no_number("seed", "an integer, as prompt i starts from noise of seed + i", seed)
     parsed = Options.parse(options)
-    modules = denoisers(pipe)
+    modules = denoisers(pipe) | chosen(pipe, parts)
     first, denoiser = next(iter(modules.items()))
     for name, module in modules.items():
         if any(p.is_meta for p in module.parameters()):
@@ -115,7 +94,8 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
     calibrations, done, kept = {name: Calibration(steps_by_call) for name in modules}, 0, None
     if resume is not None:
         texts = [ask.prompts[i] if ask.prompts else "" for i in drawn]
-        kept = ResumeFolder(Path(resume), settings_of(pipe, denoiser, texts, pipe_kwargs, steps_by_call, seed=seed,
+        more = {} if all(map(every_timestep, modules)) else {"parts": list(modules)}
+        kept = ResumeFolder(Path(resume), settings_of(pipe, denoiser, texts, pipe_kwargs, steps_by_call, seed=seed, **more,
                                                       num_inference_steps=num_inference_steps, batch_size=batch_size))
         loaded, done = kept.load(first)
         calibrations |= loaded
@@ -126,6 +106,7 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
         noise = [torch.Generator("cpu").manual_seed(seed + first + i) for i in range(len(which))]
         return ask.draw(which, num_inference_steps=steps, generator=noise, output_type=output_type)
 
+    drawn_as = "np" if any("output_psnr" in defaults(name) for name in modules) else "latent"  # which is not decoded
     total = len(range(0, len(drawn), batch_size)) * num_inference_steps
     with _progress("calibrating", "step", progress, total, calibration.trajectories.calls) as bar:
         try:
@@ -135,7 +116,7 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
                     stack.enter_context(observed(module, calibrations[name], bar.update if name == first else lambda: None))
                 for start in range(done, len(drawn), batch_size):
                     part = drawn[start : start + batch_size]
-                    draw(part, start, num_inference_steps, "latent")
+                    draw(part, start, num_inference_steps, drawn_as)
                     if kept is not None:
                         kept.save(calibrations, start + len(part))
                     done = start + len(part)
@@ -154,8 +135,8 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
         provenance["note"] = (f"asked for {num_inference_steps} steps, the denoiser saw {seen} different timesteps{why}; "
                               "the ranges cover those only")
         log.warning("calibrate: %s", provenance["note"])
-    parts = {name: c.recipe(parsed, provenance) for name, c in calibrations.items() if name != first and c.ops}
-    recipe = replace(calibration.recipe(parsed, provenance), parts=parts)
+    others = {name: c.recipe(parsed, provenance) for name, c in calibrations.items() if name != first and c.ops}
+    recipe = replace(calibration.recipe(parsed, provenance), parts=others)
     if parsed.min_psnr is None:
         return recipe
 
@@ -171,7 +152,7 @@ def calibrate(pipe: Any, prompts: Iterable[str] | None, *, num_inference_steps: 
     with quiet(pipe), contextlib.ExitStack() as stack, _progress("trying parts in 8 bits", "part", progress) as bar:
         plain = {name: stack.enter_context(uncompiled(pipe, name)) for name in modules}
         return budget.fit(plain[first], recipe, parsed, judge, len(judging), num_inference_steps, bar,
-                          {name: plain[name] for name in parts})
+                          {name: plain[name] for name in others})
 
 
 @contextlib.contextmanager

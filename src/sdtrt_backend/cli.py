@@ -32,6 +32,7 @@ Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="NAME=VALUE", help="What else the pipeline takes, as often "
                                                   "as needed: image=photo.png, strength=0.6, control_image=edges/ (a folder: its "
                                                   "pictures in the order of their names, one for each prompt).")]
+Parts = Annotated[str, typer.Option(help="denoisers, auto (the VAE and text encoders too), or paths: unet,vae.decoder.")]
 Seed = Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")]
 
 
@@ -161,7 +162,7 @@ def generate(
         console.print(str(export_onnx(pipe, recipe, onnx_dir, precision="fp8" if fp8 else "int8", level=quantization_level,
                                       **given)), highlight=False, markup=False, soft_wrap=True)
     if backend:
-        engines = {"engine": "tensorrt", "engine_dir": engine_dir} if engine_dir else {}
+        engines: dict[str, Any] = {"engine": "tensorrt", "engine_dir": engine_dir} if engine_dir else {}
         accelerate(pipe, recipe=recipe, backend=backend, level=quantization_level, **engines)
     watch, warm = Stopwatch(pipe), []
     pictures: list[Any] = []
@@ -309,7 +310,7 @@ def _requirements() -> list[Requirement]:
 
 def _would_quantize(pipe: Any) -> dict[str, int]:
     """Reason (or "int8") -> number of layers, from the modules alone."""
-    from .calibrate import denoiser_name
+    from .parts import denoiser_name
     from .rules import layers_of, reason_to_keep
 
     counts = {"int8": 0}

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from . import metrics
-from .calibrate import denoiser_name
 from .measure import step_ms
+from .parts import denoiser_name
 from .pictures import asked
 from .pipeline import explain
 from .recipe import versions

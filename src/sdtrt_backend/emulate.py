@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,8 +12,14 @@ from . import stats
 from .values import Decision
 
 
+class HasLayers(Protocol):
+    """A module, or several."""
+
+    def get_submodule(self, target: str) -> torch.nn.Module: ...
+
+
 @contextlib.contextmanager
-def emulated(module: torch.nn.Module, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def emulated(module: HasLayers, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """The layers give what 8 bits give, by fake quantisation, while the context is open. weights: as 8 bits hold them."""
     def hook(name: str) -> Callable[..., torch.Tensor]:
         def again(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> torch.Tensor:

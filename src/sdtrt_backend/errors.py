@@ -24,6 +24,11 @@ class OptionError(SdtrtError):
                    "take is options={...}")
 
     @classmethod
+    def no_part(cls, given: object, kind: str, all_of: Iterable[str], valid: Iterable[str]) -> OptionError:
+        return cls(f"parts expects {' or '.join(map(repr, all_of))}, or a list of parts of this {kind}, which are "
+                   f"{', '.join(valid)}; got {given!r}")
+
+    @classmethod
     def no_backend(cls, given: object, valid: Iterable[str]) -> OptionError:
         return cls(f"accelerate expects backend to be one of {', '.join(valid)}, got {given!r}; for any other call torch.compile")
 

@@ -18,10 +18,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from . import engine
-from .calibrate import denoiser_name, uncompiled
+from .calibrate import uncompiled
 from .capture import bind, trace
 from .errors import ExportError, ModelError, SdtrtError
 from .lower import onnx
+from .parts import denoiser_name
 from .pictures import asked
 from .quantize import for_engine, insert, plan
 from .recipe import Recipe, fingerprint, write_atomically

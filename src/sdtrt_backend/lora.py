@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from .adapters import Adapters, adapters_of, make_adapters, weight_of
-from .calibrate import denoisers
 from .errors import LoraError, ModelError
 from .merge import Factors
+from .parts import denoisers
 from .pipeline import modules_of
 from .state import State, states
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import stats
+from .options import Options
 from .values import Decision, Layer
 
 REPEATS = 3
@@ -29,6 +30,22 @@ def compare(result: Any, reference: Any) -> float:
     if not all(bool(t.isfinite().all()) for p in pairs for t in p):
         return math.inf
     return max((stats.relative_error(y, r) for y, r in pairs), default=0.0)
+
+
+def bound(options: Options, full: Any) -> float:
+    """Largest relative error that an 8-bit output may have to ``full``: the options' ``max_error``, and of pictures in [-1, 1],
+    whose peak is 2, what ``output_psnr`` allows."""
+    if options.output_psnr is None:
+        return options.max_error
+    rms = max((float(t.float().square().mean().sqrt()) for t in outputs(full)), default=0.0)
+    return min(options.max_error, 2 * 10 ** (-options.output_psnr / 20) / rms) if rms else options.max_error
+
+
+def bounded_by(options: Options, allowed: float) -> tuple[str, float]:
+    """(name, value) of the option that bounds the error so."""
+    if options.output_psnr is None or allowed == options.max_error:
+        return "max_error", options.max_error
+    return "output_psnr", options.output_psnr
 
 
 def step_ms(*steps: Callable[[], Any], repeats: int = REPEATS) -> list[float]:

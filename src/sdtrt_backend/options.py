@@ -28,6 +28,8 @@ class Options:
         code or stay unquantised.
     max_error: largest relative error ||y8 - y|| / ||y|| of the first 8-bit step, and of each call of a picture after weights were
         changed.
+    output_psnr: of a module that gives pictures in [-1, 1], as the decoder of a VAE does: least PSNR of those outputs to its own,
+        dB, beside ``max_error``.
     rest: precision of what is not 8-bit: "auto", "float32" (the module's own precision) or "bfloat16".
     engine: "auto" runs in 8 bits what was measured to be faster so; "inductor" everything that has an 8-bit kernel, for a
         comparison of pictures say; "tensorrt" builds TensorRT engines of the parts that it takes, without measuring what is
@@ -55,6 +57,7 @@ class Options:
     alpha_conv: float | None = 0.5
     min_psnr: float | None = None
     max_error: float = 0.2
+    output_psnr: float | None = None
     rest: str = "auto"
     engine: str = "auto"
     exclude: tuple[str, ...] = ()
@@ -99,8 +102,9 @@ class Options:
         for name in ("alpha", "alpha_conv"):
             strength = values.get(name) is None or (number(name) and 0 <= values[name] <= 1)
             check(name, strength, "a number in [0, 1] or None")
-        check("min_psnr", values.get("min_psnr") is None or (number("min_psnr") and 0 < values["min_psnr"] < BEST_PSNR),
-              f"a number in (0, {BEST_PSNR:g}) or None")
+        for name in ("min_psnr", "output_psnr"):
+            check(name, values.get(name) is None or (number(name) and 0 < values[name] < BEST_PSNR),
+                  f"a number in (0, {BEST_PSNR:g}) or None")
         check("max_error", number("max_error") and values["max_error"] > 0, "a number > 0")
         check("rest", values.get("rest") in RESTS, f"one of {', '.join(RESTS)}")
         check("engine", values.get("engine") in ENGINES, f"one of {', '.join(ENGINES)}")

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -20,9 +20,9 @@ import torch
 from . import names, weights
 from .adapters import forget_adapters
 from .backend import check_made_for
-from .calibrate import denoisers
 from .errors import ModelError, OptionError
 from .options import Options
+from .parts import EVERY_TIMESTEP, all_parts, chosen, defaults, denoisers, every_timestep, unwrapped
 from .recipe import Recipe
 from .report import of_parts
 from .state import forget, report, states
@@ -40,9 +40,14 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = None, backend: str = "sd_int8",
-               **options: Any) -> Any:
+               parts: str | Iterable[str] = EVERY_TIMESTEP, **options: Any) -> Any:
     """Compile in place what the pipeline calls at every timestep, its denoisers and ControlNets, with ``backend``, "sd_int8" or
     "sd_fp8", and return the pipeline.
+
+    parts: "denoisers" are those; "auto": the decoder and encoder of its VAE and its text encoders as well; or a list of paths
+    ("unet", "vae.decoder", "text_encoder", ...). What has no timestep calibrates over whole calls, and its first 8-bit output is
+    held to a bound of its own unless ``options`` have it: a decoder's to 45 dB (``output_psnr``), an encoder's to a ``max_error``
+    of 0.02, a text encoder's to 0.01.
 
     recipe: a Recipe, which is also saved in the user's cache directory, or the folder of a saved one; without one, and of what it
     has no part for, the pipeline calibrates itself during its next pictures.
@@ -56,24 +61,23 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     # whatever can be refused is refused here, not at the first step
     if backend not in BACKENDS:
         raise OptionError.no_backend(backend, BACKENDS)
-    options.setdefault("weights", "release")
     parsed = Options.parse(options)
     loaded = recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_made_for(parsed, loaded)
-    modules = modules_of(pipe)
+    modules = modules_of(pipe) if isinstance(pipe, torch.nn.Module) else chosen(pipe, parts)
     for module in modules.values():
         if any(p.is_meta for p in module.parameters()):
             raise ModelError.offloaded(module) if names.offloads(module) else ModelError.on_meta(type(module).__name__)
-    given = dict.fromkeys(modules, options)
+    given = {name: {**defaults(name), **options} for name in modules}
     if recipe is not None and loaded is not None:
-        first, *others = modules
-        covered = (first, *(name for name in others if name in loaded.parts))
+        first = next(iter(modules_of(pipe)))
+        covered = [name for name in modules if name == first or name in loaded.parts]
         for name in covered:
             with weights.borrowed(modules[name].parameters()):
                 found = fingerprints(modules[name])
             (loaded.fitting(found) if name == first else loaded.parts[name]).check_model(found)
         folder = os.fspath(_kept(recipe) if isinstance(recipe, Recipe) else recipe)
-        given |= {name: {**options, "recipe": folder} for name in covered}
+        given |= {name: {**given[name], "recipe": folder} for name in covered}
     named = [n for module in modules.values() for n, m in module.named_modules()
              if any(True for _ in m.parameters(recurse=False))]
     for pattern in parsed.exclude:
@@ -115,7 +119,7 @@ def _kept(recipe: Recipe) -> Path:
 def restore(pipe: Any) -> Any:
     """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit, and so does what else was
     accelerated; LoRAs of ``load_lora`` are forgotten. Returns the pipeline. Waits for a build in another thread."""
-    for module in modules_of(pipe).values():
+    for module in _everything_of(pipe).values():
         forget(module)
         forget_adapters(module)
         _restore(module)
@@ -157,15 +161,15 @@ def accelerated(pipe: Any, **options: Any) -> Iterator[Any]:
 
 
 def explain(module_or_pipe: Any) -> Report:
-    """The report of a compiled module or pipeline: a value with a readable ``str``. Of a pipeline with several denoisers, or with
-    ControlNets, it is one of them all; what is not of the first has the name of its part before it.
+    """The report of a compiled module or pipeline: a value with a readable ``str``. Of a pipeline with several parts that are
+    compiled it is one of them all; what is not of its denoiser has the name of its part before it.
 
     Raises ModelError when ``sd_int8`` has not seen it yet.
     """
-    found = {name: of for name, module in modules_of(module_or_pipe).items() if (of := report(module)) is not None}
+    found = {name: of for name, module in _everything_of(module_or_pipe).items() if (of := report(module)) is not None}
     if not found:
         raise ModelError.not_compiled(module_or_pipe)
-    whole = of_parts(found)
+    whole = of_parts(found, next(iter(modules_of(module_or_pipe))), every_timestep)
     return replace(whole, notes=(*whole.notes, *_called_once(module_or_pipe)))
 
 
@@ -217,4 +221,9 @@ def _quiet() -> Iterator[None]:
 
 def modules_of(what: Any) -> dict[str, torch.nn.Module]:
     """Name -> what to compile, unwrapped: the parts of a pipeline, its denoiser first, or the module itself."""
-    return {"": getattr(what, "_orig_mod", what)} if isinstance(what, torch.nn.Module) else denoisers(what)
+    return {"": unwrapped(what)} if isinstance(what, torch.nn.Module) else denoisers(what)
+
+
+def _everything_of(what: Any) -> dict[str, torch.nn.Module]:
+    """With what a pipeline calls once for a picture."""
+    return modules_of(what) if isinstance(what, torch.nn.Module) else all_parts(what)

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,20 +61,27 @@ def merged(reports: Sequence[Report], names: Sequence[str]) -> Report:
                   _watched([r.watched for r in each if r.watched is not None]), work, "", pieces)
 
 
-def of_parts(reports: Mapping[str, Report]) -> Report:
-    """One report of a pipeline's parts, by name, the denoiser first: rows and sentences of the others carry their name. The state
-    is that of all parts; where one is not ready yet, its; "partly refused" where some are refused."""
-    (_, first), *others = reports.items()
-    if not others:
-        return first
-    named = [replace(first, pieces=())]  # its sentences are of the whole, and not in a piece
-    for part, report in others:
+def of_parts(reports: Mapping[str, Report], first: str, every_timestep: Callable[[str], bool]) -> Report:
+    """One report of a pipeline's parts, by name: rows and sentences of those that are not the first carry their name. The state
+    is that of all parts; where one is not ready yet, its; "partly refused" where some are refused. Milliseconds add up over those
+    that are called at every timestep."""
+    if list(reports) == [first]:
+        return reports[first]
+    named = []
+    for part, report in reports.items():
+        if part == first:
+            named.append(replace(report, pieces=()))  # its sentences are of the whole, and not in a piece
+            continue
         rows = tuple(replace(row, name=f"{part}.{row.name}") for row in report.layers)
         fallbacks, notes = ([f"{part}: {sentence}" for sentence in said] for said in (report.fallbacks, report.notes))
         named.append(replace(report, layers=rows, fallbacks=tuple(fallbacks), notes=tuple(notes), pieces=()))
     found = merged(named, list(reports))
     waiting = [report.state for report in named if report.state in NOT_YET]
-    return replace(found, state=waiting[0] if waiting else found.state, provenance=first.provenance)
+    step = _timings([piece for piece in found.pieces if every_timestep(piece[0])]) if found.pieces else {}
+    timings = {key: value for key, value in found.timings.items() if key.endswith("_s")} | {
+        key: value for key, value in step.items() if not key.endswith("_s")}
+    return replace(found, state=waiting[0] if waiting else found.state, timings=timings,
+                   provenance=next(iter(reports.values())).provenance)
 
 
 def _pieces(report: Report, name: str) -> tuple[tuple[str, Report], ...]:

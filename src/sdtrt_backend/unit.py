@@ -34,7 +34,7 @@ from .clock import timestep_of_call
 from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
 from .graphs import Graphed
-from .measure import compare, outputs
+from .measure import bound, bounded_by, compare, outputs
 from .names import layer_name
 from .rules import SIDE_BRANCH, layers_of, reason_to_keep
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State
@@ -422,8 +422,8 @@ class Unit:
         if state.closed:
             return key
         key = self._bake(made.baked, key, args)
-        if self.to_judge and isinstance(made, Refused) and made.error is not None and made.error > state.options.max_error:
-            self._calibrate_again(made.error, args)
+        if self.to_judge and isinstance(made, Refused) and made.error is not None and made.error > made.bound:
+            self._calibrate_again(made.error, made.bound, args)
             return key
         self.results[key] = made
         self.failures.pop(key, None)
@@ -555,8 +555,8 @@ class Unit:
         self.to_judge -= 1
         with torch.no_grad():
             own = self.own(args)
-        error = compare(result, own)
-        if error <= self._share_of_max_error() or not all(bool(t.isfinite().all()) for t in outputs(own)):
+        error, limit = compare(result, own), bound(self.state.options, own)
+        if error <= self._share_of(limit) or not all(bool(t.isfinite().all()) for t in outputs(own)):
             if not self.to_judge:
                 self.state.place_weights()
             return result
@@ -566,23 +566,27 @@ class Unit:
             self.state.own_loras.add(mine)
             named = ", ".join(name for name, _, _ in mine)
             self.state.say(self.state.fallbacks, f"with the LoRAs {named} the 8-bit output differed by {error:.3f} from the "
-                           f"full-precision output on the same input{self._at(args)}, max_error is "
-                           f"{self.state.options.max_error}; pictures with this set run in the module's own precision")
+                           f"full-precision output on the same input{self._at(args)}, "
+                           f"{self._allowed(limit)}; pictures with this set run in the module's own precision")
         else:
-            self._calibrate_again(error, args)
+            self._calibrate_again(error, limit, args)
         return own
 
-    def _share_of_max_error(self) -> float:
+    def _share_of(self, limit: float) -> float:
         """Of a module in pieces each is compared with its own result on what the pieces before it gave, so that errors add up: as
         independent ones do, by their squares."""
         pieces = {unit.ids for unit in self.state.units if any(v.made is not None for v in unit.variants.values())}
-        return self.state.options.max_error / math.sqrt(max(1, len(pieces)))
+        return limit / math.sqrt(max(1, len(pieces)))
 
-    def _calibrate_again(self, error: float, args: Sequence[Any]) -> None:
-        given, shared = self.state.options.max_error, self._share_of_max_error()
+    def _allowed(self, limit: float) -> str:
+        name, value = bounded_by(self.state.options, limit)
+        shared = self._share_of(limit)
+        return f"{name} is {value}" + (f", which allows this piece of it {shared:.3g}" if shared < limit else "")
+
+    def _calibrate_again(self, error: float, limit: float, args: Sequence[Any]) -> None:
         self.state.calibrate_again("weights were changed after they were calibrated, and the 8-bit output differed by "
-                                   f"{error:.3f} from the full-precision output on the same input{self._at(args)}, max_error "
-                                   f"{'of this piece of it ' if shared < given else ''}is {shared:.3g}")
+                                   f"{error:.3f} from the full-precision output on the same input{self._at(args)}, "
+                                   f"{self._allowed(limit)}")
 
     def _at(self, args: Sequence[Any]) -> str:
         """The timestep of a call, for a sentence."""

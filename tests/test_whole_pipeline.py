@@ -1,0 +1,268 @@
+"""The VAE and the text encoders of a pipeline in 8 bits beside its denoiser: pictures, sizes, ways of decoding, recipes, restore."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import sdtrt_backend
+from sdtrt_backend import unit
+from sdtrt_backend.errors import OptionError
+from sdtrt_backend.measure import compare
+from sdtrt_backend.metrics import psnr
+from sdtrt_backend.parts import all_parts, denoisers
+from sdtrt_backend.recipe import Recipe
+
+REFERENCE = {"engine": "reference", "calibration_runs": 1}
+CALIBRATING = ["red apple", "soccer ball", "cat face", "sunflower"]
+UNSEEN = ["green apple", "basketball", "dog face", "tulip", "police car", "snowman", "pizza", "crescent moon"]
+STEPS = 12
+BOUND = 45  # dB of a decoder's pictures to its own
+
+
+@pytest.fixture
+def pipe():
+    torch._dynamo.reset()
+    return sdtrt_backend.demo_pipeline()
+
+
+def draw(pipe, prompts, **given):
+    """Each from its own noise."""
+    noise = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    how = {"output_type": "np", "num_inference_steps": STEPS, "guidance_scale": 5.0, "generator": noise, **given}
+    return pipe(list(prompts), **how).images
+
+
+def latents(seed=0, size=32, batch=1, channels=4):
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def picture_psnr(result, own):
+    """Of pictures in [-1, 1], the worst of a batch."""
+    assert result.shape == own.shape
+    errors = (result.float() - own.float()).flatten(1).square().mean(1)
+    return float(-10 * torch.log10(errors.max() / 4))
+
+
+@torch.no_grad()
+def decoded(vae, z, own=False):
+    """own: as the decoder itself does it."""
+    compiled, vae.decoder._compiled_call_impl = vae.decoder._compiled_call_impl, None if own else vae.decoder._compiled_call_impl
+    try:
+        return vae.decode(z).sample
+    finally:
+        vae.decoder._compiled_call_impl = compiled
+
+
+def ready_decoder(pipe, z, **options):
+    sdtrt_backend.accelerate(pipe, parts=["vae.decoder"], **{**REFERENCE, **options})
+    for seed in range(2):
+        decoded(pipe.vae, latents(seed, z.shape[-1], channels=z.shape[1]))
+    result = decoded(pipe.vae, z)
+    return result, sdtrt_backend.explain(pipe)
+
+
+def test_parts_are_known_by_the_paths_of_the_pipeline(pipe):
+    assert list(all_parts(pipe)) == ["unet", "vae.decoder", "vae.encoder", "text_encoder"]
+    assert list(denoisers(pipe)) == ["unet"]
+    sdtrt_backend.accelerate(pipe)
+    assert pipe.vae.decoder._compiled_call_impl is pipe.text_encoder._compiled_call_impl is None
+    sdtrt_backend.accelerate(pipe, parts="vae.decoder,text_encoder")
+    assert pipe.vae.encoder._compiled_call_impl is None
+    assert all(pipe_part._compiled_call_impl for pipe_part in (pipe.vae.decoder, pipe.text_encoder))
+    sdtrt_backend.restore(pipe)
+    assert all(module._compiled_call_impl is None for module in all_parts(pipe).values())
+
+
+@pytest.mark.parametrize("parts", ["vae", ["unet", "text_encoder_2"], [], 3])
+def test_a_part_that_is_not_there_is_refused_and_nothing_has_changed(pipe, parts):
+    with pytest.raises(OptionError, match=r"'denoisers' or 'auto'.*vae\.decoder, vae\.encoder, text_encoder; got"):
+        sdtrt_backend.accelerate(pipe, parts=parts)
+    with pytest.raises(OptionError, match="text_encoder; got"):
+        sdtrt_backend.calibrate(pipe, CALIBRATING, parts=parts)
+    assert all(module._compiled_call_impl is None for module in all_parts(pipe).values())
+
+
+def test_pictures_of_all_parts_are_as_good_as_those_of_the_denoiser_alone(pipe, tmp_path):
+    exact = draw(pipe, UNSEEN)
+    recipe = sdtrt_backend.calibrate(pipe, CALIBRATING, num_inference_steps=STEPS, guidance_scale=5.0, progress=False, parts="auto")
+    assert list(recipe.parts) == ["vae.decoder", "text_encoder"]  # nothing was encoded
+    folder = recipe.save(tmp_path)
+    assert Recipe.load(folder).content_hash() == recipe.content_hash()
+    of = {}
+    for parts in ("denoisers", "auto", "vae.decoder"):
+        sdtrt_backend.accelerate(pipe, recipe=folder, parts=parts, **REFERENCE)
+        of[parts] = np.mean(psnr(draw(pipe, UNSEEN), exact))
+        report = sdtrt_backend.explain(pipe)
+        sdtrt_backend.restore(pipe)
+        torch._dynamo.reset()
+        if parts == "auto":
+            whole = report
+    assert of["auto"] > of["denoisers"] - 1
+    assert of["vae.decoder"] > BOUND
+    assert np.array_equal(draw(pipe, UNSEEN), exact)
+    states = dict(whole.pieces)
+    assert states["unet"].state == states["vae.decoder"].state == "ready"
+    assert states["text_encoder"].state == "refused" or states["text_encoder"].error <= 0.01
+    assert {"vae.decoder.mid_block.resnets.0.conv1", "down_blocks.0.resnets.0.conv1"} <= {row.name for row in whole.layers}
+    assert any(row.name == "text_encoder.encoder.layers.0.mlp.fc1" for row in whole.layers)
+    assert "vae.decoder: ready" in str(whole)
+
+
+def test_milliseconds_of_the_report_are_those_of_a_timestep(pipe):
+    sdtrt_backend.accelerate(pipe, parts=["unet", "vae.decoder"], **{**REFERENCE, "engine": "auto", "exclude": ("*",)})
+    draw(pipe, CALIBRATING[:1])
+    report = sdtrt_backend.explain(pipe)
+    assert all(not key.endswith("_ms") or key in dict(report.pieces)["unet"].timings for key in report.timings)
+
+
+def test_a_decoder_calibrates_itself_and_its_first_pictures_are_its_own_to_the_bit(pipe):
+    exact = [draw(pipe, [prompt]) for prompt in UNSEEN[:3]]
+    sdtrt_backend.accelerate(pipe, parts=["vae.decoder"], engine="reference")
+    mine = [draw(pipe, [prompt]) for prompt in UNSEEN[:3]]
+    assert [np.array_equal(a, b) for a, b in zip(mine, exact, strict=True)] == [True, True, False]
+    assert psnr(mine[2], exact[2])[0] > BOUND
+
+
+@pytest.mark.parametrize("target", [45, 65])
+def test_what_the_bound_of_a_picture_does_not_allow_stays_and_says_so(pipe, target):
+    z = latents(5)
+    result, report = ready_decoder(pipe, z, output_psnr=target, two_codes=())
+    kept = [row for row in report.layers if row.reason.startswith("kept for output_psnr=65: in 8 bits")]
+    assert picture_psnr(result, decoded(pipe.vae, z, own=True)) > target - 1  # the first one was held to it, this is another
+    assert bool(kept) == (target == 65)
+    assert report.state == "ready"
+
+
+def test_tiles_have_no_seams_beyond_those_of_full_precision(pipe):
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 32, 16
+    z = latents(3, 56)
+    result, report = ready_decoder(pipe, z)
+    assert report.state == "ready"
+    own = decoded(pipe.vae, z, own=True)
+    assert picture_psnr(result, own) > BOUND
+    across = [(p[..., 1:] - p[..., :-1]).abs().mean((0, 1, 2)) for p in (result, own)]  # jumps between columns, seams among them
+    assert float((across[0] - across[1]).abs().max()) < 0.05 * float(across[1].mean())
+
+
+def test_slices_and_batches(pipe):
+    z = latents(3, batch=3)
+    ready_decoder(pipe, z[:1])
+    for slicing in (True, False):
+        pipe.vae.use_slicing = slicing
+        assert picture_psnr(decoded(pipe.vae, z), decoded(pipe.vae, z, own=True)) > BOUND
+    assert sdtrt_backend.explain(pipe).state == "ready"
+
+
+def test_latents_go_in_and_out_and_every_type_of_output(pipe):
+    given = latents(1)
+    expected = draw(pipe, UNSEEN[:1], latents=given.clone())
+    untouched = draw(pipe, UNSEEN[:1], latents=given.clone(), output_type="latent")
+    sdtrt_backend.accelerate(pipe, parts=["vae.decoder"], **REFERENCE)
+    for _ in range(3):
+        assert torch.equal(draw(pipe, UNSEEN[:1], latents=given.clone(), output_type="latent"), untouched)
+    with pytest.raises(sdtrt_backend.ModelError, match="not called yet"):
+        sdtrt_backend.explain(pipe)  # what is not decoded calibrates no decoder
+    for _ in range(2):
+        as_array = draw(pipe, UNSEEN[:1], latents=given.clone())
+    as_tensor = draw(pipe, UNSEEN[:1], latents=given.clone(), output_type="pt")
+    as_pil = draw(pipe, UNSEEN[:1], latents=given.clone(), output_type="pil")
+    assert psnr(as_array, expected)[0] > BOUND
+    assert np.array_equal(as_tensor.permute(0, 2, 3, 1).numpy(), as_array)
+    assert np.array_equal(np.asarray(as_pil[0]), (as_array[0] * 255).round().astype("uint8"))
+
+
+def test_a_decoder_that_is_cast_to_fp32_for_each_picture_is_built_once_or_twice(monkeypatch):
+    """As SDXL's pipeline casts its VAE (``force_upcast``): each time to other memory with the same values."""
+    torch._dynamo.reset()
+    built, build = [], unit.build
+    monkeypatch.setattr(unit, "build", lambda request: built.append(1) or build(request))
+    pipe = sdtrt_backend.demo_pipeline(torch.float16)
+    sdtrt_backend.accelerate(pipe, parts=["vae.decoder"], **REFERENCE)
+    for seed in range(12):
+        pipe.vae.to(torch.float32)
+        z = latents(seed)
+        assert picture_psnr(decoded(pipe.vae, z), decoded(pipe.vae, z, own=True)) > BOUND
+        pipe.vae.to(torch.float16)
+    assert 1 <= len(built) <= 2
+    assert sdtrt_backend.explain(pipe).state == "ready"
+
+
+def test_the_encoder_of_pictures_on_the_same_parts(pipe):
+    """img2img by ``from_pipe``: what was accelerated there is accelerated here."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    photos = torch.from_numpy(draw(pipe, UNSEEN[:3])).permute(0, 3, 1, 2)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    exact = [draw(other, [prompt], image=photos[i:i + 1], strength=0.5) for i, prompt in enumerate(UNSEEN[:3])]
+    sdtrt_backend.accelerate(pipe, parts=["vae.encoder", "vae.decoder"], **REFERENCE)
+    mine = [draw(other, [prompt], image=photos[i:i + 1], strength=0.5) for i, prompt in enumerate(UNSEEN[:3])]
+    report = sdtrt_backend.explain(other)
+    states = {name: piece.state for name, piece in report.pieces}
+    assert states["vae.decoder"] == "ready"
+    assert np.array_equal(mine[0], exact[0])
+    assert psnr(mine[2], exact[2])[0] > 38
+    part = dict(report.pieces)["vae.encoder"]
+    assert part.state == "refused" or part.error <= 0.02
+    sdtrt_backend.restore(other)
+    assert np.array_equal(draw(other, UNSEEN[:1], image=photos[:1], strength=0.5), exact[0])
+
+
+def test_a_callback_sees_every_step(pipe):
+    sdtrt_backend.accelerate(pipe, parts="auto", **REFERENCE)
+    seen = []
+
+    def look(pipe, step, timestep, given):
+        seen.append((step, bool(given["latents"].isfinite().all())))
+        return given
+
+    for _ in range(3):
+        seen.clear()
+        draw(pipe, UNSEEN[:1], callback_on_step_end=look)
+    assert seen == [(i, True) for i in range(STEPS)]
+
+
+def tiny_autoencoder():
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(encoder_block_out_channels=(32, 32), decoder_block_out_channels=(32, 32), num_encoder_blocks=(1, 1),
+                           num_decoder_blocks=(1, 1), latent_channels=4)
+
+
+def video_autoencoder():
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    return AutoencoderKLTemporalDecoder(down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"), block_out_channels=(32, 32),
+                                        layers_per_block=1, latent_channels=4)
+
+
+def causal_autoencoder():
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(base_dim=16, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+                            latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+
+
+@pytest.mark.parametrize(("make", "frames", "given"), [
+    (tiny_autoencoder, 0, {}), (video_autoencoder, 0, {"num_frames": 2}), (causal_autoencoder, 3, {})],
+    ids=["tiny", "temporal", "causal"])
+def test_other_autoencoders_are_right_or_refused(make, frames, given, pipe):
+    torch.manual_seed(0)
+    pipe.vae = vae = make().eval().requires_grad_(False)
+    exact = copy.deepcopy(vae)
+    sdtrt_backend.accelerate(pipe, parts=["vae.decoder"], **REFERENCE)
+    for seed in range(4):
+        z = latents(seed, 16, batch=2 if given else 1)
+        z = z if not frames else z[:, :, None].repeat(1, 1, frames, 1, 1)
+        with torch.no_grad():
+            result, own = vae.decode(z, **given).sample, exact.decode(z, **given).sample
+        assert compare(result, own) < 0.02
+    report = sdtrt_backend.explain(pipe)
+    assert report.state in ("ready", "partly refused", "refused"), report
+    volumes = [row for row in report.layers if len(row.shape) == 5]
+    assert all(row.precision == "float32" and row.reason for row in volumes)
+    assert report.state == "ready" or report.fallbacks
+    if make is not tiny_autoencoder:
+        assert volumes or report.fallbacks
