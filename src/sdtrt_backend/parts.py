@@ -22,7 +22,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"weights": "release"},
     "decoder": {"weights": "keep", "output_psnr": 45.0},
     "encoder": {"weights": "keep", "max_error": 0.02},
-    TEXT: {"weights": "release", "max_error": 0.01},
+    TEXT: {"weights": "release", "max_error": 0.005},
 }
 
 

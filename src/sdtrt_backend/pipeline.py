@@ -47,7 +47,7 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     parts: "denoisers" are those; "auto": the decoder and encoder of its VAE and its text encoders as well; or a list of paths
     ("unet", "vae.decoder", "text_encoder", ...). What has no timestep calibrates over whole calls, and its first 8-bit output is
     held to a bound of its own unless ``options`` have it: a decoder's to 45 dB (``output_psnr``), an encoder's to a ``max_error``
-    of 0.02, a text encoder's to 0.01.
+    of 0.02, a text encoder's to 0.005.
 
     recipe: a Recipe, which is also saved in the user's cache directory, or the folder of a saved one; without one, and of what it
     has no part for, the pipeline calibrates itself during its next pictures.
