@@ -97,10 +97,11 @@ def test_an_image_to_image_pipeline_gets_its_pictures(img2img, prompts, tmp_path
     folder, photo, photos = img2img
     for given in (photo, photos):
         result = run(cli.app, ["calibrate", str(prompts), "--model", str(folder), "--steps", "4", "--input", f"image={given}",
-                               "--input", "strength=0.5", "--out", str(tmp_path / "recipe")])
+                               "--input", "strength=0.5", "--parts", "unet,vae.encoder", "--out", str(tmp_path / "recipe")])
         assert result.exit_code == 0, (result.output, result.exception)
     body = json.loads((tmp_path / "recipe" / "recipe.json").read_text())
     assert (body["provenance"]["pipeline"], body["provenance"]["prompts"]) == ("StableDiffusionImg2ImgPipeline", 2)
+    assert list(body["parts"]) == ["vae.encoder"]
     result = run(cli.app, ["generate", "owl", "--full", "--model", str(folder), "--steps", "4", "--count", "1",
                            "--input", f"image={photo}", "--out", str(tmp_path / "a.png")])
     assert result.exit_code == 0, (result.output, result.exception)

@@ -37,14 +37,20 @@ class Pipe:
         self.vae.decoder(0)
 
 
-@pytest.fixture
-def watch():
+@pytest.fixture(params=["plain", "compiled"])
+def watch(request):
     pipe = Pipe()
+    parts = [pipe.text_encoder, pipe.unet, pipe.vae.decoder] if request.param == "compiled" else []
+    for part in parts:
+        part.compile(backend="eager")
+        part(0)
+    before = [part._compiled_call_impl for part in parts]
     watch = Stopwatch(pipe)
     for steps in (3, 3, 5):
         with watch.picture():
             pipe(watch.tick, steps)
     watch.close()
+    assert [part._compiled_call_impl for part in parts] == before
     pipe(lambda: None, 1)  # no longer seen
     return watch
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .errors import SdtrtError
 from .options import Options
+from .parts import EVERY_TIMESTEP
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="8-bit inference for diffusion models.",
                   pretty_exceptions_enable=False)
@@ -81,6 +82,7 @@ def calibrate(
                                                         "second code or stay unquantised where they must; a quarter of the "
                                                         "prompts judges.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder that keeps finished prompts; the same call goes on.")] = None,
+    parts: Parts = EVERY_TIMESTEP,
 ) -> None:
     """Run the pipeline over your prompts and save the recipe for options={"recipe": ...}."""
     from .calibrate import calibrate as run
@@ -91,7 +93,7 @@ def calibrate(
     try:
         recipe = run(_load(model), texts, num_inference_steps=steps, seed=seed, resume=resume,
                      guidance_scale=GUIDANCE if guidance is None and model is None else guidance,
-                     options={"rule": rule, "min_psnr": min_psnr}, **_inputs(inputs, len(texts)))
+                     options={"rule": rule, "min_psnr": min_psnr}, parts=parts, **_inputs(inputs, len(texts)))
     except KeyboardInterrupt as stop:
         console.print(*getattr(stop, "__notes__", ()), sep="\n", highlight=False, markup=False, soft_wrap=True)
         raise
@@ -135,6 +137,7 @@ def generate(
     onnx_dir: Annotated[Path | None, typer.Option(help="Also write the denoiser there as Q/DQ ONNX (needs a recipe).")] = None,
     engine_dir: Annotated[Path | None, typer.Option(help="Run through TensorRT engines, kept in this folder.")] = None,
     quantization_level: Annotated[float, typer.Option(help="1, 2, 2.5, 3 or 4: see the option level.")] = Options.level,
+    parts: Parts = EVERY_TIMESTEP,
 ) -> None:
     """Draw pictures of one prompt, in 8 bits by default, and print the latency of each part."""
     import numpy as np
@@ -163,7 +166,7 @@ def generate(
                                       **given)), highlight=False, markup=False, soft_wrap=True)
     if backend:
         engines: dict[str, Any] = {"engine": "tensorrt", "engine_dir": engine_dir} if engine_dir else {}
-        accelerate(pipe, recipe=recipe, backend=backend, level=quantization_level, **engines)
+        accelerate(pipe, recipe=recipe, backend=backend, level=quantization_level, parts=parts, **engines)
     watch, warm = Stopwatch(pipe), []
     pictures: list[Any] = []
     for i in range(count):

@@ -16,9 +16,9 @@ from .measure import finish_device
 class Stopwatch:
     """``with watch.picture():`` around a call of the pipeline with ``watch.tick`` at the end of each denoising step.
 
-    Text encoders and the VAE's decoder are timed by forward hooks, which ``close`` removes; the denoiser, which may be
-    compiled, by the distance between the ends of its steps, with what the scheduler does in between. Parts that the pipeline
-    does not have are not reported.
+    Text encoders and the VAE's decoder are timed by forward hooks, or around what they were compiled to, until ``close``; the
+    denoiser by the distance between the ends of its steps, with what the scheduler does in between. Parts that the pipeline does
+    not have are not reported.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -30,10 +30,21 @@ class Stopwatch:
         self.pictures: list[dict[str, list[float]]] = []
         self.now: dict[str, list[float]] = {}
         self.ends: list[float] = []
-        self.hooks = [hook for name, module in parts.items() for hook in self._hooks(name, module)]
+        self._ends = [self._time(name, module) for name, module in parts.items()]
 
-    def _hooks(self, name: str, module: torch.nn.Module) -> tuple[Any, Any]:
-        started: list[float] = []
+    def _time(self, name: str, module: torch.nn.Module) -> Callable[[], object]:
+        """Returns what ends it."""
+        compiled, started = module._compiled_call_impl, list[float]()
+        if compiled is not None:  # hooks would be a part of it
+
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                start = clock_ms()
+                result = compiled(*args, **kwargs)
+                self.now.setdefault(name, []).append(clock_ms() - start)
+                return result
+
+            module._compiled_call_impl = timed
+            return lambda: setattr(module, "_compiled_call_impl", compiled)
 
         def before(*_: Any) -> None:
             started.append(clock_ms())
@@ -41,7 +52,10 @@ class Stopwatch:
         def after(*_: Any) -> None:
             self.now.setdefault(name, []).append(clock_ms() - started.pop())
 
-        return module.register_forward_pre_hook(before), module.register_forward_hook(after)
+        hooks = contextlib.ExitStack()
+        hooks.callback(module.register_forward_pre_hook(before).remove)
+        hooks.callback(module.register_forward_hook(after).remove)
+        return hooks.close
 
     def tick(self) -> None:
         """A denoising step is over."""
@@ -58,9 +72,9 @@ class Stopwatch:
         self.pictures.append(self.now)
 
     def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self.hooks:
-            hook.remove()
+        """The parts are called as before."""
+        for end in self._ends:
+            end()
 
     def rows(self, counts: Callable[[int], bool] = lambda picture: True) -> list[tuple[str, int, float, float, float]]:
         """(part, calls, mean, median, 99th percentile in ms) over the pictures that count, in the order they run."""

@@ -62,7 +62,9 @@ def all_parts(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def chosen(pipe: Any, parts: str | Iterable[str]) -> dict[str, torch.nn.Module]:
-    """Those that the user named: "denoisers", "auto" for all, or paths, also as one text with commas. Raises OptionError, and ModelError for no denoiser."""
+    """Those that the user named: "denoisers", "auto" for all, or paths, also as one text with commas.
+
+    Raises OptionError, and ModelError where there is no denoiser."""
     if parts == EVERY_TIMESTEP:
         return denoisers(pipe)
     found = all_parts(pipe)
