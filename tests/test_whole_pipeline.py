@@ -226,6 +226,24 @@ def test_a_callback_sees_every_step(pipe):
     assert seen == [(i, True) for i in range(STEPS)]
 
 
+def test_a_text_encoder_is_judged_on_its_first_prompts_and_calibrated_by_more_of_them_or_refused(pipe):
+    """One prompt tells little of the next: each is inside the bound, or it is its own."""
+    plain = sdtrt_backend.demo_pipeline().text_encoder
+    sdtrt_backend.accelerate(pipe, parts=["text_encoder"], **REFERENCE)
+    longest, said = pipe.tokenizer.model_max_length, []
+    for prompt in [*["", "cat"] * 2, *UNSEEN, *CALIBRATING, *UNSEEN, *CALIBRATING, *UNSEEN, *CALIBRATING]:
+        tokens = pipe.tokenizer([prompt], padding="max_length", max_length=longest, return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert compare(pipe.text_encoder(tokens)[0], plain(tokens)[0]) <= 0.005
+        report = sdtrt_backend.explain(pipe)
+        said.append((report.state, report.notes + report.fallbacks))
+    states = [state for state, _ in said]
+    assert states.index("ready") < 4
+    assert "calibrating" in states[4:]
+    assert any("few calls calibrated it" in sentence and "max_error is 0.005" in sentence for sentence in said[-1][1])
+    assert states[-1] == "ready" or "calls had calibrated it" in " ".join(said[-1][1])
+
+
 def tiny_autoencoder():
     from diffusers import AutoencoderTiny
 

@@ -131,8 +131,16 @@ class State:
         finally:
             self.lock.release()
 
-    def calibrate_again(self, why: str) -> None:
-        """The ranges are of other weights: those of the coming pictures take their place. The first of them has begun already."""
+    @property
+    def timeless(self) -> bool:
+        """Whether each of its calls is a picture, or a prompt, of its own."""
+        root = None if self.root is None else self.root()
+        return root is not None and self.recipe is not None and len(self.recipe.timesteps) == 1 and (
+            not names.takes_a_timestep(root))
+
+    def calibrate_again(self, why: str, more: int) -> None:
+        """The ranges are of other weights: those of the coming pictures take their place, ``more`` than at first. The first of
+        them has begun already."""
         if self.closed or not self.lock.acquire(blocking=False):
             return  # another thread does, or builds
         try:
@@ -141,7 +149,7 @@ class State:
                 unit.to_judge = 0
             self.memory.forget_all()
             self._begin()
-            self.runs, self.anew = self.options.calibration_runs + 1, True
+            self.runs, self.anew = self.options.calibration_runs + more, True
             self.place_weights()
             self.say(self.notes, f"{why}: the ranges are calibrated anew, by the coming pictures")
         finally:

@@ -48,8 +48,11 @@ BUILDING_ALONE = threading.RLock()
 RETRY = 8  # calls until a build that failed for want of memory or of a lock is tried again; doubled each time
 SIZES_HELD = 32  # steps of one graph: beyond that the one used longest ago is let go, and built again when it is needed
 # calls that are each compared with the module's own precision after values of 8-bit layers have changed: those of one picture,
-# where the recipe tells how many it has
+# where the recipe tells how many it has. The first of them as well where a module has no timestep: one call of a text encoder
+# says little of the next
 JUDGED = (8, 64)
+WHY = {False: "weights were changed after they were calibrated, and",
+       True: "few calls calibrated it, or weights were changed since, and"}  # whether it has no timestep -> why a call is off
 SETS_KNOWN = 256  # of LoRAs, of which a unit remembers what they change
 MANY_VALUES = 8  # of a Python number that is no size: each is a graph of its own, so more are no way to run
 
@@ -396,6 +399,7 @@ class Unit:
         changed = state.memory.stamps.changed(self.frozen.tensors)
         if changed:
             self.renew(changed)
+        anew = self.to_judge > 0 and not state.timeless  # ranges that do not fit are calibrated anew, and no layers left out
         adapters, adapt, captured = state.adapters, Request.adapt, self.plain
         if adapters is not None:
             if not adapters.hold(state, adapters.mine):
@@ -413,7 +417,7 @@ class Unit:
             try:
                 with weights.borrowed(self.constants), torch.cuda.device_of(self.constants[0]):
                     made = build(Request(captured, self.with_loras(args), state.recipe, state.options, state.memory,
-                                         budgeted=self.to_judge > 0, adapt=adapt))
+                                         budgeted=anew, adapt=adapt))
             finally:
                 self.building = False
             made = made.timed(cold_start_s=time.perf_counter() - start)
@@ -422,7 +426,7 @@ class Unit:
         if state.closed:
             return key
         key = self._bake(made.baked, key, args)
-        if self.to_judge and isinstance(made, Refused) and made.error is not None and made.error > made.bound:
+        if anew and isinstance(made, Refused) and made.error is not None and made.error > made.bound:
             self._calibrate_again(made.error, made.bound, args)
             return key
         self.results[key] = made
@@ -433,6 +437,8 @@ class Unit:
             state.memory.made[work] = made
             held = sum(t.numel() * t.element_size() for t in tensor_inputs(self.plain, args))
             self.variants[key] = Variant(made.step, captured, made, held)
+            if state.timeless:
+                self.to_judge = max(self.to_judge, JUDGED[0])
             if adapters is not None:
                 self.met.add(adapters.mine)
             if made.watch is not None:
@@ -584,9 +590,13 @@ class Unit:
         return f"{name} is {value}" + (f", which allows this piece of it {shared:.3g}" if shared < limit else "")
 
     def _calibrate_again(self, error: float, limit: float, args: Sequence[Any]) -> None:
-        self.state.calibrate_again("weights were changed after they were calibrated, and the 8-bit output differed by "
-                                   f"{error:.3f} from the full-precision output on the same input{self._at(args)}, "
-                                   f"{self._allowed(limit)}")
+        """Of a module without a timestep once: where more calls do not help, it is not for 8 bits."""
+        what = (f"the 8-bit output differed by {error:.3f} from the full-precision output on the same input{self._at(args)}, "
+                f"{self._allowed(limit)}")
+        if self.state.timeless and self.state.anew:
+            self.refuse(f"{what}, after {self.state.runs} calls had calibrated it")
+        else:
+            self.state.calibrate_again(f"{WHY[self.state.timeless]} {what}", JUDGED[0] if self.state.timeless else 1)
 
     def _at(self, args: Sequence[Any]) -> str:
         """The timestep of a call, for a sentence."""
