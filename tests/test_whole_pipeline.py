@@ -286,3 +286,47 @@ def test_other_autoencoders_are_right_or_refused(make, frames, given, pipe):
     assert report.state == "ready" or report.fallbacks
     if make is not tiny_autoencoder:
         assert volumes or report.fallbacks
+
+
+def test_a_budget_of_pictures_covers_the_decoder(pipe):
+    recipe = sdtrt_backend.calibrate(pipe, [*CALIBRATING, *UNSEEN], num_inference_steps=4, guidance_scale=5.0, progress=False,
+                                     parts=["unet", "vae.decoder"], options={"min_psnr": 50})
+    facts = recipe.provenance["min_psnr"]
+    assert facts["surely_db"] >= 50
+    parts = {part["name"]: part for part in facts["parts"]}
+    of_decoder = [part for name, part in parts.items() if name.startswith("vae.decoder.")]
+    assert of_decoder
+    assert all(part["error"] > 0 for part in of_decoder)  # of pictures: the latents have none of it
+    assert any(layer.keep or layer.second for layer in recipe.layers.values())
+
+
+def test_parts_of_other_precisions_and_two_pipelines_on_the_same_parts(pipe):
+    """A refiner after a base, as users write it: shared VAE and text encoder, the denoiser in bf16 and the VAE in fp32."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe.unet.to(torch.bfloat16)
+    refiner = StableDiffusionPipeline(**{**pipe.components, "unet": copy.deepcopy(pipe.unet)}, requires_safety_checker=False)
+    exact = [draw(one, UNSEEN[:1]) for one in (pipe, refiner)]
+    for one in (pipe, refiner):
+        sdtrt_backend.accelerate(one, parts=["unet", "vae.decoder"], max_error=0.3, **REFERENCE)
+    for _ in range(3):
+        mine = [draw(one, UNSEEN[:1]) for one in (pipe, refiner)]
+    for one, pictures, own in zip((pipe, refiner), mine, exact, strict=True):
+        report = sdtrt_backend.explain(one)
+        assert {name: piece.state for name, piece in report.pieces} == {"unet": "ready", "vae.decoder": "ready"}
+        assert psnr(pictures, own)[0] > 20
+    sdtrt_backend.restore(refiner)
+    assert sdtrt_backend.explain(pipe).state == "ready"  # its denoiser; the decoder was theirs together
+    assert pipe.vae.decoder._compiled_call_impl is None
+    sdtrt_backend.restore(pipe)
+    assert all(np.array_equal(draw(one, UNSEEN[:1]), own) for one, own in zip((pipe, refiner), exact, strict=True))
+
+
+def test_sequential_offload_of_all_parts_is_refused_with_the_way_out(pipe):
+    from accelerate import cpu_offload
+
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        cpu_offload(part, torch.device("cpu"))
+    with pytest.raises(sdtrt_backend.ModelError, match="enable_model_cpu_offload"):
+        sdtrt_backend.accelerate(pipe, parts="auto")
+    assert all(module._compiled_call_impl is None for module in all_parts(pipe).values())

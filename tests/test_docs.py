@@ -1,0 +1,51 @@
+"""README and docs: their links lead somewhere, their options are those that there are, their Python is Python."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from sdtrt_backend.options import Options
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = ("make ", "pip ", "sdtrt ", "python ", "out/", "tensorrt_rtx ", "  ")  # blocks that begin so are no Python
+
+
+def blocks(text):
+    """Indented ones, without their indentation."""
+    found = re.findall(r"(?:^\n(?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
+    return [re.sub(r"^    ", "", block, flags=re.MULTILINE).strip("\n") for block in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    assert not [link for link in links if not link.startswith("https://") and not (page.parent / link).exists()]
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    linked = set(re.findall(r"\]\(docs/([^)#\s]+)", (ROOT / "README.md").read_text()))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 6000
+
+
+def test_the_table_of_options_has_each_with_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| (\S.*?) \|", (ROOT / "docs" / "options.md").read_text(), re.MULTILINE)
+    fields = {name: field.default for name, field in Options.__dataclass_fields__.items() if name != "precision"}
+    assert dict(rows).keys() == fields.keys()
+    for name, shown in rows:
+        value = fields[name]
+        plain = ast.literal_eval(shown.strip("`")) if re.match(r"`?[\[\d]|`?(True|False)", shown) else shown.strip("`")
+        assert plain == ("none" if value is None else list(value) if isinstance(value, tuple) else value), name
+
+
+def test_python_is_python():
+    found = [block for page in PAGES for block in blocks(page.read_text()) if not block.startswith(COMMANDS)]
+    assert len(found) > 10
+    for block in found:
+        ast.parse(block)
