@@ -93,7 +93,7 @@ class Memory:
         """What steps that sleep read of the codes is on the CPU until ``wake``. Call it after their own ``sleep``."""
         with self.lock:
             self.pool = None
-            self.asleep = [one for k in {key(t) for t in self._tensors()} if (one := self.sleeping.get(k)) is not None]
+            self.asleep = [one for k in {key(t) for t in self.tensors()} if (one := self.sleeping.get(k)) is not None]
             for one in self.asleep:  # a build that was refused may have left them awake
                 one.sleep()
 
@@ -108,7 +108,7 @@ class Memory:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """While the context is open the codes may be written: after the step that runs, and before the next one."""
-        device = next((t.device for t in self._tensors() if t.is_cuda), None)
+        device = next((t.device for t in self.tensors() if t.is_cuda), None)
         with self.lock, torch.cuda.device(-1 if device is None else device):
             if device is not None and self.last is not None:
                 torch.cuda.current_stream().wait_event(self.last)
@@ -116,7 +116,7 @@ class Memory:
             if device is not None:
                 self.last = torch.cuda.current_stream().record_event()
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[torch.Tensor]:
         """What steps read of the module's weights, in forms of our own."""
         for coded in self.codes.values():
             for pair in coded.tensors:
@@ -128,7 +128,7 @@ class Memory:
         """Codes and merged weights of weights with such ids, which may be given again. Those that a step goes on with stay."""
         self.codes = {k: coded for k, coded in self.codes.items() if not any(map(gone, k[0]))}
         self.merged = {k: one for k, one in self.merged.items() if not gone(k[0])}
-        left = {key(t) for t in self._tensors()}
+        left = {key(t) for t in self.tensors()}
         self.asleep = [one for one in self.asleep if int(one.storage._cdata) in left]
 
     def send_away(self, tensors: Sequence[torch.Tensor], in_use: set[int]) -> list[Asleep]:

@@ -80,7 +80,8 @@ def of_parts(reports: Mapping[str, Report], first: str, every_timestep: Callable
     step = _timings([piece for piece in found.pieces if every_timestep(piece[0])]) if found.pieces else {}
     timings = {key: value for key, value in found.timings.items() if key.endswith("_s")} | {
         key: value for key, value in step.items() if not key.endswith("_s")}
-    return replace(found, state=waiting[0] if waiting else found.state, timings=timings,
+    memory = {part: of for part, report in reports.items() for of in report.memory.values()}
+    return replace(found, state=waiting[0] if waiting else found.state, timings=timings, memory=memory,
                    provenance=next(iter(reports.values())).provenance)
 
 

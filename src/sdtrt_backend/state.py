@@ -212,6 +212,22 @@ class State:
         return all(state is self or id(weight) not in {k for unit in state.units for k in unit.reads()}
                    for state in _of_parameter(weight))
 
+    def bytes_held(self) -> dict[str, int]:
+        """Kind -> bytes of memory that is this module's; see ``Report``."""
+        steps = [step for unit in self.units for made in unit.results.values()
+                 if isinstance(step := getattr(made, "step", None), Graphed)]
+        kinds = {"weights": [p for p in self.covered() if not weights.away(p)],
+                 "in host memory": [p for p in self.covered() if weights.away(p)],
+                 "codes": list(self.memory.tensors()),
+                 "steps": [t for step in steps for t in (*step.constants, *step.inputs)]}
+        held, seen = dict.fromkeys(kinds, 0), set[int]()
+        for kind, tensors in kinds.items():
+            for t in tensors:
+                if weights.key(t) not in seen:
+                    seen.add(weights.key(t))
+                    held[kind] += t.untyped_storage().nbytes()
+        return {kind: count for kind, count in held.items() if count}
+
     def keep_weights(self) -> None:
         """From now on they stay on their device: code that no state knows of reads them at every call."""
         self.needs_weights = True
@@ -294,7 +310,9 @@ class State:
         found = merged([r for r, _ in pieces], [n for _, n in pieces]) if pieces else Report(status)
         if pieces and len({u.frame for u in self.units}) + len({u.ids for u in self.units}) > 2:
             found = self._with_the_rest(found, wanted)
-        return replace(found, state=status, fallbacks=tuple(self.fallbacks), notes=(*self.notes, *self._of_loras(), *found.notes),
+        memory = {"": self.bytes_held()} if pieces else {}
+        notes = (*self.notes, *self._of_loras(), *found.notes)
+        return replace(found, state=status, memory=memory, fallbacks=tuple(self.fallbacks), notes=notes,
                        provenance=dict(self.recipe.provenance) if self.recipe else {}, watched=self.drift.watched())
 
     def _of_loras(self) -> Iterator[str]:

@@ -34,6 +34,8 @@ def render_text(report: Report) -> str:
         lines.append(f"relative error of the first 8-bit output{largest}: {report.error:.4f}")
     lines += _share(report)
     lines += [f"{name}: {value:.2f}" for name, value in report.timings.items()]
+    lines += [f"memory{f' of {part}' if part else ''}: " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in of.items())
+              for part, of in report.memory.items()]
     if report.watched is not None:
         lines.append(str(report.watched))
     lines += _graphs(report)

@@ -169,6 +169,8 @@ class Report:
     timings: by name; what ends in ``_ms`` is of one call, what ends in ``_s`` was spent once, the rest are counts. error: of the
     first 8-bit output, relative to the user's precision. quantized_flops_share: of ``work``, 0..1, what runs in 8 bits. flops:
     2 * MAC of every operation with a weight in one call, 0 where it is not known. sizes: of the inputs it was built for.
+    memory: part of the pipeline, "" of a module alone -> what holds it -> bytes: its "weights" on their device, those "in host
+    memory", their 8-bit "codes" with scales, and what "steps" hold besides for their CUDA graphs.
     pieces: (name, report) of each graph that ``report.merged`` made this one of.
     """
 
@@ -184,6 +186,7 @@ class Report:
     flops: int = 0
     sizes: str = ""
     pieces: tuple[tuple[str, Report], ...] = ()
+    memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def work(self) -> int:
