@@ -81,6 +81,8 @@ def test_a_part_that_is_not_there_is_refused_and_nothing_has_changed(pipe, parts
         sdtrt_backend.accelerate(pipe, parts=parts)
     with pytest.raises(OptionError, match="text_encoder; got"):
         sdtrt_backend.calibrate(pipe, CALIBRATING, parts=parts)
+    with pytest.raises(OptionError, match="of this UNet2DConditionModel, which are none but itself; got"):
+        sdtrt_backend.accelerate(pipe.unet, parts=parts)
     assert all(module._compiled_call_impl is None for module in all_parts(pipe).values())
 
 

@@ -26,7 +26,7 @@ class OptionError(SdtrtError):
     @classmethod
     def no_part(cls, given: object, kind: str, all_of: Iterable[str], valid: Iterable[str]) -> OptionError:
         return cls(f"parts expects {' or '.join(map(repr, all_of))}, or a list of parts of this {kind}, which are "
-                   f"{', '.join(valid)}; got {given!r}")
+                   f"{', '.join(filter(None, valid)) or 'none but itself'}; got {given!r}")
 
     @classmethod
     def no_backend(cls, given: object, valid: Iterable[str]) -> OptionError:

@@ -30,10 +30,10 @@ class Stopwatch:
         self.pictures: list[dict[str, list[float]]] = []
         self.now: dict[str, list[float]] = {}
         self.ends: list[float] = []
-        self._ends = [self._time(name, module) for name, module in parts.items()]
+        self._undo = [self._time(name, module) for name, module in parts.items()]
 
     def _time(self, name: str, module: torch.nn.Module) -> Callable[[], object]:
-        """Returns what ends it."""
+        """Returns what undoes it."""
         compiled, started = module._compiled_call_impl, list[float]()
         if compiled is not None:  # hooks would be a part of it
 
@@ -73,8 +73,8 @@ class Stopwatch:
 
     def close(self) -> None:
         """The parts are called as before."""
-        for end in self._ends:
-            end()
+        for undo in self._undo:
+            undo()
 
     def rows(self, counts: Callable[[int], bool] = lambda picture: True) -> list[tuple[str, int, float, float, float]]:
         """(part, calls, mean, median, 99th percentile in ms) over the pictures that count, in the order they run."""

@@ -61,13 +61,18 @@ def all_parts(pipe: Any) -> dict[str, torch.nn.Module]:
     return {path: module for path, module in found.items() if once[id(module)] == path}
 
 
+def everything(what: Any) -> dict[str, torch.nn.Module]:
+    """Of a pipeline all parts, of a module itself, without a path."""
+    return {"": unwrapped(what)} if isinstance(what, torch.nn.Module) else all_parts(what)
+
+
 def chosen(pipe: Any, parts: str | Iterable[str]) -> dict[str, torch.nn.Module]:
     """Those that the user named: "denoisers", "auto" for all, or paths, also as one text with commas.
 
     Raises OptionError, and ModelError where there is no denoiser."""
     if parts == EVERY_TIMESTEP:
-        return denoisers(pipe)
-    found = all_parts(pipe)
+        return everything(pipe) if isinstance(pipe, torch.nn.Module) else denoisers(pipe)
+    found = everything(pipe)
     if parts == ALL:
         return found
     wanted = parts.split(",") if isinstance(parts, str) else list(parts) if isinstance(parts, Iterable) else [parts]

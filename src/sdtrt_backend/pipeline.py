@@ -22,7 +22,7 @@ from .adapters import forget_adapters
 from .backend import check_made_for
 from .errors import ModelError, OptionError
 from .options import Options
-from .parts import EVERY_TIMESTEP, all_parts, chosen, defaults, denoisers, every_timestep, unwrapped
+from .parts import EVERY_TIMESTEP, chosen, defaults, denoisers, every_timestep, everything
 from .recipe import Recipe
 from .report import of_parts
 from .state import forget, report, states
@@ -64,7 +64,7 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     parsed = Options.parse(options)
     loaded = recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_made_for(parsed, loaded)
-    modules = modules_of(pipe) if isinstance(pipe, torch.nn.Module) else chosen(pipe, parts)
+    modules = chosen(pipe, parts)
     for module in modules.values():
         if any(p.is_meta for p in module.parameters()):
             raise ModelError.offloaded(module) if names.offloads(module) else ModelError.on_meta(type(module).__name__)
@@ -119,7 +119,7 @@ def _kept(recipe: Recipe) -> Path:
 def restore(pipe: Any) -> Any:
     """Undo ``accelerate``: the denoiser runs its own forward again, with its weights to the bit, and so does what else was
     accelerated; LoRAs of ``load_lora`` are forgotten. Returns the pipeline. Waits for a build in another thread."""
-    for module in _everything_of(pipe).values():
+    for module in everything(pipe).values():
         forget(module)
         forget_adapters(module)
         _restore(module)
@@ -166,7 +166,7 @@ def explain(module_or_pipe: Any) -> Report:
 
     Raises ModelError when ``sd_int8`` has not seen it yet.
     """
-    found = {name: of for name, module in _everything_of(module_or_pipe).items() if (of := report(module)) is not None}
+    found = {name: of for name, module in everything(module_or_pipe).items() if (of := report(module)) is not None}
     if not found:
         raise ModelError.not_compiled(module_or_pipe)
     whole = of_parts(found, next(iter(modules_of(module_or_pipe))), every_timestep)
@@ -221,9 +221,4 @@ def _quiet() -> Iterator[None]:
 
 def modules_of(what: Any) -> dict[str, torch.nn.Module]:
     """Name -> what to compile, unwrapped: the parts of a pipeline, its denoiser first, or the module itself."""
-    return {"": unwrapped(what)} if isinstance(what, torch.nn.Module) else denoisers(what)
-
-
-def _everything_of(what: Any) -> dict[str, torch.nn.Module]:
-    """With what a pipeline calls once for a picture."""
-    return modules_of(what) if isinstance(what, torch.nn.Module) else all_parts(what)
+    return chosen(what, EVERY_TIMESTEP)
