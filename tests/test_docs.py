@@ -1,11 +1,15 @@
 """README and docs: their links lead somewhere, their options are those that there are, their Python is Python."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from test_small_pipelines import sdxl
 
+import sdtrt_backend
 from sdtrt_backend.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,3 +53,22 @@ def test_python_is_python():
     assert len(found) >= 10
     for block in found:
         ast.parse(block)
+
+
+def test_the_first_program_of_the_readme_runs(monkeypatch, tmp_path, capsys):
+    """Word for word, but with a small random SDXL on the CPU, few steps, and the lowering that needs no compiler."""
+    from diffusers import StableDiffusionXLPipeline
+
+    torch._dynamo.reset()
+    (program,) = [block for block in blocks((ROOT / "README.md").read_text()) if "from_pretrained" in block]
+    pipe = sdxl()
+    given = []
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", lambda name, dtype: given.append((name, dtype)) or pipe)
+    monkeypatch.setattr(StableDiffusionXLPipeline, "to", lambda self, device: given.append(device))
+    monkeypatch.setattr(sdtrt_backend, "accelerate", functools.partial(sdtrt_backend.accelerate, engine="reference"))
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace("pipe(prompt)", "pipe(prompt, num_inference_steps=3)"), {})
+    assert given == [("stabilityai/stable-diffusion-xl-base-1.0", torch.float16), "cuda"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a lighthouse.png", "a red bicycle.png", "a bowl of soup.png"}
+    assert "state: ready" in capsys.readouterr().out
+    sdtrt_backend.restore(pipe)

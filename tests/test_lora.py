@@ -588,3 +588,35 @@ def test_a_pipeline_that_reads_no_loras():
 def test_an_unknown_policy_lists_the_valid_ones():
     with pytest.raises(OptionError, match=r"lora_policy.*calibrate, own"):
         sdtrt_backend.Options.parse({"lora_policy": "never"})
+
+
+def test_a_layer_that_the_user_compiles_after_a_lora_was_loaded_stays_compiled():
+    torch._dynamo.reset()
+    pipe = sdtrt_backend.accelerate(SmallPipeline(small_unet()), engine="reference")
+    pipe.draw()
+    sdtrt_backend.load_lora(pipe.unet, lora(pipe.unet, ATTENTION, 1), "a")
+    theirs = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    assert theirs._compiled_call_impl is not None  # by load_lora
+    theirs.compile(backend="eager")
+    compiled = theirs._compiled_call_impl
+    sdtrt_backend.restore(pipe)
+    assert theirs._compiled_call_impl is compiled
+    assert not [path for path, m in pipe.unet.named_modules() if m._compiled_call_impl is not None and m is not theirs]
+
+
+def test_a_gpu_without_room_for_a_lora_gets_it_when_it_is_switched_to(monkeypatch):
+    torch._dynamo.reset()
+    plain = small_unet()
+    pipe = sdtrt_backend.accelerate(SmallPipeline(copy.deepcopy(plain)), engine="reference")
+    for _ in range(3):
+        pipe.draw()
+    factors = lora(plain, ATTENTION, 1, strength=0.8)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapters.Adapters, "_factors", full)
+        sdtrt_backend.load_lora(pipe.unet, factors, "a")
+    sdtrt_backend.set_loras(pipe.unet, {"a": 1.0})
+    assert compare(pipe.draw(), own(merged(plain, [(factors, 1.0)]))) < BOUND

@@ -23,7 +23,7 @@ import torch
 from .graphs import Graphed, Memory
 from .measure import Stopwatch
 from .merge import Factors, Merged, added, renew, write
-from .names import step_into
+from .names import step_into, step_out
 from .quantize import Coded
 from .timesteps import timestep_value
 
@@ -102,7 +102,7 @@ class Adapters:
         for ending in self.endings:
             ending()
         for layer in self.stepped_in:
-            layer._compiled_call_impl = None
+            step_out(layer)
 
     def load(self, name: str, factors: Mapping[str, Factors]) -> None:
         """Under ``name``, in place of what it named before."""
@@ -203,7 +203,8 @@ class Adapters:
         """To the GPUs that have 8-bit steps, so that the first switch to it finds it there."""
         units = [unit for state in self.states if not state.slept for unit in state.units if unit.results]
         for device in {unit.constants[0].device for unit in units}:
-            self._factors(name, self.numbers[name], device, self.wanted)
+            with contextlib.suppress(torch.OutOfMemoryError):  # there may be room when it is switched to
+                self._factors(name, self.numbers[name], device, self.wanted)
 
     # --- pictures
 

@@ -89,6 +89,12 @@ def step_into(module: torch.nn.Module) -> None:
     module._compiled_call_impl = MethodType(_through, module)
 
 
+def step_out(module: torch.nn.Module) -> None:
+    """As before ``step_into``; what the user compiled since is left."""
+    if getattr(module._compiled_call_impl, "__func__", None) is _through:
+        module._compiled_call_impl = None
+
+
 def runs_compiled(module: torch.nn.Module) -> bool:
     """Whether this call of the module is one that Dynamo compiles as a whole."""
     frame = sys._getframe(1)

@@ -186,7 +186,7 @@ class State:
 
     def step_out(self) -> None:
         for module in self.stepped_in:
-            module._compiled_call_impl = None
+            names.step_out(module)
         self.stepped_in = []
 
     # --- weights
