@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import test_small_pipelines
 import torch
 
 import sdtrt_backend
@@ -350,3 +351,25 @@ def test_the_report_tells_the_memory_of_each_part(pipe):
         assert held["weights"] == size
         assert 0.2 * size < held["codes"] < 0.4 * size  # a byte for four, and scales
         assert f"memory of {name}: weights {size / 1e6:.1f} MB, codes {held['codes'] / 1e6:.1f} MB" in str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "flux", "sd3"])
+def test_all_parts_of_other_families(family):
+    """With two text encoders, one of them T5: each part is ready or says why not, and pictures are what they were."""
+    torch._dynamo.reset()
+    pipe = getattr(test_small_pipelines, family)()
+    pipe.set_progress_bar_config(disable=True)
+    fixed = {"height": 64, "width": 64, "num_inference_steps": 4}
+    exact = [draw(pipe, [prompt], **fixed) for prompt in UNSEEN]
+    sdtrt_backend.accelerate(pipe, parts="auto", **REFERENCE)
+    mine = [draw(pipe, [prompt], **fixed) for prompt in UNSEEN]
+    report = sdtrt_backend.explain(pipe)
+    states = {name: piece.state for name, piece in report.pieces}
+    assert set(states) >= {next(iter(denoisers(pipe))), "vae.decoder"}
+    assert any(name.startswith("text_encoder") for name in states)
+    for name, state in states.items():
+        assert state == "ready" or (name.startswith("text_encoder") and any(f.startswith(name) for f in report.fallbacks)), name
+    assert min(psnr(mine[-1], exact[-1])) > 25
+    sdtrt_backend.restore(pipe)
+    assert np.array_equal(draw(pipe, UNSEEN[:1], **fixed), exact[0])
