@@ -55,6 +55,7 @@ def test_python_is_python():
         ast.parse(block)
 
 
+@pytest.mark.slow
 def test_the_first_program_of_the_readme_runs(monkeypatch, tmp_path, capsys):
     """Word for word, but with a small random SDXL on the CPU, few steps, and the lowering that needs no compiler."""
     from diffusers import StableDiffusionXLPipeline

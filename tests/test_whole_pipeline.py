@@ -116,6 +116,7 @@ def test_pictures_of_all_parts_are_as_good_as_those_of_the_denoiser_alone(pipe, 
     assert "vae.decoder: ready" in str(whole)
 
 
+@pytest.mark.slow
 def test_milliseconds_of_the_report_are_those_of_a_timestep(pipe):
     sdtrt_backend.accelerate(pipe, parts=["unet", "vae.decoder"], **{**REFERENCE, "engine": "auto", "exclude": ("*",)})
     draw(pipe, CALIBRATING[:1])
@@ -123,6 +124,7 @@ def test_milliseconds_of_the_report_are_those_of_a_timestep(pipe):
     assert all(not key.endswith("_ms") or key in dict(report.pieces)["unet"].timings for key in report.timings)
 
 
+@pytest.mark.slow
 def test_a_decoder_calibrates_itself_and_its_first_pictures_are_its_own_to_the_bit(pipe):
     exact = [draw(pipe, [prompt]) for prompt in UNSEEN[:3]]
     sdtrt_backend.accelerate(pipe, parts=["vae.decoder"], engine="reference")
@@ -141,6 +143,7 @@ def test_what_the_bound_of_a_picture_does_not_allow_stays_and_says_so(pipe, targ
     assert report.state == "ready"
 
 
+@pytest.mark.slow
 def test_tiles_have_no_seams_beyond_those_of_full_precision(pipe):
     pipe.vae.enable_tiling()
     pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 32, 16
@@ -162,6 +165,7 @@ def test_slices_and_batches(pipe):
     assert sdtrt_backend.explain(pipe).state == "ready"
 
 
+@pytest.mark.slow
 def test_latents_go_in_and_out_and_every_type_of_output(pipe):
     given = latents(1)
     expected = draw(pipe, UNSEEN[:1], latents=given.clone())
@@ -196,6 +200,7 @@ def test_a_decoder_that_is_cast_to_fp32_for_each_picture_is_built_once_or_twice(
     assert sdtrt_backend.explain(pipe).state == "ready"
 
 
+@pytest.mark.slow
 def test_the_encoder_of_pictures_on_the_same_parts(pipe):
     """img2img by ``from_pipe``: what was accelerated there is accelerated here."""
     from diffusers import StableDiffusionImg2ImgPipeline
@@ -271,8 +276,8 @@ def causal_autoencoder():
 
 
 @pytest.mark.parametrize(("make", "frames", "given"), [
-    (tiny_autoencoder, 0, {}), (video_autoencoder, 0, {"num_frames": 2}), (causal_autoencoder, 3, {})],
-    ids=["tiny", "temporal", "causal"])
+    pytest.param(tiny_autoencoder, 0, {}, id="tiny"), pytest.param(video_autoencoder, 0, {"num_frames": 2}, id="temporal"),
+    pytest.param(causal_autoencoder, 3, {}, id="causal", marks=pytest.mark.slow)])
 def test_other_autoencoders_are_right_or_refused(make, frames, given, pipe):
     torch.manual_seed(0)
     pipe.vae = vae = make().eval().requires_grad_(False)
@@ -339,6 +344,7 @@ def test_sequential_offload_of_all_parts_is_refused_with_the_way_out(pipe):
     assert all(module._compiled_call_impl is None for module in all_parts(pipe).values())
 
 
+@pytest.mark.slow
 def test_the_report_tells_the_memory_of_each_part(pipe):
     sdtrt_backend.accelerate(pipe, parts=["unet", "vae.decoder"], **REFERENCE)
     for _ in range(2):
