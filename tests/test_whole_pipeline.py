@@ -379,3 +379,30 @@ def test_all_parts_of_other_families(family):
     assert min(psnr(mine[-1], exact[-1])) > 25
     sdtrt_backend.restore(pipe)
     assert np.array_equal(draw(pipe, UNSEEN[:1], **fixed), exact[0])
+
+
+def test_a_part_that_was_not_called_or_has_nothing_for_8_bits_is_named(pipe):
+    pipe.vae.encoder = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 1))
+    sdtrt_backend.accelerate(pipe, parts="auto", **REFERENCE)
+    for seed in range(3):
+        decoded(pipe.vae, latents(seed))
+    notes = sdtrt_backend.explain(pipe).notes
+    nothing = "has no linear and no 2D convolution, so that it runs compiled in its own precision"
+    assert f"vae.encoder, a Sequential, {nothing}" in notes
+    assert {"unet, a UNet2DConditionModel, was not called yet", "text_encoder, a CLIPTextModel, was not called yet"} <= set(notes)
+
+
+def test_a_text_encoder_that_torchao_has_quantised_stays_and_says_so(pipe):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(pipe.text_encoder, Int8WeightOnlyConfig())
+    tokens = torch.arange(2 * 32).view(2, 32)
+    with torch.no_grad():
+        exact = pipe.text_encoder(tokens)[0]
+        sdtrt_backend.accelerate(pipe, parts=["text_encoder"], **REFERENCE)
+        for _ in range(4):
+            assert compare(pipe.text_encoder(tokens)[0], exact) < 1e-5
+    report = sdtrt_backend.explain(pipe)
+    assert report.state == "refused"
+    assert any("quantised already (Int8Tensor)" in said for said in report.fallbacks)
+    sdtrt_backend.restore(pipe)

@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .timesteps import TIMESTEP_NAMES
 
@@ -119,9 +120,14 @@ def call_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
 
 
 def unfit(root: torch.nn.Module | None) -> str | None:
-    """Why no 8-bit copy of this module's weights can stay in use: they are other tensors, or in another dtype, at each call."""
+    """Why no 8-bit copy of this module's weights can be made or stay in use: they are quantised already, other tensors, or in
+    another dtype, at each call."""
     if root is None:
         return None
+    theirs = {type(p).__name__ for p in root.parameters() if is_traceable_wrapper_subclass(p)}
+    if theirs:
+        return (f"weights of the module are quantised already ({', '.join(sorted(theirs))}): compile it without this backend, or "
+                "load it in its own precision")
     if offloads(root):
         return ("the module is under sequential CPU offload, which loads its weights piece by piece for each call, so no 8-bit "
                 "copy of them can stay in use: use enable_model_cpu_offload, which moves the module as a whole")

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -25,6 +25,7 @@ from .options import Options
 from .parts import EVERY_TIMESTEP, chosen, defaults, denoisers, every_timestep, everything
 from .recipe import Recipe
 from .report import of_parts
+from .rules import layers_of
 from .state import forget, report, states
 from .step import fingerprints
 from .store import cache_folder
@@ -170,7 +171,16 @@ def explain(module_or_pipe: Any) -> Report:
     if not found:
         raise ModelError.not_compiled(module_or_pipe)
     whole = of_parts(found, next(iter(modules_of(module_or_pipe))), every_timestep)
-    return replace(whole, notes=(*whole.notes, *_called_once(module_or_pipe)))
+    return replace(whole, notes=(*whole.notes, *_called_once(module_or_pipe), *_without_report(module_or_pipe, found)))
+
+
+def _without_report(pipe: Any, found: Container[str]) -> Iterator[str]:
+    """A sentence for each part that was accelerated and has none."""
+    for name, module in everything(pipe).items():
+        if name and name not in found and module in _WATCHED:
+            why = ("was not called yet" if next(layers_of(module), None) else
+                   "has no linear and no 2D convolution, so that it runs compiled in its own precision")
+            yield f"{name}, a {type(module).__name__}, {why}"
 
 
 def _called_once(pipe: Any) -> Iterator[str]:
