@@ -131,7 +131,7 @@ def arguments(name: str, tiny: bool) -> dict[str, Any]:
 
 # columns
 
-def prepare(column: str, pipe: Any, precision: str, recipe: str | None) -> None:
+def prepare(column: str, pipe: Any, precision: str, recipe: Any) -> None:
     torch._dynamo.reset()
     if column == "compile":
         for module in all_parts(pipe).values():
@@ -147,7 +147,7 @@ def undo(pipe: Any) -> None:
         module._compiled_call_impl = None
 
 
-def measured(column: str, pipe: Any, draw: Callable[..., Any], batch: int, precision: str, recipe: str | None) -> dict[str, Any]:
+def measured(column: str, pipe: Any, draw: Callable[..., Any], batch: int, precision: str, recipe: Any) -> dict[str, Any]:
     start = time.perf_counter()
     prepare(column, pipe, precision, recipe)
     for _ in range(WARM):
@@ -216,8 +216,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
     recipe = None
     if given.model == "emoji":
-        made = sdtrt_backend.calibrate(pipe, lines[:CALIBRATING], seed=10_000, parts="auto", progress=False, **fixed)
-        recipe = str(made.save(given.out.parent / "recipe"))
+        recipe = sdtrt_backend.calibrate(pipe, lines[:CALIBRATING], seed=10_000, parts="auto", progress=False, **fixed)
     exact, rows = None, []
     for column in given.columns.split(","):
         if gpu.DEVICE.type == "cuda":

@@ -86,6 +86,9 @@ class Turns:
 
     @contextlib.contextmanager
     def mine(self, phase: str) -> Iterator[None]:
+        if len(self.ways) == 1:
+            yield
+            return
         (self.folder / f"{phase}-{self.way}").touch()
         self.wait(phase, self.ways)
         with open(self.folder / "turn", "w") as file:
