@@ -17,7 +17,8 @@ calls them); eager is timed without a graph as well. ``eager`` and ``compile`` a
 process of our columns and in turn with them. The other columns run before, each alone in a process of its own, which is
 killed when preparing and the first call take longer than ``--limit`` seconds; nothing else uses the GPU meanwhile. With
 ``--side-by-side`` those columns and ``compile`` make their first calls at the same time, which then say little ("&"), and take
-turns where steps are timed; the first calls of our columns come after all of them.
+turns where steps are timed; the first calls of our columns come after all of them. Runs of two models share a GPU that way when
+both are given the same ``--turns``.
 
 What the columns of the table mean:
 step        median over ``--rounds`` of the mean of CALLS back-to-back calls, CUDA events, after one call that fills the queue;
@@ -58,8 +59,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -451,46 +452,52 @@ def measure(run: Run, columns: list[str], work: Path) -> None:
             others.append(in_its_own_process(run, column, work))
             if not given.side_by_side:
                 others[-1].join()
+    together = [c for c in columns if c not in ALONE]
+    first_of_ours = next((c for c in together if c in OURS), None)
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], Any]] = {}
-    together = [c for c in columns if c not in ALONE]
-    started: dict[str, dict[str, Any]] = {}
-    for column in together:
-        if column in OURS:
-            for other in others:
-                other.join()
-        if column in OURS and not (given.no_warm or given.profile):
-            started[column] = cold_start(run, column, work)
-        if "error" in started.get(column, {}):
-            run.write(column, started[column])
-            continue
-        use_caches(work / "caches" / column, fresh=column not in started)
-        try:
-            before = memory()
-            if column not in OURS:  # they share the module, so it counts for each
-                before = before[0] - size, before[1] - size
-            mine = copy.deepcopy(module) if column in OURS else module
-            row, timed = start_column(column, mine, kwargs, exact, recipe, given.weights, before)
-            if others and given.side_by_side and column not in OURS:
-                row["side_by_side"] = True
-            if column in started:
-                row |= {"cold_s": started[column]["cold_s"], "warm_s": row["cold_s"]}
-            rows[column] = row
-            steps |= timed
-        except Exception as error:
-            run.write(column, {"error": first_line(error)})
-            continue
-        if not (given.profile or any(other.is_alive() for other in others)):
-            time_in_turn(run, rows, steps, ROUNDS_SO_FAR)  # a run that is stopped has its columns so far
-            print(f"{column}: {row['step_ms']:.2f} ms", flush=True)
-    if given.profile:
+    with ExitStack() as to_the_end:
         for column in together:
-            if column in steps and column in given.columns.split(","):
-                profile(run, column, steps[column])
+            if column == first_of_ours:
+                to_the_end.enter_context(its_turn(run, work, others))
+            start_together(run, column, module, size, kwargs, exact, recipe, work, bool(others), rows, steps)
+            if column in steps and not (given.profile or any(other.is_alive() for other in others)):
+                time_in_turn(run, rows, steps, ROUNDS_SO_FAR)  # a run that is stopped has its columns so far
+                print(f"{column}: {rows[column]['step_ms']:.2f} ms", flush=True)
+        if given.profile:
+            for column in together:
+                if column in steps and column in given.columns.split(","):
+                    profile(run, column, steps[column])
+            return
+        if first_of_ours is None:
+            to_the_end.enter_context(its_turn(run, work, others))
+        time_in_turn(run, rows, steps, given.rounds)
+
+
+def start_together(run: Run, column: str, module: torch.nn.Module, size: int, kwargs: dict[str, Any], exact: torch.Tensor,
+                   recipe: str, work: Path, beside_others: bool, rows: dict[str, dict[str, Any]],
+                   steps: dict[str, Callable[[], Any]]) -> None:
+    """The first call of a column of this process; its row and steps, or the error as its row."""
+    given, cold_row = run.given, dict[str, Any]()
+    if column in OURS and column in given.warm.split(",") and not given.profile:
+        cold_row = cold_start(run, column, work)
+        if "error" in cold_row:
+            run.write(column, cold_row)
+            return
+    use_caches(work / "caches" / column, fresh=not cold_row)
+    try:
+        before = memory()
+        if column not in OURS:  # they share the module, so it counts for each
+            before = before[0] - size, before[1] - size
+        mine = copy.deepcopy(module) if column in OURS else module
+        row, timed = start_column(column, mine, kwargs, exact, recipe, given.weights, before)
+    except Exception as error:
+        run.write(column, {"error": first_line(error)})
         return
-    for other in others:
-        other.join()
-    time_in_turn(run, rows, steps, given.rounds)
+    if beside_others and given.side_by_side and column not in OURS:
+        row["side_by_side"] = True
+    rows[column] = row | ({"cold_s": cold_row["cold_s"], "warm_s": row["cold_s"]} if cold_row else {})
+    steps |= timed
 
 
 def time_in_turn(run: Run, rows: dict[str, dict[str, Any]], steps: dict[str, Callable[[], Any]], rounds: int) -> None:
@@ -534,7 +541,8 @@ def again(run: Run, column: str) -> list[str]:
     given = run.given
     return [sys.executable, __file__, "--model", given.model, "--batch", str(given.batch), "--columns", column, "--out",
             str(given.out), "--rounds", str(given.rounds), "--stamp", run.stamp, "--weights", given.weights,
-            *["--tiny"] * given.tiny, *["--side-by-side"] * given.side_by_side,
+            *(["--turns", str(given.turns)] if given.turns else []), *["--tiny"] * given.tiny,
+            *["--side-by-side"] * given.side_by_side,
             *["--profile"] * given.profile, *["--cudnn-benchmark"] * given.cudnn_benchmark]
 
 
@@ -572,9 +580,11 @@ def marks(column: str, work: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def turn(work: Path) -> Iterator[None]:
-    """One process at a time."""
-    with open(work / "turn", "w") as file:
+def its_turn(run: Run, work: Path, others: Iterable[threading.Thread] = ()) -> Iterator[None]:
+    """After these have ended. One process at a time, of this run, and of all that were given the same folder."""
+    for other in others:
+        other.join()
+    with open((run.given.turns or work) / "turn", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -598,7 +608,7 @@ def alone(run: Run, column: str, work: Path) -> None:
         row |= {"side_by_side": True} if given.side_by_side else {}
         if column == "torchao-fp8" and given.model in UNET:
             row["note"] = "; ".join(filter(None, ("bf16", row.get("note"))))
-        with turn(work):
+        with its_turn(run, work):
             if given.profile:
                 profile(run, column, steps[column])
             else:
@@ -718,9 +728,10 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--limit", type=float, default=300, help="seconds that a column in its own process may compile")
     parser.add_argument("--weights", choices=("keep", "release"), default="release", help="option of the sd_ columns")
-    parser.add_argument("--no-warm", action="store_true", help="one first call of our columns, the cold one")
+    parser.add_argument("--warm", default=",".join(OURS), metavar="COLUMNS", help="of ours, whose first call is also made warm")
     parser.add_argument("--no-baselines", action="store_true", help="only the columns named; ratios are to another run's")
     parser.add_argument("--side-by-side", action="store_true", help="first calls of the other columns at the same time")
+    parser.add_argument("--turns", type=Path, help="a folder: runs on one GPU take turns to build our columns and to time steps")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN chooses 16-bit convolutions by measuring")
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel of the columns named, no times of steps")
     parser.add_argument("--table", action="store_true", help="print the table of --out, run nothing")
