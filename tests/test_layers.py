@@ -18,7 +18,7 @@ LAYERS = {
     "words": ["errors", "text", "values", "provenance", "metrics", "stats", "timesteps"],
     "files": ["files", "store", "enginecache"],
     "tables": ["roles", "rules", "options", "modelopt", "recipe", "report"],
-    "memory": ["weights", "constants", "graphs"],
+    "memory": ["weights", "buffers", "constants", "graphs"],
     "arithmetic": ["ops", "emulate", "measure", "latency"],
     "program": ["names", "identity", "calls", "fx", "scalars", "work", "capture", "regions"],
     "kernels": ["kernels.problem", "kernels.timing", "kernels.measurements", "kernels.cudnn", "kernels.cublaslt",

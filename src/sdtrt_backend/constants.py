@@ -10,7 +10,7 @@ import ctypes
 import math
 import operator
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,25 +65,45 @@ class Constants:
     does that is swapped, is noticed by the next look, and what changes one after as many looks as there are parts.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], now: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
         self.tensors = tuple(tensors)
-        self.counted = [p for p in self.tensors if not p.is_inference()]  # those cannot be written, and count nothing
-        self.version = self._version()
+        self.count(now)
         self.every = max(1, min(EVERY, len(self.tensors) // CHECKED))
         count = min(PARTS, math.ceil(len(self.tensors) / (CHECKED * self.every)))
         mixed = random.Random(0).sample(self.tensors, len(self.tensors))  # layers that repeat do not fall into one part
         self.parts = [Part(mixed[i::count]) for i in range(count)] if mixed else []
+
+    def count(self, now: Mapping[torch.Tensor, torch.Tensor] | None) -> None:
+        """now: constant -> the module's own tensor over its memory, see ``Buffers``, which is the one that is written."""
+        self.now = [(p, now[p]) for p in self.tensors if p in now] if now else []
+        replaced = {id(p): t for p, t in self.now}
+        # inference tensors cannot be written, and count nothing
+        self.counted = [replaced.get(id(p), p) for p in self.tensors if not p.is_inference()]
+        self.accept()
+
+    def follow(self, now: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """The same later: what was written before it is still to be noticed."""
+        written = self.written()
+        self.count(now)
+        if written:
+            self.version -= 1
 
     def _version(self) -> int:
         return sum(map(_VERSION, self.counted))
 
     def written(self) -> bool:
         """Whether one was written in place since ``accept``."""
-        return self.version != self._version()
+        if self.version == self._version():
+            return False
+        for (p, now), version in zip(self.now, self.versions, strict=True):
+            if now._version != version:
+                torch.autograd.graph.increment_version(p)
+        return True
 
     def accept(self) -> None:
         """A step was built from what they are now, or none is left."""
         self.version = self._version()
+        self.versions = [now._version for _, now in self.now]
 
     def due(self, call: int) -> Part | None:
         """Those to be looked at in this call."""

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import names, weights
 from .adapters import adapters_of
+from .buffers import Buffers
 from .calibrate import Calibration
 from .clock import Clock
 from .drift import Drift
@@ -55,6 +56,7 @@ class State:
         self.notes: list[str] = []
         self.memory = Memory()
         self.units: list[Unit] = []
+        self.buffers = Buffers()
         self.live: Any = WeakIdKeyDictionary()  # constants that were seen to change: steps take them as inputs
         self.anew = False  # calibrated by itself, whatever recipe it was given
         self.needs_weights = False
@@ -275,7 +277,8 @@ class State:
         root = None if self.root is None else self.root()
         if root is None:
             return
-        has = names.paths(root)
+        paths = names.paths(root)
+        has = paths.keys() | self.buffers.of(paths)
         gone = [u for u in self.units if not u.fits() or any(id(p) not in has for p in u.plain.constants.values())]
         for unit in gone:
             unit.clear()

@@ -33,7 +33,7 @@ class Step:
         self.recipe_hash = ""
         self.last: Callable[[], Unit | None] = lambda: None
         self.units: dict[int, list[weakref.ref[Unit]]] = {}
-        self.first: int | None = None  # index of a constant
+        self.first: int | None = None  # index of a constant, one that stays the same tensor when the module is moved
         self.rootless: list[State] = []  # of parameters that no module owns, so that nobody else holds their states
         self.broken = False
 
@@ -53,7 +53,7 @@ class Step:
         known = self.units.get(0 if self.first is None else id(args[self.first]), [])
         for ref in known:
             unit = ref()
-            if unit is not None and not unit.state.closed and unit.owns(args):
+            if unit is not None and not unit.state.closed and (unit.owns(args) or unit.follows(args)):
                 return unit
         try:
             return self._add(args)
@@ -75,7 +75,7 @@ class Step:
         if state.recipe is not None and of_other_weights(captured, state.recipe):
             unit.judge_a_picture()
         state.units.append(unit)
-        self.first = next(iter(captured.constants))
+        self.first = next((i for i, p in captured.constants.items() if isinstance(p, torch.nn.Parameter)), unit.places[0])
         refs = self.units.setdefault(id(args[self.first]), [])
         refs[:] = [r for r in refs if r() is not None] + [weakref.ref(unit)]
         return unit

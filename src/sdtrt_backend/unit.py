@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ from .constants import Constants, Part
 from .drift import KEPT_BYTES, ZEROS, Later, Watch, looked_at, peaks, trouble
 from .graphs import Graphed
 from .measure import bound, bounded_by, compare, outputs
-from .names import layer_name
+from .names import layer_name, paths
 from .rules import SIDE_BRANCH, layers_of, reason_to_keep
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State
 from .timesteps import timestep_value
@@ -77,11 +77,15 @@ class Unit:
 
     def __init__(self, captured: Captured, state: State, frame: int) -> None:
         self.state, self.frame = state, frame  # Dynamo's number of the piece of code
+        self.places = tuple(captured.constants)
+        self.pick = _getter(self.places)
+        self._owns(tuple(captured.constants.values()))
+        coded = {id(layer.weight) for layer in captured.layers}
+        self.buffers, changed = self._first_of({i: p for i, p in captured.constants.items()
+                                                if not isinstance(p, torch.nn.Parameter) and id(p) not in coded})
+        captured = replace(captured, constants=captured.constants | self.buffers)
         self.constants = tuple(captured.constants.values())
         self.ids = tuple(map(id, self.constants))
-        self.pick = _getter(tuple(captured.constants))
-        self.first = next(iter(captured.constants))
-        self.single = [(i, p) for i, p in captured.constants.items() if p.numel() == 1]  # equal ones are not the same
         self.dtypes = [p.dtype for p in self.constants]
         self.of_layers = {id(layer.weight) for layer in captured.layers} | {id(captured.constants[i]) for i in captured.biases}
         self._follow(captured)
@@ -93,19 +97,30 @@ class Unit:
         self.called = False
         self.to_judge = 0  # calls: the values of its layers are not those that were calibrated
         self.met: set[Set] = set()  # LoRAs that its steps ran with
-        self.places = tuple(captured.constants)
         if state.adapters is not None:
             state.adapters.look_again()
         self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
         self.numbers: dict[Any, set[Any]] = {}
         self.baked: list[int] = []  # inputs whose number is part of each step
+        if changed:
+            self.renew(changed)
+
+    def _owns(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        """From now on it is called with these."""
+        self.mine = tensors
+        self.single = [(i, p) for i, p in zip(self.places, tensors, strict=True) if p.numel() == 1]  # equal ones are not the same
+
+    def _first_of(self, buffers: dict[int, torch.Tensor]) -> tuple[dict[int, torch.Tensor], list[torch.Tensor]]:
+        """See ``Buffers``."""
+        root = None if self.state.root is None or not buffers else self.state.root()
+        return self.state.buffers.first_of(buffers, {} if root is None else paths(root))
 
     def _follow(self, captured: Captured) -> None:
         """Constants that are known to change are inputs from now on."""
         self.plain = follow(captured, self.state.live)
         self.beside = {id(self.plain.constants[i]) for i in self.plain.written}
         self.take = _getter(self.plain.inputs)
-        self.frozen = Constants(self.plain.constants.values())
+        self.frozen = Constants(self.plain.constants.values(), self.state.buffers.now)
         self._follow_loras_anew()
 
     def _follow_loras_anew(self) -> None:
@@ -189,12 +204,26 @@ class Unit:
 
     def owns(self, args: Sequence[Any]) -> bool:
         """Whether ``args`` carry this unit's own constants."""
-        if args[self.first] is not self.constants[0] or any(args[i] is not p for i, p in self.single):
+        if args[self.places[0]] is not self.mine[0] or any(args[i] is not p for i, p in self.single):
             return False
         try:  # tuples look whether their elements are identical, ten times as fast as we can, and compare only others
-            return self.pick(args) == self.constants
+            return self.pick(args) == self.mine
         except RuntimeError:  # the truth of a tensor of several elements
             return False
+
+    def follows(self, args: Sequence[Any]) -> bool:
+        """Whether ``args`` carry this unit's own constants, but for buffers that a move of the module has replaced: those take
+        the place of the ones before. Buffers that have other values than those become inputs."""
+        if any(args[i] is not p for i, p in zip(self.places, self.mine, strict=True) if i not in self.buffers):
+            return False
+        found, changed = self._first_of({i: args[i] for i in self.buffers})
+        if any(found[i] is not p for i, p in self.buffers.items()):
+            return False
+        self._owns(self.pick(args))
+        self.frozen.follow(self.state.buffers.now)
+        if changed:
+            self.renew(changed)
+        return True
 
     def __call__(self, args: Sequence[Any]) -> Any:
         adapters = self.state.adapters

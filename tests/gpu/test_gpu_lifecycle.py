@@ -13,8 +13,10 @@ import pytest
 import torch
 from small import SmallPipeline, own, small_unet
 from test_lifecycle import BOUND, NOTICED, STEPS, Lifecycle, same
+from test_situations import Block, block_call, ready
 
 import sdtrt_backend
+from sdtrt_backend import unit
 from sdtrt_backend.demo import draw
 from sdtrt_backend.measure import compare
 
@@ -190,6 +192,24 @@ def test_restore_lets_go_of_the_8_bit_step_at_once():
     draw(pipe, [PROMPT], 1, 0)
     sdtrt_backend.restore(pipe)
     assert allocated() - before < 1.02 * plain
+
+
+def test_a_module_with_a_buffer_is_not_built_again_for_every_move(monkeypatch):
+    built, build = [], unit.build
+    monkeypatch.setattr(unit, "build", lambda request: built.append(1) or build(request))
+    torch._dynamo.reset()
+    block = Block().half().to(GPU)
+    compiled = ready(block, engine="inductor")
+    before, y = len(built), block_call(compiled)
+    for _ in range(3):
+        shift = block.shift
+        block.to("cpu")
+        block.to(GPU)
+        assert block.shift is not shift
+        assert torch.equal(block_call(compiled), y)
+    block.shift.neg_()
+    assert compare(block_call(compiled), block_call(block)) < BOUND < compare(block_call(compiled), y)
+    assert len(built) == before + 1
 
 
 @pytest.mark.parametrize("order", ["offload, accelerate", "accelerate, offload"])
