@@ -240,7 +240,41 @@ def cast_by_layer(module):
     pytest.importorskip("diffusers").hooks.apply_layerwise_casting(module, torch.float8_e4m3fn, torch.float32)
 
 
-@pytest.mark.parametrize(("prepare", "said"), [(offload, "sequential CPU offload"), (cast_by_layer, "layerwise casting")])
+def offload_groups(module):
+    pytest.importorskip("diffusers").hooks.apply_group_offloading(module, torch.device("cpu"), offload_type="leaf_level")
+
+
+IN_PIECES = [(offload, "sequential CPU offload"), (cast_by_layer, "layerwise casting"), (offload_groups, "group offloading")]
+
+
+@pytest.mark.parametrize(("prepare", "said"), IN_PIECES)
+def test_a_module_whose_weights_come_in_pieces_is_refused_at_once(prepare, said):
+    module = Blocks()
+    prepare(module)
+    expected = call(module)
+    with pytest.raises(sdtrt_backend.ModelError, match=f"^Blocks: the module is under {said}.*: (use|load)"):
+        sdtrt_backend.accelerate(module)
+    assert module._compiled_call_impl is None
+    assert torch.equal(call(module), expected)
+
+
+@pytest.mark.parametrize(("prepare", "said"), IN_PIECES[1:])  # accelerate itself refuses a module that is on the meta device
+def test_a_module_whose_weights_come_in_pieces_later_runs_in_its_own_precision(prepare, said):
+    module = Blocks()
+    sdtrt_backend.accelerate(module, **OPTIONS)
+    for seed in range(3):
+        draw(module, seed)
+    assert sdtrt_backend.explain(module).state == "ready"
+    plain = Blocks()
+    for one in (module, plain):
+        prepare(one)
+    assert max(compare(mine, own) for mine, own in zip(draw(module), draw(plain), strict=True)) < 1e-5
+    report = sdtrt_backend.explain(module)
+    assert report.state == "refused"
+    assert said in report.fallbacks[0]
+
+
+@pytest.mark.parametrize(("prepare", "said"), IN_PIECES)
 def test_weights_that_are_others_at_each_call_are_named_by_the_report(prepare, said):
     module = Blocks()
     prepare(module)

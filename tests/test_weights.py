@@ -66,7 +66,7 @@ def test_memory_that_cannot_be_pinned_ahead_is_no_error(parameter, monkeypatch):
         tried.set()
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(weights, "_pinned", failing)
+    monkeypatch.setattr(weights, "pinned", failing)
     with weights.pinning([parameter], spare):
         assert tried.wait(10)
     assert not spare[parameter.device]
@@ -142,3 +142,61 @@ def test_a_weight_that_dies_is_forgotten():
     del parameter
     gc.collect()
     assert len(weights._SENT) == known - 1
+
+
+@pytest.fixture
+def cpu_is_a_gpu(monkeypatch):
+    """For parameters that were released there."""
+    monkeypatch.setattr(weights, "on_a_gpu", lambda p: p in weights._SENT)
+
+
+def test_what_lies_in_host_memory_is_moved_without_a_copy(parameter, cpu_is_a_gpu):
+    """Both ways."""
+    module, copied = torch.nn.Module(), []
+    module.weight, module.other = parameter, torch.nn.Parameter(torch.randn(3))
+    before = parameter.detach().clone()
+    weights.release([parameter])
+    address = parameter.data_ptr()
+
+    def move(t):
+        copied.append(tuple(t.shape))
+        return t.clone()
+
+    for _ in range(3):
+        module._apply(weights.moving(move))
+        assert not weights.away(parameter)  # a tensor of the CPU like any other
+        with torch.no_grad():
+            parameter.mul_(2)  # and written there
+        module._apply(weights.moving(move))
+        assert weights.away(parameter)
+    assert (parameter.data_ptr(), parameter.stride()) == (address, before.stride())
+    assert torch.equal(parameter, 8 * before)
+    assert copied.count((2, 2, 2, 2)) == 6  # what tells where it goes
+    assert before.shape not in copied
+    assert copied.count((3,)) == 6
+    gc.collect()
+    assert parameter.untyped_storage().nbytes() == before.nbytes
+
+
+@pytest.mark.parametrize("move", [lambda t: t.half(), lambda t: t.contiguous(), lambda t: t.half().clone()])
+def test_a_move_that_changes_more_than_the_device_is_the_users_own(parameter, move, cpu_is_a_gpu):
+    weights.release([parameter])
+    expected = move(parameter.detach())
+    moved = weights.moving(move)(parameter)
+    assert torch.equal(moved, expected)
+    assert (moved.dtype, moved.stride()) == (expected.dtype, expected.stride())
+
+
+def test_host_memory_is_let_go_with_the_weights_that_lay_in_it(parameter, monkeypatch, cpu_is_a_gpu):
+    monkeypatch.setattr(weights, "CHUNK", parameter.nbytes)
+    module = torch.nn.Module()
+    module.weight = parameter
+    weights.release([parameter])
+    module._apply(weights.moving(torch.clone))
+    address = parameter.data_ptr()
+    weights.restore([parameter])  # the state has ended: it moves like any other
+    module._apply(weights.moving(torch.clone))
+    gc.collect()
+    assert parameter.data_ptr() != address
+    assert address not in weights._PARTS
+    assert not weights.away(parameter)

@@ -201,10 +201,8 @@ class ModelError(SdtrtError):
     """The module or pipeline handed in cannot be used."""
 
     @classmethod
-    def offloaded(cls, module: object) -> ModelError:
-        return cls(f"{type(module).__name__} is under sequential CPU offload: its weights are loaded piece by piece for each "
-                   "call, so no 8-bit copy of them can stay in use; accelerate without enable_sequential_cpu_offload, or with "
-                   "enable_model_cpu_offload instead, which moves the module as a whole")
+    def in_pieces(cls, module: object, why: str) -> ModelError:
+        return cls(f"{type(module).__name__}: {why}")
 
     @classmethod
     def on_meta(cls, name: str) -> ModelError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import weakref
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 
 from .constants import Stamps
-from .weights import Spare, key
+from .weights import Spare, key, pinned
 
+log = logging.getLogger("sdtrt_backend")
 WARM_UPS = 2
 _ONE_AT_A_TIME = threading.RLock()  # torch allows one capture in a process
 
@@ -56,7 +58,7 @@ class Asleep:
 
     def sleep(self) -> None:
         if self.storage.nbytes():
-            self.copy = self._bytes().cpu()
+            self.copy = _room(self.storage.nbytes(), self.storage.device).copy_(self._bytes())
             self.storage.resize_(0)
 
     def wake(self) -> None:
@@ -64,6 +66,15 @@ class Asleep:
             self.storage.resize_(self.copy.numel())
             self._bytes().copy_(self.copy)
             self.copy = None
+
+
+def _room(size: int, device: torch.device) -> torch.Tensor:
+    """Bytes of host memory, pinned where there is enough: a copy then takes a tenth of the time."""
+    try:
+        return pinned(size, device)
+    except RuntimeError as error:
+        log.info("no host memory was pinned: %s", error)
+        return torch.empty(size, dtype=torch.uint8)
 
 
 class Memory:

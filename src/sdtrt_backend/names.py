@@ -120,18 +120,27 @@ def call_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
 
 
 def unfit(root: torch.nn.Module | None) -> str | None:
-    """Why no 8-bit copy of this module's weights can be made or stay in use: they are quantised already, other tensors, or in
-    another dtype, at each call."""
+    """Why no 8-bit copy of this module's weights can be made or stay in use: they are quantised already, or ``in_pieces``."""
     if root is None:
         return None
     theirs = {type(p).__name__ for p in root.parameters() if is_traceable_wrapper_subclass(p)}
     if theirs:
         return (f"weights of the module are quantised already ({', '.join(sorted(theirs))}): compile it without this backend, or "
                 "load it in its own precision")
-    if offloads(root):
+    return in_pieces(root)
+
+
+def in_pieces(module: torch.nn.Module) -> str | None:
+    """Why no 8-bit copy can stay in use of weights that are others, elsewhere or in another dtype at each call; or None."""
+    hooks = {name for m in module.modules() for name in getattr(getattr(m, "_diffusers_hook", None), "hooks", ())}
+    if offloads(module):
         return ("the module is under sequential CPU offload, which loads its weights piece by piece for each call, so no 8-bit "
                 "copy of them can stay in use: use enable_model_cpu_offload, which moves the module as a whole")
-    if any("layerwise_casting" in getattr(getattr(m, "_diffusers_hook", None), "hooks", ()) for m in root.modules()):
+    if "group_offloading" in hooks:
+        return ("the module is under group offloading, which loads its weights group by group for each call, while their 8-bit "
+                "copy would stay on the GPU: use enable_model_cpu_offload, which moves the module as a whole, or none, as 8-bit "
+                "weights are half as large")
+    if "layerwise_casting" in hooks:
         return ("the module is under layerwise casting, which stores its weights in another dtype and casts them for each call, "
                 "so no 8-bit copy of them can stay in use: load it without enable_layerwise_casting, since 8-bit weights are as "
                 "small")

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -67,8 +67,11 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     check_made_for(parsed, loaded)
     modules = chosen(pipe, parts)
     for module in modules.values():
+        why = names.in_pieces(module)
+        if why is not None:
+            raise ModelError.in_pieces(module, why)
         if any(p.is_meta for p in module.parameters()):
-            raise ModelError.offloaded(module) if names.offloads(module) else ModelError.on_meta(type(module).__name__)
+            raise ModelError.on_meta(type(module).__name__)
     given = {name: {**defaults(name), **options} for name in modules}
     if recipe is not None and loaded is not None:
         first = next(iter(modules_of(pipe)))
@@ -142,9 +145,9 @@ def _watch(module: torch.nn.Module, own: Any) -> None:
 
 # a function of the file and not of a call: a module that is pickled takes the name along
 
-def _apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
     before = next((p.device for p in self.parameters()), None)
-    moved = type(self)._apply(self, *args, **kwargs)
+    moved = type(self)._apply(self, weights.moving(fn), *args, **kwargs)
     if next((p.device for p in self.parameters()), None) != before:
         for state in states(self):
             state.sleep()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -22,8 +24,11 @@ Spare = defaultdict[torch.device, list[torch.Tensor]]  # chunks of host memory t
 CHUNK = 256 * 2**20  # bytes of host memory that are pinned at a time: torch rounds each up to a power of two
 ALIGNMENT = 256
 _LOCK = threading.RLock()
-# parameter -> key of the host memory that it was sent to. Where the parameter has another memory now, somebody moved it
+# parameter that was sent to host memory, or went to the CPU from there -> its device. Where it has another memory now, somebody
+# moved it
 _SENT: Any = WeakIdKeyDictionary()
+_RESTING: Any = WeakIdKeyDictionary()
+_PARTS: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()  # address -> bytes of host memory
 _BORROWED: Any = WeakIdKeyDictionary()  # parameter -> (how many need it on its device, its tensor in host memory)
 
 
@@ -34,12 +39,17 @@ def key(weight: torch.Tensor) -> int:
 
 def away(parameter: torch.Tensor) -> bool:
     """Whether its values are in host memory."""
-    return bool(_SENT.data) and bool(_SENT.get(parameter) == key(parameter))
+    return bool(_SENT.data) and parameter in _SENT and parameter.data_ptr() in _PARTS
 
 
 def can_leave(parameter: torch.Tensor) -> bool:
     """Whether this weight takes memory of a GPU that no other tensor shares."""
-    return parameter.is_cuda and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+    return on_a_gpu(parameter) and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+
+
+def on_a_gpu(parameter: torch.Tensor) -> bool:
+    """Whether its tensor is one of a GPU, wherever its values are."""
+    return parameter.is_cuda
 
 
 @contextlib.contextmanager
@@ -54,7 +64,7 @@ def pinning(parameters: Iterable[torch.Tensor], spare: Spare) -> Iterator[None]:
     def pin() -> None:
         try:
             while len(spare[small[0].device]) < chunks and not ended.is_set():
-                spare[small[0].device].append(_pinned(CHUNK, small[0].device))
+                spare[small[0].device].append(pinned(CHUNK, small[0].device))
         except RuntimeError as error:  # ``release`` tries again, where it is said
             log.info("no host memory was pinned ahead: %s", error)
 
@@ -82,15 +92,17 @@ def release(parameters: Iterable[torch.Tensor], spare: Spare | None = None) -> N
         _finish(leaving)
         for p, home in zip(leaving, homes, strict=True):
             p.data = home
-            _SENT[p] = key(p)
+            _SENT[p] = p.device
 
 
 def restore(parameters: Iterable[torch.Tensor]) -> None:
-    """Their values are in their device's own memory again."""
+    """Their values are in their device's own memory again, or go there with their module."""
     with _LOCK:
-        for p in [p for p in parameters if away(p)]:
-            p.data = p.detach().clone(memory_format=torch.preserve_format)
-            del _SENT[p]
+        for p in parameters:
+            _RESTING.pop(p, None)
+            if away(p):
+                p.data = p.detach().clone(memory_format=torch.preserve_format)
+                del _SENT[p]
 
 
 @contextlib.contextmanager
@@ -123,7 +135,36 @@ def borrowed(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
             _finish([p for p, _ in back])
             for p, home in back:
                 p.data = home
-                _SENT[p] = key(p)
+                _SENT[p] = p.device
+
+
+def moving(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``move``, which a module is sent to the CPU or back to its GPU with, but for weights whose values are in host memory: they
+    stay there both ways, so that nothing is copied and the GPU never needs room for them."""
+    known: dict[Any, torch.device | None] = {}
+
+    def goes_to(t: torch.Tensor) -> torch.device | None:
+        """None where it changes more than the device."""
+        like = torch.empty_like(t[(slice(2),) * t.dim()], memory_format=torch.preserve_format)
+        form = like.device, like.dtype, like.shape, like.stride()
+        if form not in known:
+            there = move(like)
+            known[form] = there.device if (there.dtype, there.stride()) == (like.dtype, like.stride()) else None
+        return known[form]
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        with _LOCK:
+            for places, others in (_SENT, _RESTING), (_RESTING, _SENT):
+                if t not in places or t in _BORROWED or on_a_gpu(t) == (places is _RESTING):
+                    continue
+                part, device = _PARTS.get(t.data_ptr()), torch.device("cpu") if places is _SENT else _RESTING[t]
+                if part is not None and goes_to(t) == device:
+                    _finish([t])
+                    others[t] = places.pop(t)
+                    return _seen(part, device, t)
+        return move(t)
+
+    return moved
 
 
 def _alike(p: torch.Tensor, home: torch.Tensor) -> bool:
@@ -136,14 +177,14 @@ def _finish(parameters: Iterable[torch.Tensor]) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Mapped:
-    """Pinned host memory as the GPU sees it: torch takes this for a tensor of the GPU and keeps the memory as long as any tensor
+class _Bytes:
+    """Host memory as the GPU and NumPy see it: torch takes this for a tensor of either and keeps the memory as long as any tensor
     over it lives. (Unified addressing: one pointer is valid on both sides.)"""
 
     def __init__(self, host: torch.Tensor) -> None:
         self.host = host
-        self.__cuda_array_interface__ = {"shape": tuple(host.shape), "typestr": "|u1", "version": 2,
-                                         "data": (host.data_ptr(), False), "strides": None}
+        self.__array_interface__ = {"shape": tuple(host.shape), "typestr": "|u1", "version": 3, "data": (host.data_ptr(), False)}
+        self.__cuda_array_interface__ = self.__array_interface__ | {"version": 2, "strides": None}
 
 
 def _host_tensors(parameters: Iterable[torch.Tensor], spare: Spare) -> Iterator[torch.Tensor]:
@@ -154,16 +195,21 @@ def _host_tensors(parameters: Iterable[torch.Tensor], spare: Spare) -> Iterator[
         size = p.numel() * p.element_size()
         if chunk is None or device != p.device or used + size > len(chunk):
             there = spare.get(p.device) if size <= CHUNK else None
-            chunk, used, device = there.pop() if there else _pinned(max(size, CHUNK), p.device), 0, p.device
-        part = _own_storage(chunk[used : used + size], p.device)
+            chunk, used, device = there.pop() if there else pinned(max(size, CHUNK), p.device), 0, p.device
+        part = chunk[used : used + size]
+        _PARTS[part.data_ptr()] = part
         used += -(-size // ALIGNMENT) * ALIGNMENT
-        yield part.view(p.dtype).as_strided(p.shape, p.stride())
+        yield _seen(part, p.device, p)
 
 
-def _pinned(size: int, device: torch.device) -> torch.Tensor:
+def pinned(size: int, device: torch.device) -> torch.Tensor:
+    """Bytes of host memory that a GPU may read and write. Raises RuntimeError where there is not enough of it."""
     with torch.cuda.device(device if device.type == "cuda" else -1):  # pinned memory belongs to the GPU that is current
         return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
-def _own_storage(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(_Mapped(part), device=device) if device.type == "cuda" else part.clone()
+def _seen(part: torch.Tensor, device: torch.device, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the device and of the form of another one over ``part`` of host memory, with a storage of its own."""
+    seen = _Bytes(part)
+    whole = torch.as_tensor(seen, device=device) if device.type == "cuda" else torch.from_numpy(np.asarray(seen))
+    return whole.view(like.dtype).as_strided(like.shape, like.stride())
