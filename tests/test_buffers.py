@@ -78,6 +78,18 @@ def test_a_buffer_that_is_written_after_a_move_is_followed_by_the_next_call(bloc
         close(block_call(compiled), block_call(block))
 
 
+@pytest.mark.parametrize("which", ["shift", "norm.bias"])
+def test_a_constant_that_is_written_costs_one_build(block, built, which):
+    compiled = ready(block)
+    before, tensor = len(built), dict((*block.named_parameters(), *block.named_buffers()))[which]
+    for _ in range(3):
+        with torch.no_grad():
+            tensor.neg_()
+        for t in STEPS:
+            close(block_call(compiled, t), block_call(block, t))
+    assert len(built) == before + 1
+
+
 def test_sizes_that_are_known_stay_known_after_a_move(block, built):
     compiled = ready(block)
     block_call(compiled, batch=3)

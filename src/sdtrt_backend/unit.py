@@ -307,6 +307,8 @@ class Unit:
         if self.frozen.written():
             self.renew(state.memory.stamps.changed(self.frozen.tensors))
             self.frozen.accept()
+            inputs = self.take(args)  # constants may be among them now
+            key = self._key(inputs, args)
             if key in self.variants:
                 return self._call(args)
         if state.recipe is None and state.refusal is None and self.refusal is None:
@@ -428,6 +430,7 @@ class Unit:
         changed = state.memory.stamps.changed(self.frozen.tensors)
         if changed:
             self.renew(changed)
+            key = self._key(self.take(args), args)
         anew = self.to_judge > 0 and not state.timeless  # ranges that do not fit are calibrated anew, and no layers left out
         adapters, adapt, captured = state.adapters, Request.adapt, self.plain
         if adapters is not None:
