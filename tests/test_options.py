@@ -11,7 +11,7 @@ WRONG = {
     "recipe": 5, "calibration_runs": 0, "rule": "median", "percentile": 0.0, "alpha": 1.5, "alpha_conv": -1, "max_error": -1.0,
     "rest": "float64", "engine": "tensorrt_classic", "exclude": [3],
     "level": 5, "engine_dir": 7, "weights": "drop", "watch": 1, "min_psnr": 0, "output_psnr": 300, "two_codes": "*ff*",
-    "lora_policy": "never",
+    "lora_policy": "never", "build_after": 0, "max_sizes": 2.5, "background": 1,
 }
 OPTIONS = set(Options.__dataclass_fields__) - {"precision"}  # the backend's name, not an option
 

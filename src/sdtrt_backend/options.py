@@ -45,6 +45,10 @@ class Options:
     lora_policy: what becomes of a set of LoRAs (``set_loras``) whose first output differs by more than ``max_error`` from the
         module's own precision with the same set: "calibrate" the ranges anew by the coming pictures, with it, or run pictures
         with this set in the module's "own" precision.
+    build_after: pictures of one size with which its step is built: 1 builds with the first, 2 lets the first run in the module's
+        own precision, and so on. The calibrating pictures count.
+    background: build in a thread of its own, while calls run in the module's own precision: no call waits for a build.
+    max_sizes: steps of one graph that are held; the one used longest ago is let go, and built again when it is needed.
     watch: notice a step that left its calibrated ranges, or gives NaN or black, while it is in use (``drift.py``).
     precision: "int8" or "fp8"; not an option but the backend's name, ``sd_int8`` or ``sd_fp8``.
     """
@@ -66,6 +70,9 @@ class Options:
     level: float = LEVELS[-1]
     weights: str = "keep"
     lora_policy: str = "calibrate"
+    build_after: int = 1
+    background: bool = False
+    max_sizes: int = 32
     watch: bool = True
     precision: str = "int8"
 
@@ -95,8 +102,9 @@ class Options:
                 values[name] = tuple(values[name])
         check("recipe", values.get("recipe") is None or isinstance(values["recipe"], str), "the path of a recipe folder")
         check("engine_dir", values.get("engine_dir") is None or isinstance(values["engine_dir"], str), "the path of a folder")
-        runs = values.get("calibration_runs")
-        check("calibration_runs", isinstance(runs, int) and not isinstance(runs, bool) and runs >= 1, "an integer >= 1")
+        for name in ("calibration_runs", "build_after", "max_sizes"):
+            count = values.get(name)
+            check(name, isinstance(count, int) and not isinstance(count, bool) and count >= 1, "an integer >= 1")
         check("rule", isinstance(values.get("rule"), str) and values["rule"] in RANGE_RULES, f"one of {', '.join(RANGE_RULES)}")
         check("percentile", number("percentile") and 0 < values["percentile"] <= 1, "a number in (0, 1]")
         for name in ("alpha", "alpha_conv"):
@@ -115,7 +123,8 @@ class Options:
         check("level", number("level") and values["level"] in LEVELS, f"one of {', '.join(f'{n:g}' for n in LEVELS)}")
         check("weights", values.get("weights") in ("keep", "release"), "'keep' or 'release'")
         check("lora_policy", values.get("lora_policy") in LORA_POLICIES, f"one of {', '.join(LORA_POLICIES)}")
-        check("watch", isinstance(values.get("watch"), bool), "True or False")
+        for name in ("background", "watch"):
+            check(name, isinstance(values.get(name), bool), "True or False")
         for name in ("exclude", "two_codes"):
             patterns = values.get(name)
             check(name, isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns), "a list of glob patterns")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,22 @@ SIDE_BRANCHES = ("LoRAs of load_lora_weights run beside the 8-bit layers in 16 b
 CALIBRATING, BUILDING, READY, REFUSED = "calibrating", "building", "ready", "refused"
 
 
+class Behind:
+    """One thread that builds while others call the module."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+
+    def me(self) -> bool:
+        return self.thread is threading.current_thread()
+
+    def start(self, build: Callable[[], None]) -> None:
+        """Unless one builds already: the size is built when it is called again."""
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=build, name="sdtrt_backend builds")
+            self.thread.start()
+
+
 class State:
     """recipe: None while calibrating; units: one per graph and module that it was called for."""
 
@@ -64,6 +80,7 @@ class State:
         self.stepped_in: list[torch.nn.Module] = []
         self.whole = False  # the root is compiled as a whole, not some of its blocks
         self.slept = False  # since the module was moved
+        self.behind = Behind()
         self.adapters = adapters_of(root)  # LoRAs that are part of the codes
         if self.adapters is not None:
             self.adapters.states.add(self)
@@ -314,7 +331,7 @@ class State:
         if pieces and len({u.frame for u in self.units}) + len({u.ids for u in self.units}) > 2:
             found = self._with_the_rest(found, wanted)
         memory = {"": self.bytes_held()} if pieces else {}
-        notes = (*self.notes, *self._of_loras(), *found.notes)
+        notes = (*self.notes, *self._of_loras(), *self._of_sizes(units), *found.notes)
         return replace(found, state=status, memory=memory, fallbacks=tuple(self.fallbacks), notes=notes,
                        provenance=dict(self.recipe.provenance) if self.recipe else {}, watched=self.drift.watched())
 
@@ -323,6 +340,12 @@ class State:
             yield self.adapters.sentence(self.memory.loras or ())
         if any(fnmatchcase(layer.name, SIDE_BRANCH) for unit in self.units for layer in unit.plain.layers):
             yield SIDE_BRANCHES
+
+    def _of_sizes(self, units: Iterable[Unit]) -> Iterator[str]:
+        waiting = max((len(unit.pictures) for unit in units), default=0)
+        if waiting and self.recipe is not None:
+            yield (f"inputs of {waiting} sizes were met in fewer than build_after={self.options.build_after} pictures each and "
+                   "run in the module's own precision")
 
     def _with_the_rest(self, found: Report, wanted: Container[int] | None) -> Report:
         """With a row for each layer of which nothing was built: of a module in pieces, Dynamo may leave some as they are, and may

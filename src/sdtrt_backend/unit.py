@@ -38,7 +38,7 @@ from .measure import bound, bounded_by, compare, outputs
 from .names import layer_name, paths
 from .rules import SIDE_BRANCH, layers_of, reason_to_keep
 from .state import BUILDING, CALIBRATING, READY, REFUSED, State
-from .timesteps import timestep_value
+from .timesteps import Trajectories, timestep_value
 from .values import Plan, Report
 
 log = logging.getLogger("sdtrt_backend")
@@ -46,7 +46,7 @@ log = logging.getLogger("sdtrt_backend")
 # for the whole GPU, which would end the capture
 BUILDING_ALONE = threading.RLock()
 RETRY = 8  # calls until a build that failed for want of memory or of a lock is tried again; doubled each time
-SIZES_HELD = 32  # steps of one graph: beyond that the one used longest ago is let go, and built again when it is needed
+SIZES_COUNTED = 256  # whose pictures are counted until their steps are built
 # calls that are each compared with the module's own precision after values of 8-bit layers have changed: those of one picture,
 # where the recipe tells how many it has. The first of them as well where a module has no timestep: one call of a text encoder
 # says little of the next
@@ -81,6 +81,7 @@ class Unit:
         self.pick = _getter(self.places)
         self._owns(tuple(captured.constants.values()))
         coded = {id(layer.weight) for layer in captured.layers}
+        self.works: dict[Any, Any] = {}  # key -> see ``_work``
         self.buffers, changed = self._first_of({i: p for i, p in captured.constants.items()
                                                 if not isinstance(p, torch.nn.Parameter) and id(p) not in coded})
         captured = replace(captured, constants=captured.constants | self.buffers)
@@ -102,6 +103,7 @@ class Unit:
         self.failures: dict[Any, tuple[int, int]] = {}  # sizes -> (how often a build failed for now, the call to try again at)
         self.numbers: dict[Any, set[Any]] = {}
         self.baked: list[int] = []  # inputs whose number is part of each step
+        self.pictures: OrderedDict[Any, Trajectories] = OrderedDict()  # of sizes whose steps are not built
         if changed:
             self.renew(changed)
 
@@ -124,6 +126,7 @@ class Unit:
         self._follow_loras_anew()
 
     def _follow_loras_anew(self) -> None:
+        self.works.clear()
         self.others: dict[torch.device, Captured] = {}
         self.changes: dict[Set, tuple[Sequence[Change], Sequence[Change], bool]] = {}
 
@@ -316,15 +319,21 @@ class Unit:
         if state.refusal is not None or self.refusal is not None:
             return self._own_precision(key, args)
         if not state.lock.acquire(blocking=False):
-            return self.own(args)
+            return self._call(args) if self._has_another(key, args) else self.own(args)
         try:
+            seen_enough = self._seen_enough(key, args)
             if state.recipe is None:
                 return self._calibrate(args)
+            if not seen_enough:
+                return self.own(args)
             if key in self.failures and self.calls < self.failures[key][1]:
                 self.calls += 1
                 return self.own(args)
             if self._another_number(key, inputs):
                 return self._own_precision(key, args)
+            if state.options.background and not state.behind.me():
+                state.behind.start(self._build_behind(key, args))
+                return self.own(args)
             if state.closed or not BUILDING_ALONE.acquire(blocking=False):
                 return self.own(args)
             try:
@@ -338,6 +347,40 @@ class Unit:
             return self._failed(error, "building the 8-bit step", key, args)
         finally:
             state.lock.release()
+
+    def _seen_enough(self, key: Any, args: Sequence[Any]) -> bool:
+        """Whether this call is of the picture with which the step of its size is to be built, or of a later one."""
+        after = self.state.options.build_after
+        if after == 1 or self.state.behind.me():
+            return True
+        at, root = self.plain.timestep, None if self.state.root is None else self.state.root()
+        timestep = args[at] if at is not None else None if root is None else timestep_of_call(root)
+        seen = self.pictures.setdefault(key, Trajectories())
+        seen.observe(timestep_value(timestep))
+        self.pictures.move_to_end(key)
+        if len(self.pictures) > SIZES_COUNTED:
+            self.pictures.popitem(last=False)
+        return seen.complete + 1 >= after
+
+    def _build_behind(self, key: Any, args: Sequence[Any]) -> Callable[[], None]:
+        """What builds the step in another thread: from copies of the call's inputs, in its precision, with its LoRAs."""
+        inputs = set(self.plain.inputs)
+        with torch.inference_mode(False):
+            copies = [a.detach().clone() if i in inputs and isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
+        device, adapters = self.constants[0].device.type, self.state.adapters
+        mine = () if adapters is None else adapters.mine
+        autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def build() -> None:
+            with torch.no_grad(), torch.autocast(device, dtype, enabled=autocast), contextlib.ExitStack() as loras:
+                if adapters is not None:
+                    loras.enter_context(adapters.block(mine))
+                    loras.enter_context(adapters.call(None))
+                with self.state.lock, BUILDING_ALONE:
+                    if key not in self.variants and not self.state.closed and self.refusal is None:
+                        self._slow(key, copies, self.take(copies))
+
+        return build
 
     def own(self, args: Sequence[Any]) -> Any:
         """The module's own result, operation by operation."""
@@ -440,7 +483,7 @@ class Unit:
                 key = self._key(self.take(args), args)
             adapt = partial(adapters.rewrite, state.memory, adapters.mine)
             captured = self._with_others(adapters) if self._beside() else self.plain
-        work = concrete(captured, args), tuple(s for s in key if isinstance(s, tuple)), _autocast(self.constants[0].device)
+        work = self._work(captured, key, args)
         made = state.memory.made.get(work)
         if made is None:
             log.info("sd_%s: building the 8-bit step", state.options.precision)
@@ -463,12 +506,12 @@ class Unit:
             return key
         self.results[key] = made
         self.failures.pop(key, None)
+        self.pictures.pop(key, None)
         if isinstance(made, Refused):
             self._refused(key, args, made)
         else:
             state.memory.made[work] = made
-            held = sum(t.numel() * t.element_size() for t in tensor_inputs(self.plain, args))
-            self.variants[key] = Variant(made.step, captured, made, held)
+            self.variants[key] = self._variant(captured, made, args)
             if state.timeless:
                 self.to_judge = max(self.to_judge, JUDGED[0])
             if adapters is not None:
@@ -483,13 +526,34 @@ class Unit:
             gc.collect()
         return key
 
+    def _work(self, captured: Captured, key: Any, args: Sequence[Any]) -> Any:
+        """What is the same for graphs and inputs that one step serves."""
+        return concrete(captured, args), tuple(s for s in key if isinstance(s, tuple)), _autocast(self.constants[0].device)
+
+    def _variant(self, captured: Captured, made: Ready, args: Sequence[Any]) -> Variant:
+        return Variant(made.step, captured, made, sum(t.numel() * t.element_size() for t in tensor_inputs(self.plain, args)))
+
+    def _has_another(self, key: Any, args: Sequence[Any]) -> bool:
+        """Whether another graph has a step for this call, which is this one's as well now: while one of further sizes is built,
+        Dynamo's graph for every size takes the place of that for the first."""
+        if key not in self.works:
+            if len(self.works) >= SIZES_COUNTED:
+                self.works.clear()
+            self.works[key] = self._work(self.plain, key, args)
+        made = self.state.memory.made.get(self.works[key])
+        if made is None or self._beside() or self.state.memory.stamps.changed(self.frozen.tensors):
+            return False
+        self.results[key], self.variants[key] = made, self._variant(self.plain, made, args)
+        return True
+
     def _let_go(self) -> None:
-        """Of the steps beyond SIZES_HELD."""
-        while len(self.variants) > SIZES_HELD:
+        """Of the steps beyond ``max_sizes``."""
+        held = self.state.options.max_sizes
+        while len(self.variants) > held:
             oldest, _ = self.variants.popitem(last=False)
             self.results.pop(oldest, None)
             self.state.drop_unused()
-            self.state.say(self.state.notes, f"steps for {SIZES_HELD} sizes are held; one that was used longest ago goes for "
+            self.state.say(self.state.notes, f"steps for {held} sizes are held; one that was used longest ago goes for "
                                              "each new one, and is built again when it is needed")
 
     def _refused(self, key: Any, args: Sequence[Any], made: Refused) -> None:
