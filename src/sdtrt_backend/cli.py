@@ -306,9 +306,9 @@ def cache(what: Annotated[str, typer.Argument(help="ls, verify (delete what is d
 
 
 def _requirements() -> list[Requirement]:
-    """What this package was installed with, less the extras."""
+    """What this package needs, and what its pipelines need."""
     found = [Requirement(text) for text in requires("sdtrt_backend") or ()]
-    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": "diffusers"})]
 
 
 def _would_quantize(pipe: Any) -> dict[str, int]:

@@ -214,6 +214,14 @@ class ModelError(SdtrtError):
         return cls(f"{type(what).__name__} has no denoiser: expected a pipeline with one of {', '.join(names)}, or an nn.Module")
 
     @classmethod
+    def no_bundled_model(cls) -> ModelError:
+        return cls("the bundled model is not installed: pip install sdtrt_backend_model, or name the folder of another pipeline")
+
+    @classmethod
+    def no_diffusers(cls) -> ModelError:
+        return cls("loading a pipeline needs diffusers: pip install 'sdtrt_backend[diffusers]'")
+
+    @classmethod
     def not_compiled(cls, what: object) -> ModelError:
         return cls(f"{type(what).__name__} was not compiled by sd_int8, or was not called yet; call "
                    "torch.compile(module, backend='sd_int8') or accelerate(pipe), draw a picture, and ask again")

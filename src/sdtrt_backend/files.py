@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import platformdirs
 import torch
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -29,8 +30,7 @@ class Unusable(Exception):
 def cache_folder() -> Path:
     """SDTRT_CACHE, or sdtrt_backend in the user's cache directory; made with mode 0700."""
     named = os.environ.get("SDTRT_CACHE")
-    return make_private(Path(named) if named else
-                        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtrt_backend")
+    return make_private(Path(named) if named else platformdirs.user_cache_path("sdtrt_backend", appauthor=False))
 
 
 def make_private(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -203,8 +204,12 @@ def demo_pipeline(dtype: torch.dtype = torch.float32) -> Any:
 def load_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
     """Any diffusers pipeline folder, from disk only."""
     if not (Path(folder) / "model_index.json").is_file():
+        if Path(folder).parent == ASSETS:
+            raise ModelError.no_bundled_model()
         raise ModelError(f"{folder} is not a diffusers pipeline folder: model_index.json is missing; save one with "
                          "pipe.save_pretrained(folder)")
+    if find_spec("diffusers") is None:
+        raise ModelError.no_diffusers()
     with _quiet():
         from diffusers import DiffusionPipeline
 

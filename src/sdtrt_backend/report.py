@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recipe import Recipe
-from .text import READY, kept_layers, label, layer_table, numbered, render_text
+from .text import READY, kept_layers, label, layer_rows, numbered, render_text
 from .values import LayerReport, Report, Watched
 
 if TYPE_CHECKING:  # a compiled module has a report, and need not be able to draw it
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a compiled module has a report, and need not be able to dra
 
     from .metrics import Pictures
 
-__all__ = ["Chart", "Report", "Watched", "budget_table", "charts_html", "comparison_picture", "kept_layers", "layer_table",
+__all__ = ["Chart", "Report", "Watched", "budget_table", "charts_html", "comparison_picture", "kept_layers", "layer_rows",
            "merged", "numbered", "of_parts", "render_text", "result_html", "result_json", "save_charts", "summary_table",
            "write_result"]
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a compiled module has a report, and need not be able to draw it
-    from rich.console import RenderableType
-    from rich.table import Table
-
+if TYPE_CHECKING:
     from .values import LayerReport, Report
 
-WIDTH = 118
 READY = "ready"
 # of a report of many graphs: what its text holds; the value holds all of it
 MAX_LAYERS, MAX_PIECES, MAX_ALIKE, MAX_NAMED = 60, 10, 3, 3
@@ -43,7 +38,7 @@ def render_text(report: Report) -> str:
     lines += [f"note: {said}" for said in _sentences(report, "notes")]
     if any(layer.amax is not None for layer in report.layers):
         shown = MAX_LAYERS if _many(report) else len(report.layers)
-        lines.append(_as_text(layer_table(report, shown)))
+        lines += columns(layer_rows(report, shown))
         rest = sum(layer.amax is not None for layer in report.layers) - shown
         if rest > 0:
             lines.append(f"and {rest} 8-bit layers with less noise")
@@ -109,20 +104,24 @@ def _some(names: Sequence[str], of: int) -> str:
     return ", ".join(named) if len(named) <= MAX_NAMED else f"{len(named)} of {of} graphs"
 
 
-def layer_table(report: Report, most: int | None = None) -> Table:
-    """The 8-bit layers, noisiest first, ``most`` of them. A layer that runs in several ways tells in which graphs."""
-    from rich.table import Table
-
+def layer_rows(report: Report, most: int | None = None) -> list[list[str]]:
+    """The 8-bit layers, noisiest first, ``most`` of them, below a row of what the cells are. A layer that runs in several ways
+    tells in which graphs."""
     rows = sorted((la for la in report.layers if la.amax is not None), key=lambda la: la.sqnr_db or 0.0)[:most]
     several = _in_several_ways(report)
     split = any((la.name, la.shape) in several for la in rows)
-    table = Table("8-bit layer", "shape", "engine", "amax", "SQNR, dB", *(["in"] if split else []), box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    found = [["8-bit layer", "shape", "engine", "amax", "SQNR, dB", *(["in"] if split else [])]]
     for la in rows:
         where = [_some(la.where, len(report.pieces)) if (la.name, la.shape) in several else ""] if split else []
         sqnr = "" if la.sqnr_db is None else f"{la.sqnr_db:.1f}"
-        table.add_row(la.name, "x".join(map(str, la.shape)), la.engine, f"{la.amax:.3g}", sqnr, *where)
-    return table
+        found.append([la.name, "x".join(map(str, la.shape)), la.engine, f"{la.amax:.3g}", sqnr, *where])
+    return found
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, its cells below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _in_several_ways(report: Report) -> set[tuple[str, tuple[int, ...]]]:
@@ -174,12 +173,3 @@ def _runs(numbers: Sequence[int]) -> str:
         else:
             runs.append([n, n])
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _as_text(renderable: RenderableType) -> str:
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=WIDTH, no_color=True)
-    console.print(renderable)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip()
