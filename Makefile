@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test quick bench lint clean
+.PHONY: demo test quick bench docs lint clean
 
 demo: $(STAMP)
 	@$(BIN)/sdtrt demo --out out
@@ -19,6 +19,10 @@ quick: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest benchmarks
+
+docs: $(STAMP)
+	@$(BIN)/mkdocs build --strict --quiet --site-dir out/site
+	@echo "the site is out/site/index.html"
 
 lint: $(STAMP)
 	@$(BIN)/ruff check

@@ -3,6 +3,8 @@
 import ast
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,26 @@ def test_links_lead_somewhere(page):
 def test_every_page_can_be_reached_from_the_readme():
     linked = set(re.findall(r"\]\(docs/([^)#\s]+)", (ROOT / "README.md").read_text()))
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_the_reference_has_everything_that_users_import():
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", pages, re.MULTILINE)}
+    assert set(sdtrt_backend.__all__) <= documented
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """And loads nothing from elsewhere."""
+    run = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    pages = {path.relative_to(tmp_path).parts[0]: path.read_text() for path in tmp_path.rglob("index.html")}
+    assert {"index.html", "reference", "lora", "options"} <= pages.keys()
+    assert "sdtrt calibrate" in (tmp_path / "reference" / "command-line" / "index.html").read_text()
+    assert "calibration_runs" in (tmp_path / "reference" / "python" / "index.html").read_text()
+    for text in pages.values():
+        assert not re.findall(r"<(?:script|img|iframe)[^>]*src=.?https?:|<link[^>]*stylesheet[^>]*href=.?https?:", text)
 
 
 def test_the_readme_is_short():

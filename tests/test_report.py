@@ -8,9 +8,11 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdtrt_backend.graphs import Memory
 from sdtrt_backend.report import (
     Chart,
     Report,
@@ -303,3 +305,17 @@ def test_shortened_names_lose_none(parts):
 def test_names_that_differ_in_one_number_are_one():
     assert numbered(["b.0.x", "b.1.x", "c", "b.2.x", "b.4.x", "b.1.y.7", "b.2.y.7", "conv1"]) == [
         "b.0-2,4.x", "c", "b.1-2.y.7", "conv1"]
+
+
+def test_memory_of_graphs_and_the_peak_are_told(monkeypatch):
+    memory = Memory()
+    assert memory.graph_bytes() == 0
+    memory.pool = (0, 7)
+    segments = [{"total_size": 2**20, "segment_pool_id": (0, 7)}, {"total_size": 2**21, "segment_pool_id": (0, 0)},
+                {"total_size": 2**20, "segment_pool_id": (0, 7)}]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert memory.graph_bytes() == 2**21
+    text = str(Report("ready", memory={"unet": {"codes": 3_000_000, "graphs": memory.graph_bytes()}}, peak=12_000_000))
+    assert "memory of unet: codes 3.0 MB, graphs 2.1 MB\n" in text
+    assert "memory of the process on this GPU, at most so far: 12.0 MB" in text
+    assert "at most so far" not in str(Report("ready"))

@@ -356,6 +356,7 @@ def test_the_report_tells_the_memory_of_each_part(pipe):
         size = sum(p.numel() * p.element_size() for p in module.parameters())
         assert held["weights"] == size
         assert 0.2 * size < held["codes"] < 0.4 * size  # a byte for four, and scales
+        assert "graphs" not in held
         assert f"memory of {name}: weights {size / 1e6:.1f} MB, codes {held['codes'] / 1e6:.1f} MB" in str(report)
 
 

@@ -119,7 +119,7 @@ class Memory:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """While the context is open the codes may be written: after the step that runs, and before the next one."""
-        device = next((t.device for t in self.tensors() if t.is_cuda), None)
+        device = self.device
         with self.lock, torch.cuda.device(-1 if device is None else device):
             if device is not None and self.last is not None:
                 torch.cuda.current_stream().wait_event(self.last)
@@ -134,6 +134,17 @@ class Memory:
                 yield from pair
         for one in self.merged.values():
             yield one.tensor
+
+    @property
+    def device(self) -> torch.device | None:
+        """The GPU of the codes."""
+        return next((t.device for t in self.tensors() if t.is_cuda), None)
+
+    def graph_bytes(self) -> int:
+        """What the graphs' tensors take on the GPU: their pool, which they share."""
+        if self.pool is None:
+            return 0
+        return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self.pool))
 
     def drop(self, gone: Callable[[int], bool]) -> None:
         """Codes and merged weights of weights with such ids, which may be given again. Those that a step goes on with stay."""

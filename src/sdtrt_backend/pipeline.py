@@ -175,7 +175,14 @@ def explain(module_or_pipe: Any) -> Report:
     if not found:
         raise ModelError.not_compiled(module_or_pipe)
     whole = of_parts(found, next(iter(modules_of(module_or_pipe))), every_timestep)
-    return replace(whole, notes=(*whole.notes, *_called_once(module_or_pipe), *_without_report(module_or_pipe, found)))
+    notes = (*whole.notes, *_called_once(module_or_pipe), *_without_report(module_or_pipe, found))
+    return replace(whole, notes=notes, peak=_peak(everything(module_or_pipe).values()))
+
+
+def _peak(modules: Iterable[torch.nn.Module]) -> int:
+    """Of the GPU that one of them is on."""
+    devices = [state.memory.device for module in modules for state in states(module) if state.memory.device is not None]
+    return max(map(torch.cuda.max_memory_allocated, devices), default=0)
 
 
 def _without_report(pipe: Any, found: Container[str]) -> Iterator[str]:

@@ -245,6 +245,7 @@ class State:
                 if weights.key(t) not in seen:
                     seen.add(weights.key(t))
                     held[kind] += t.untyped_storage().nbytes()
+        held["graphs"] = self.memory.graph_bytes()
         return {kind: count for kind, count in held.items() if count}
 
     def keep_weights(self) -> None:

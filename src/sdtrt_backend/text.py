@@ -31,6 +31,7 @@ def render_text(report: Report) -> str:
     lines += [f"{name}: {value:.2f}" for name, value in report.timings.items()]
     lines += [f"memory{f' of {part}' if part else ''}: " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in of.items())
               for part, of in report.memory.items()]
+    lines += [f"memory of the process on this GPU, at most so far: {report.peak / 1e6:.1f} MB"] if report.peak else []
     if report.watched is not None:
         lines.append(str(report.watched))
     lines += _graphs(report)

@@ -170,7 +170,8 @@ class Report:
     first 8-bit output, relative to the user's precision. quantized_flops_share: of ``work``, 0..1, what runs in 8 bits. flops:
     2 * MAC of every operation with a weight in one call, 0 where it is not known. sizes: of the inputs it was built for.
     memory: part of the pipeline, "" of a module alone -> what holds it -> bytes: its "weights" on their device, those "in host
-    memory", their 8-bit "codes" with scales, and what "steps" hold besides for their CUDA graphs.
+    memory", their 8-bit "codes" with scales, what "steps" hold besides, and the "graphs", the pool of their CUDA graphs. peak:
+    bytes of the module's GPU that the process had in tensors at most, since torch.cuda.reset_peak_memory_stats().
     pieces: (name, report) of each graph that ``report.merged`` made this one of.
     """
 
@@ -187,6 +188,7 @@ class Report:
     sizes: str = ""
     pieces: tuple[tuple[str, Report], ...] = ()
     memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    peak: int = 0
 
     @property
     def work(self) -> int:

@@ -30,6 +30,8 @@ def test_all_parts_and_back_to_the_bit(pipe, backend, engine):
     assert states["unet"] == "ready", report
     assert states["vae.decoder"] == "ready" or (engine == "auto" and report.fallbacks), report
     assert min(psnr(pictures, exact)) > 20
+    assert report.memory["unet"]["graphs"] > 0
+    assert report.peak > sum(report.memory["unet"][kind] for kind in ("codes", "steps"))
     pipe.to("cpu")
     pipe.to("cuda")
     assert min(psnr(draw(pipe, UNSEEN), pictures)) > 60
