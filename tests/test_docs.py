@@ -95,3 +95,39 @@ def test_the_first_program_of_the_readme_runs(monkeypatch, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"a lighthouse.png", "a red bicycle.png", "a bowl of soup.png"}
     assert "state: ready" in capsys.readouterr().out
     sdtrt_backend.restore(pipe)
+
+
+SAYING = {"say", "refuse", "_refused"}  # calls whose arguments are sentences
+RETURNING = {"unfit", "in_pieces", "_refusal", "missing", "_on_the_cpu", "_on_a_gpu", "_by_tensorrt", "_by_torchao", "_of_sizes",
+             "_called_once", "_calibrate_again", "none_left"}  # functions that give some
+
+
+def literal_parts(node):
+    """Those of a text between what is put into it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.JoinedStr):
+        return "".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values).split("\0")
+    return []
+
+
+def sentences():
+    for path in (ROOT / "src" / "sdtrt_backend").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = []
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in SAYING:
+                found = node.args
+            elif isinstance(node, ast.FunctionDef) and node.name in RETURNING:
+                found = [n.value for n in ast.walk(node) if isinstance(n, ast.Return) or (
+                    isinstance(n, ast.Expr) and isinstance(n.value, ast.Yield))]
+                found = [n.value if isinstance(n, ast.Yield) else n for n in found]
+            elif isinstance(node, ast.keyword) and node.arg in RETURNING and isinstance(node.value, ast.Lambda):
+                found = [node.value.body]
+            yield from (parts for one in found if (parts := literal_parts(one)))
+
+
+def test_what_a_report_says_is_explained():
+    page = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
+    longest = {max(parts, key=len).strip(" ;:,(") for parts in sentences()}
+    assert len(longest) > 40
+    assert not sorted(part for part in longest if part not in page)
