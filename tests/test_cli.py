@@ -6,12 +6,14 @@ import json
 
 import pytest
 from PIL import Image
+from test_report import RESULT
 from typer.testing import CliRunner
 
 from sdtrt_backend import cli, demo, demo_pipeline
 from sdtrt_backend.enginecache import EngineCache
 from sdtrt_backend.errors import SdtrtError
 from sdtrt_backend.recipe import digest
+from sdtrt_backend.report import Report, result_json
 from sdtrt_backend.resume import ResumeFolder
 
 run = CliRunner().invoke
@@ -26,7 +28,8 @@ def prompts(tmp_path):
 
 def test_help_names_every_command():
     text = run(cli.app, ["--help"]).output
-    assert all(command in text for command in ("demo", "calibrate", "show", "generate", "export", "cache", "doctor"))
+    assert all(command in text for command in ("demo", "report", "calibrate", "show", "generate", "export", "cache",
+                                                 "doctor"))
 
 
 @pytest.mark.slow
@@ -35,6 +38,24 @@ def test_doctor_counts_what_would_be_quantised():
     assert result.exit_code == 0
     assert "117 of 132 layers would be quantised" in result.output
     assert "does not fit" not in result.output
+
+
+def test_report_prints_a_saved_one_and_opens_its_page(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(cli.typer, "launch", lambda url: opened.append(url) or 0)
+    (tmp_path / "report.json").write_text(result_json(RESULT, Report("ready", notes=("a note",), fallbacks=("a fallback",))))
+    shown = run(cli.app, ["report", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    assert all(text in shown.output for text in ("2.00x", "a note", "a fallback"))
+    assert opened == [(tmp_path / "report.html").as_uri()]
+    assert run(cli.app, ["report", str(tmp_path), "--no-browser"]).exit_code == 0
+    assert len(opened) == 1
+    monkeypatch.setattr(cli.typer, "launch", lambda url: 1)
+    assert "no browser" in run(cli.app, ["report", str(tmp_path)]).output
+    for wrong in ("nowhere", "broken"):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "report.json").write_text("{}")
+        assert "holds no report" in str(run(cli.app, ["report", str(tmp_path / wrong)]).exception)
 
 
 def test_calibrate_writes_a_recipe_that_show_draws(prompts, tmp_path):

@@ -17,7 +17,7 @@ ROOT = Path(sdtrt_backend.__file__).parent
 LAYERS = {
     "words": ["errors", "text", "values", "provenance", "metrics", "stats", "timesteps"],
     "files": ["files", "store", "enginecache"],
-    "tables": ["roles", "rules", "options", "modelopt", "recipe", "report"],
+    "tables": ["roles", "rules", "options", "modelopt", "recipe", "page", "report"],
     "memory": ["weights", "buffers", "constants", "graphs"],
     "arithmetic": ["ops", "emulate", "measure", "latency"],
     "program": ["names", "identity", "calls", "fx", "scalars", "work", "capture", "regions"],

@@ -1,4 +1,4 @@
-"""``sdtrt``: demo, calibrate, show, generate, export, cache, doctor."""
+"""``sdtrt``: demo, report, calibrate, show, generate, export, cache, doctor."""
 
 from __future__ import annotations
 
@@ -65,6 +65,25 @@ def demo(
                                str(model) if model else "the bundled model")
     if result["state"] != "ready":
         raise typer.Exit(NOT_QUANTIZED)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="What sdtrt demo wrote.")] = Path("out"),
+    browser: Annotated[bool, typer.Option(help="Open report.html, too.")] = True,
+) -> None:
+    """Print the table of a saved report and what was said, and open its page in the browser."""
+    from .report import summary_table
+
+    try:
+        result = json.loads((folder / "report.json").read_text())
+        console.print(summary_table(result))
+        said = [*result["fallbacks"], *result["notes"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SdtrtError(f"{folder} holds no report: expected the folder that sdtrt demo wrote ({error!r})") from None
+    console.print(*said, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    if browser and typer.launch((folder / "report.html").resolve().as_uri()):
+        console.print(f"no browser could be opened: open {folder / 'report.html'}", highlight=False)
 
 
 @app.command()

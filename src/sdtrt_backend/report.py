@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import page
 from .recipe import Recipe
 from .text import READY, kept_layers, label, layer_rows, numbered, render_text
 from .values import LayerReport, Report, Watched
@@ -184,7 +183,8 @@ def summary_table(result: Mapping[str, Any]) -> Table:
 def result_json(result: Mapping[str, Any], report: Report) -> str:
     """``result`` with the report's layers, fallbacks, notes, provenance and graphs, as text."""
     body = {**result, "layers": [asdict(layer) for layer in report.layers], "fallbacks": list(report.fallbacks),
-            "notes": list(report.notes), "provenance": dict(report.provenance),
+            "notes": list(report.notes), "provenance": dict(report.provenance), "peak": report.peak,
+            "memory": {part: dict(held) for part, held in report.memory.items()},
             "graphs": [{"name": name, "sizes": piece.sizes, "state": piece.state, "flops": piece.work, "error": piece.error,
                         "quantized_flops_share": piece.quantized_flops_share, "timings": dict(piece.timings)}
                        for name, piece in report.pieces]}
@@ -215,7 +215,7 @@ def result_html(result: Mapping[str, Any], report: Report, picture: Image.Image,
     said = "".join(f"<li>{html.escape(s)}</li>" for s in (*report.fallbacks, *report.notes)) or "<li>none</li>"
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     steps = result["step_ms"]
-    facts = _html_table(("", "eager", "torch.compile", "sd_int8"), [
+    facts = page.table(("", "eager", "torch.compile", "sd_int8"), [
         ("step, ms", *(f"{steps[k]:.1f}" for k in ("eager", "compile", "sd_int8"))),
         ("speed-up over torch.compile", *(f"{steps['compile'] / steps[k]:.2f}x" for k in ("eager", "compile", "sd_int8"))),
         ("PSNR to full precision, dB", "", "", "mean {mean:.1f}, worst {min:.1f}".format(**result["psnr_db"])),
@@ -223,20 +223,39 @@ def result_html(result: Mapping[str, Any], report: Report, picture: Image.Image,
         ("FLOPs in 8 bit", "0 %", "0 %", f"{result['quantized_flops_share']:.1%}"),
         ("cold start, s", "", f"{result['compile_cold_start_s']:.1f}", f"{result['cold_start_s']:.1f}"),
     ])
-    layers = _html_table(("layer", "shape", "precision", "engine", "SQNR, dB", "MFLOP", "reason"), [
-        (la.name, "x".join(map(str, la.shape)), la.precision, la.engine, "" if la.sqnr_db is None else f"{la.sqnr_db:.1f}",
-         f"{la.flops / 1e6:.1f}", la.reason) for la in report.layers])
     watched = f"<p>{html.escape(str(report.watched))}</p>" if report.watched else ""
-    pictures = Chart("demo", "Pictures", "The same prompts, side by side; the last row names how much it is amplified.", picture)
-    return _page(result["title"], f"""<p>{html.escape(result["machine"])}; {html.escape(versions)}</p>
-{facts}{"".join(map(_section, (pictures, *charts)))}
-<h2>Fallbacks and notes</h2><ul>{said}</ul>{watched}<h2>Layers</h2>{layers}
-""")
+    shown = Chart("demo", "Pictures", "The same prompts, side by side; the last row names how much it is amplified.", picture)
+    return page.page(result["title"], "".join((
+        f'<p class="soft">{html.escape(result["machine"])}; {html.escape(versions)}</p>', facts,
+        *map(_section, (shown, *charts)), page.heading("Fallbacks and notes"), f"<ul>{said}</ul>", watched, report_html(report))))
+
+
+def report_html(report: Report) -> str:
+    """Tables of what a report holds: graphs, memory, layers."""
+    pieces = report.pieces if len(report.pieces) > 1 else ()
+    times = sorted({name for _, piece in pieces for name in piece.timings if name.endswith("_ms")})
+    graphs = page.table(("graph", "state", "FLOPs in 8 bits", "relative error", *times), [
+        (label(one), one[1].state, f"{one[1].quantized_flops_share or 0:.1%}", _number(one[1].error, 4),
+         *(_number(one[1].timings.get(name), 2) for name in times)) for one in pieces])
+    kinds = list(dict.fromkeys(kind for held in report.memory.values() for kind in held))
+    memory = page.table(("part", *(f"{kind}, MB" for kind in kinds)), [
+        (part, *(_number(held[kind] / 1e6 if kind in held else None, 1) for kind in kinds))
+        for part, held in report.memory.items()])
+    peak = f"<p>The process had {report.peak / 1e6:.1f} MB on this GPU at most so far.</p>" if report.peak else ""
+    layers = page.sorted_table("layers", ("layer", "shape", "precision", "engine", "SQNR, dB", "MFLOP", "reason"), [
+        (la.name, "x".join(map(str, la.shape)), la.precision, la.engine, _number(la.sqnr_db, 1), f"{la.flops / 1e6:.1f}",
+         la.reason) for la in report.layers])
+    return "".join((page.heading("Graphs") + graphs if pieces else "", page.heading("Memory") + memory if kinds else "", peak,
+                    page.heading("Layers"), layers))
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def charts_html(title: str, charts: Sequence[Chart]) -> str:
     """A page of charts that needs no other file."""
-    return _page(title, "".join(map(_section, charts)))
+    return page.page(title, "".join(map(_section, charts)))
 
 
 def write_result(folder: Path, result: Mapping[str, Any], report: Report, picture: Image.Image,
@@ -257,26 +276,8 @@ def save_charts(folder: Path, charts: Sequence[Chart]) -> list[Path]:
     return [folder / f"{chart.name}.png" for chart in charts]
 
 
-def _page(title: str, body: str) -> str:
-    return f"""<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>body{{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:82rem;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid #ddd}}
-img{{max-width:100%}}h1{{font-size:1.5rem}}h2{{font-size:1.15rem;margin-top:2rem}}</style>
-<h1>{html.escape(title)}</h1>{body}"""
-
-
 def _section(chart: Chart) -> str:
-    buffer = io.BytesIO()
-    chart.image.save(buffer, "PNG")
-    return (f'<h2>{html.escape(chart.heading)}</h2><p>{html.escape(chart.text)}</p><img alt="{html.escape(chart.heading)}" '
-            f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
-
-    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
+    return page.picture(chart.heading, chart.text, chart.image)
 
 
 def _image(picture: Pictures) -> Image.Image:
