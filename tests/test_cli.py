@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 
 import pytest
 from PIL import Image
@@ -38,6 +39,9 @@ def test_doctor_counts_what_would_be_quantised():
     assert result.exit_code == 0
     assert "117 of 132 layers would be quantised" in result.output
     assert "does not fit" not in result.output
+    told = json.loads(run(cli.app, ["doctor", "--json"]).output)
+    assert told["layers"]["int8"] == 117
+    assert told["machine"]["torch"] == {"found": metadata.version("torch"), "means": "fits"}
 
 
 def test_report_prints_a_saved_one_and_opens_its_page(tmp_path, monkeypatch):

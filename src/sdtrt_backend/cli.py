@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shutil
 import sys
 from datetime import datetime
 from importlib.metadata import requires
@@ -253,47 +254,58 @@ def export(
 
 
 @app.command()
-def doctor(model: Model = None) -> None:
+def doctor(model: Model = None,
+           as_json: Annotated[bool, typer.Option("--json", help="For a report of a fault.")] = False) -> None:
     """What this machine can do, which packages fit, and what would be quantised. Exit code 3 when nothing would be."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    rows, counts = _machine(compiler), _would_quantize(_load(model))
+    if as_json:
+        rows_of = {what: {"found": found, "means": means} for what, found, means in rows}
+        print(json.dumps({"machine": rows_of, "layers": counts}, indent=1))
+    else:
+        table = Table("what", "found", "what it means", title="sdtrt doctor", title_justify="left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        console.print(f"{counts['int8']} of {sum(counts.values())} layers would be quantised; the rest: " + "; ".join(
+            f"{n} x {reason}" for reason, n in counts.items() if reason != "int8"), highlight=False)
+    if not counts["int8"] or compiler is None:
+        raise typer.Exit(NOT_QUANTIZED)
+
+
+def _machine(compiler: str | None) -> list[tuple[str, str, str]]:
+    """(what, found, what it means)."""
     import torch
 
     from .recipe import versions
 
-    table = Table("what", "found", "what it means", title="sdtrt doctor", title_justify="left")
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     vnni = capabilities.get("avx512_vnni", False) or capabilities.get("avx_vnni", False)
-    table.add_row("CPU", torch.backends.cpu.get_cpu_capability(),
-                  "int8 dot products" if vnni else "no VNNI: int8 runs, but may not be faster; the measured choice decides")
-    table.add_row("oneDNN", str(torch.backends.mkldnn.is_available()), "runs the int8 kernels on the CPU")
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
-    table.add_row("bf16", str(bf16), "attention runs in it where a timing says it pays" if bf16 else "attention stays in fp32")
+    onednn = torch.backends.mkldnn.is_available()
+    bf16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    rows = [("CPU", torch.backends.cpu.get_cpu_capability(),
+             "int8 dot products" if vnni else "no VNNI: int8 runs, but may not be faster; the measured choice decides"),
+            ("oneDNN", str(onednn), "runs the int8 kernels on the CPU"),
+            ("bf16", str(bf16), "attention runs in it where a timing says it pays" if bf16 else "attention stays in fp32")]
     if torch.cuda.is_available():
         from .kernels import CAPABILITY, missing
 
         capability = torch.cuda.get_device_capability()
-        table.add_row("GPU", torch.cuda.get_device_name(), "; ".join(
-            escape(f"sd_{precision}: {missing(precision, capability) or 'yes'}") for precision in CAPABILITY))
+        rows.append(("GPU", torch.cuda.get_device_name(), "; ".join(
+            f"sd_{precision}: {missing(precision, capability) or 'yes'}" for precision in CAPABILITY)))
     else:
-        table.add_row("GPU", "none", "the 8-bit kernels run on the CPU")
-    import shutil
-
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    table.add_row("C++ compiler", compiler or "none", "Inductor needs it" if compiler else "install g++: apt-get install g++")
+        rows.append(("GPU", "none", "the 8-bit kernels run on the CPU"))
+    rows.append(("C++ compiler", compiler or "none", "Inductor needs it" if compiler else "install g++: apt-get install g++"))
     for requirement in _requirements():
         found = versions([requirement.name]).get(requirement.name)
         fits = found is not None and found in requirement.specifier
-        advice = escape(f"does not fit: pip install '{requirement}'")
-        table.add_row(requirement.name, found or "not installed", "fits" if fits else advice)
+        advice = "fits" if fits else f"does not fit: pip install '{requirement}'"
+        rows.append((requirement.name, found or "not installed", advice))
     for module, extra in (("cudnn", "cuda"), ("torchao", "torchao"), ("modelopt", "modelopt"), ("tensorrt", "tensorrt"),
                           ("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx")):
         if importlib.util.find_spec(module) is None:
-            table.add_row(module, "not installed", escape(f"optional: pip install 'sdtrt_backend[{extra}]'"))
-    console.print(table)
-    counts = _would_quantize(_load(model))
-    console.print(f"{counts['int8']} of {sum(counts.values())} layers would be quantised; the rest: " + "; ".join(
-        f"{n} x {reason}" for reason, n in counts.items() if reason != "int8"), highlight=False)
-    if not counts["int8"] or compiler is None:
-        raise typer.Exit(NOT_QUANTIZED)
+            rows.append((module, "not installed", f"optional: pip install 'sdtrt_backend[{extra}]'"))
+    return rows
 
 
 @app.command()
