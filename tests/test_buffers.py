@@ -1,5 +1,7 @@
 """Buffers that are other tensors after a move of the module, as offloading makes them around every picture."""
 
+import gc
+
 import pytest
 import torch
 from test_situations import CLOSE, ENGINES, REFERENCE, STEPS, Block, block_call, close, ready
@@ -111,6 +113,22 @@ def test_buffers_of_before_are_let_go(block):
         for _ in range(2 * unit.JUDGED[0]):
             block_call(compiled)
     assert sum(not m.expired() for m in memory) <= 1
+
+
+def test_a_module_that_is_gone_leaves_no_buffer(block):
+    compiled = torch.compile(block, backend="sd_int8", options=REFERENCE)
+    for _ in range(3):
+        for t in STEPS:
+            block_call(compiled, t)
+        move(block)
+    (known,) = state.states(block)
+    memory = [StorageWeakRef(t.untyped_storage()) for t in known.buffers.first.values()]
+    assert memory
+    state.forget(block)
+    block.shift = torch.zeros(64)
+    gc.collect()
+    assert known.closed
+    assert all(m.expired() for m in memory)
 
 
 def test_two_modules_of_one_class_have_buffers_of_their_own():

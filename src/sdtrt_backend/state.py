@@ -287,7 +287,7 @@ class State:
             self.units.clear()
             self.drift.waiting.clear()
             self.memory.forget_all()
-            self.adapters = None  # Dynamo may hold a closed state
+            self.buffers, self.adapters = Buffers(), None  # Dynamo may hold a closed state
 
     def purge(self) -> None:
         """Drop units of parameters that the root has no more, or has in another dtype: an adapter was removed, a checkpoint was
