@@ -332,6 +332,8 @@ class Unit:
             if self._another_number(key, inputs):
                 return self._own_precision(key, args)
             if state.options.background and not state.behind.me():
+                if self._has_another(key, args):
+                    return self._call(args)
                 state.behind.start(self._build_behind(key, args))
                 return self.own(args)
             if state.closed or not BUILDING_ALONE.acquire(blocking=False):
