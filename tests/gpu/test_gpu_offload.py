@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from test_whole_pipeline import UNSEEN, draw, psnr
+from test_all_parts import UNSEEN, draw, psnr
 
 import sdtrt_backend
 from sdtrt_backend import unit, weights

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_whole_pipeline import UNSEEN, decoded, draw, latents, picture_psnr, psnr
+from test_all_parts import UNSEEN, decoded, draw, latents, picture_psnr, psnr
 
 import sdtrt_backend
 from sdtrt_backend import unit

@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from test_all_parts import UNSEEN, draw, psnr
 from test_sizes import finish
-from test_whole_pipeline import UNSEEN, draw, psnr
 
 import sdtrt_backend
 from sdtrt_backend import state
