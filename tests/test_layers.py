@@ -33,7 +33,9 @@ LAYERS = {
     "state of a compiled module": ["clock", "merge", "adapters", "state", "unit", "step"],
     "backend": ["backend"],
     "user's functions": ["pipeline", "lora", "export", "heatmaps", "torchao_config", "autoquant", "__init__"],
-    "command line": ["demo", "cli", "command"],
+    "demo": ["demo"],
+    "servers": ["serving.ask", "serving.painter", "serving"],
+    "command line": ["cli", "command"],
 }
 ORDER = [module for modules in LAYERS.values() for module in modules]
 HEAVY = ("PIL", "rich", "typer", "diffusers", "transformers", "tensorrt", "torch_tensorrt", "tensorrt_rtx", "modelopt", "torchao",

@@ -303,6 +303,17 @@ class LoraError(SdtrtError):
         return cls(f"expected a finite number for the weight of {name!r}, got {given!r} ({type(given).__name__})")
 
 
+class RequestError(SdtrtError):
+    """What is asked of a served pipeline cannot be drawn. field: the one of the request that is wrong."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # it goes from the process that draws to the one that answers
+        return type(self), (self.field, str(self))
+
+
 def require_torchao(what: str) -> None:
     """Raise ImportError with the install line where TorchAO is missing."""
     if find_spec("torchao") is None:

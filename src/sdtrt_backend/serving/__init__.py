@@ -1,0 +1,1 @@
+"""Serving: one accelerated pipeline behind an HTTP server, a batch job or a Triton model repository."""
