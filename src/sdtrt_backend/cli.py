@@ -1,16 +1,19 @@
-"""``sdtrt``: demo, report, calibrate, show, generate, export, cache, doctor."""
+"""``sdtrt``: demo, report, calibrate, show, generate, batch, export, cache, doctor."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import logging
+import os
 import shutil
+import signal
 import sys
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import requires
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from packaging.requirements import Requirement
@@ -18,15 +21,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import SdtrtError
+from .errors import ExportError, SdtrtError, require_serving
 from .options import Options
 from .parts import EVERY_TIMESTEP
+
+if TYPE_CHECKING:
+    from .serving.painter import Setup
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="8-bit inference for diffusion models.",
                   pretty_exceptions_enable=False)
 console = Console()
-BAD_INPUT, NOT_QUANTIZED = 2, 3
+BAD_INPUT, NOT_QUANTIZED, SOME_FAILED = 2, 3, 3  # the last two: not as hoped
 SHORT = 24  # characters of a value that a table cell shows
+OF_TRITON = {"name", "full", "lora_dir", "size", "batches", "steps", "guidance", "parts", "threads", "instances", "gpu",
+             "memory_budget", "queue_delay"}  # parameters of ``export``
+NOT_OF_TRITON = {"flavour", "inputs", "sm", "batch", "height", "width", "max_batch", "max_height", "max_width"}
 CHATTY = ("torchao", "torch.utils._pytree")  # warn, on being imported, of what a user of this command can do nothing about
 
 Model = Annotated[Path | None, typer.Option(help="A diffusers pipeline folder; the bundled model when omitted.")]
@@ -36,6 +45,19 @@ Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="NAME=VALUE
                                                   "pictures in the order of their names, one for each prompt).")]
 Parts = Annotated[str, typer.Option(help="denoisers, auto (the VAE and text encoders too), or paths: unet,vae.decoder.")]
 Seed = Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")]
+ServedRecipe = Annotated[Path | None, typer.Option("--recipe", help="A saved recipe; without one each pipeline calibrates itself "
+                                                   "first.")]
+LoraDir = Annotated[Path | None, typer.Option(help="Folder of .safetensors; a request names them without the suffix.")]
+Sizes = Annotated[str | None, typer.Option("--size", metavar="WxH,...", help="Sizes in pixels that may be asked for, the default "
+                                           "first: 1024x1024,768x1344; the model's own when omitted.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own when omitted, of the bundled model 5.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU; all that there are when omitted.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="sd_int8; the default.")]
+Fp8 = Annotated[bool, typer.Option("--fp8", help="sd_fp8, on NVIDIA GPUs of capability 8.9 or newer.")]
+Full = Annotated[bool, typer.Option("--full", help="The model's own precision.")]
+Batches = Annotated[str, typer.Option(metavar="N,...", help="Pictures of one call, each built once; fewer are filled up to the "
+                                                            "next of them.")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster; Ray on this machine alone when omitted.")]
 
 
 def main() -> None:
@@ -215,12 +237,16 @@ def generate(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Folder for model.onnx, and for the engine and its manifest.")],
-    to: Annotated[str, typer.Option(help="onnx, or engine: the ONNX file and a TensorRT engine built from it.")] = "onnx",
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Folder for model.onnx, and for the engine and its manifest; of triton, the "
+                                                "model repository.")],
+    to: Annotated[str, typer.Option(help="onnx, engine: the ONNX file and a TensorRT engine built from it, or triton: a model "
+                                         "repository of Triton Inference Server.")] = "onnx",
     recipe: Annotated[Path | None, typer.Option(help="A saved recipe of this model (sdtrt calibrate).")] = None,
     model: Model = None,
     int8: Annotated[bool, typer.Option("--int8/--fp8", help="The 8-bit type.")] = True,
-    dtype: Annotated[str, typer.Option(help="The rest: float16, bfloat16 (where float16 overflows) or float32.")] = "float16",
+    dtype: Annotated[str | None, typer.Option(help="The rest: float16, bfloat16 (where float16 overflows) or float32; when "
+                                                   "omitted float16, of triton what suits the model and the server.")] = None,
     flavour: Annotated[str | None, typer.Option(help="tensorrt or tensorrt_rtx; the installed one when omitted.")] = None,
     inputs: Inputs = None,
     sm: Annotated[int | None, typer.Option(help="Build ahead of time for this compute capability: 89 for 8.9.")] = None,
@@ -230,27 +256,176 @@ def export(
     max_batch: Annotated[int | None, typer.Option(min=1, help="Makes the batch dynamic, up to this.")] = None,
     max_height: Annotated[int | None, typer.Option(min=8, help="Makes the height dynamic, up to this.")] = None,
     max_width: Annotated[int | None, typer.Option(min=8, help="Makes the width dynamic, up to this.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model in the repository; that of --model's folder when "
+                                                  "omitted.")] = None,
+    full: Full = False,
+    lora_dir: LoraDir = None,
+    size: Sizes = None,
+    batches: Batches = "1,4",
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    parts: Parts = EVERY_TIMESTEP,
+    threads: Threads = None,
+    instances: Annotated[int, typer.Option(min=1, help="Pipelines at once, on each GPU of the server, else on its CPU.")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="The server must have a GPU.")] = False,
+    memory_budget: Annotated[float | None, typer.Option(metavar="GB", help="What the weights of all models there may take of a "
+                                                                          "GPU, or of the CPU.")] = None,
+    queue_delay: Annotated[float, typer.Option(min=0, help="Milliseconds that a picture waits for others.")] = 50,
 ) -> None:
-    """Write the denoiser in 8 bits as Q/DQ ONNX, or build a TensorRT engine of it; a GPU is not needed for --sm."""
+    """Write the denoiser in 8 bits as Q/DQ ONNX, build a TensorRT engine of it, or write a repository for Triton.
+
+    A GPU is not needed for --sm. The options from --name on are of --to triton, those from --flavour to --max-width are not."""
     from . import engine
-    from .errors import ExportError
     from .export import Size, build_engine, export_onnx
     from .recipe import Recipe
 
-    if to not in ("onnx", "engine"):
-        raise ExportError.unknown("--to", to, ("onnx", "engine"))
+    if to not in ("onnx", "engine", "triton"):
+        raise ExportError.unknown("--to", to, ("onnx", "engine", "triton"))
+    named = _refuse_options_of_others(ctx, to)
+    if to == "triton":
+        from .serving.triton import export_triton
+
+        setup = _setup(model=model, recipe=recipe, int8=int8 and "int8" in named, fp8=not int8, full=full, lora_dir=lora_dir,
+                       size=size, batches=_whole_numbers("--batches", batches), steps=steps, guidance=guidance, parts=parts,
+                       threads=threads)
+        name = name or (model.resolve().name if model else "tiny-emoji")
+        written = export_triton(folder, {name: replace(setup, dtype=dtype or "auto")}, instances=instances, gpu=gpu,
+                                memory_budget=memory_budget, max_queue_delay_ms=queue_delay)
+        console.print(str(written), highlight=False, markup=False, soft_wrap=True)
+        return
     if recipe is None:
         raise ExportError("an export needs a recipe: sdtrt calibrate prompts.txt --out recipe, then --recipe recipe")
     precision = "int8" if int8 else "fp8"
     if to == "engine":
         engine.check(flavour or engine.installed(), precision, sm)  # before minutes of work
     ranges = Recipe.load(recipe)
-    size, largest = Size(batch, height, width), Size(max_batch or batch, max_height or height, max_width or width)
-    exported = export_onnx(_load(model), ranges, folder, precision=precision, dtype=dtype, flavour=flavour, size=size,
-                           largest=None if largest == size else largest, **_inputs(inputs, batch))
+    least, largest = Size(batch, height, width), Size(max_batch or batch, max_height or height, max_width or width)
+    exported = export_onnx(_load(model), ranges, folder, precision=precision, dtype=dtype or "float16", flavour=flavour,
+                           size=least, largest=None if largest == least else largest, **_inputs(inputs, batch))
     console.print(str(exported), highlight=False, markup=False, soft_wrap=True)
     if to == "engine":
         console.print(str(build_engine(exported, sm)), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def batch(
+    prompts: Annotated[Path, typer.Argument(help="A JSON object with a prompt per line; or a .txt, a prompt per line.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and manifest.jsonl; the same call goes on "
+                                           "there.")] = Path("batch"),
+    model: Model = None,
+    recipe: ServedRecipe = None,
+    int8: Int8 = False,
+    fp8: Fp8 = False,
+    full: Full = False,
+    lora_dir: LoraDir = None,
+    size: Sizes = None,
+    per_call: Annotated[int, typer.Option("--batch", min=1, help="Pictures of one call of the pipeline.")] = 4,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    parts: Parts = EVERY_TIMESTEP,
+    threads: Threads = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="Pipelines at once; when omitted one per GPU, else one per "
+                                                           "host.")] = None,
+    gpus_per_actor: Annotated[float, typer.Option(help="0.5: two pipelines share a GPU.")] = 1.0,
+    address: Address = None,
+) -> None:
+    """Draw the pictures of many prompts with Ray, over any number of GPUs and hosts. Exit code 3 when some could not be drawn."""
+    from .serving.jobs import run_batch
+
+    setup = _setup(model=model, recipe=recipe, int8=int8, fp8=fp8, full=full, lora_dir=lora_dir, size=size, batches=(per_call,),
+                   steps=steps, guidance=guidance, parts=parts, threads=threads)
+    try:
+        done = run_batch(prompts, out, setup, actors=actors, address=address, gpus_per_actor=gpus_per_actor)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same call goes on with what is in {out}", highlight=False, markup=False, soft_wrap=True)
+        raise
+    console.print(f"{done.drawn} drawn, {done.kept} were there, {done.failed} failed: {done.manifest}", highlight=False,
+                  markup=False, soft_wrap=True)
+    if done.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    recipe: ServedRecipe = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line, to calibrate with.")] = None,
+    int8: Int8 = False,
+    fp8: Fp8 = False,
+    full: Full = False,
+    lora_dir: LoraDir = None,
+    size: Sizes = None,
+    batches: Batches = "1,4",
+    steps: Steps = 25,
+    max_steps: Annotated[int, typer.Option(min=1, help="The most steps of a request.")] = 100,
+    guidance: Guidance = None,
+    parts: Parts = EVERY_TIMESTEP,
+    threads: Threads = None,
+    host: Annotated[str, typer.Option(help="Any other than 127.0.0.1 wants a key in SDTRT_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[str, typer.Option(help="Pipelines, each on a GPU of its own: 2, or 1-4, which follows the load.")] = "1",
+    queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait; then requests get 429.")] = 64,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds for which a picture waits for others of its batch.")] = 0.05,
+    address: Address = None,
+) -> None:
+    """Serve the pipeline behind OpenAI's images API, on Ray Serve, until Ctrl-C."""
+    require_serving("sdtrt serve")
+    from .serving.http import Server, begin, end
+
+    setup = _setup(model=model, recipe=recipe, int8=int8, fp8=fp8, full=full, lora_dir=lora_dir, size=size,
+                   batches=_whole_numbers("--batches", batches), steps=steps, guidance=guidance, parts=parts, threads=threads)
+    setup = replace(setup, max_steps=max(max_steps, steps), prompts=tuple(_read_prompts(prompts)) if prompts else ())
+    least, dash, most = replicas.partition("-")
+    if not least.isdecimal() or (dash and not most.isdecimal()):
+        raise SdtrtError(f"--replicas expects a number such as 2, or two of them such as 1-4, got {replicas!r}")
+    server = Server(host, port, (int(least), int(most or least)), queue, wait, address)
+    console.print("starting Ray, loading, calibrating and building: a minute or more", highlight=False)
+    try:
+        begin(setup, server)
+        console.print(f"ready: http://{host}:{port}/v1/images/generations, Ctrl-C to stop", highlight=False)
+        signal.pause()
+    except KeyboardInterrupt:
+        console.print("stopping")
+    finally:
+        end()
+
+
+@app.command()
+def load(
+    prompts: Annotated[Path | None, typer.Argument(help="A text file, one prompt per line.")] = None,
+    url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000",
+    rate: Annotated[float | None, typer.Option(help="Requests a second, at random moments. Without it --clients ask.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that each wait for an answer before they ask again.")] = 1,
+    duration: Annotated[float, typer.Option(help="Seconds for which requests are made.")] = 30.0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of a request.")] = 1,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the server's own when omitted.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="The server's own when omitted.")] = None,
+    triton: Annotated[str | None, typer.Option(metavar="MODEL", help="The server is Triton, and this its model.")] = None,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for load.json and load.svg.")] = None,
+) -> None:
+    """Ask a server for pictures and time its answers. Exit code 3 when some failed."""
+    require_serving("sdtrt load")
+    from .serving.load import Plan, chart, run_with_bar, summary, write
+
+    fields = tuple((name, value) for name, value in (("size", size), ("steps", steps)) if value is not None)
+    plan = Plan(url, tuple(_read_prompts(prompts)) if prompts else ("a lighthouse",), rate, clients, duration, fields, count,
+                "triton" if triton else "openai", triton, os.environ.get("SDTRT_API_KEY"), seed)
+    outcomes = run_with_bar(plan)
+    found = summary(outcomes)
+    table = Table("requests", "pictures", "pictures/s", "p50 s", "p95 s", "p99 s", "refused", "failed", title_justify="left",
+                  title=f"{url}, {f'{rate:g} requests a second' if rate else f'{clients} clients'}, {duration:g} s")
+    times = ["-" if found[share] is None else f"{found[share]:.2f}" for share in ("p50", "p95", "p99")]
+    table.add_row(str(found["requests"]), str(found["pictures"]), f"{found['pictures_per_s']:.2f}", *times, str(found["refused"]),
+                  str(found["failed"]))
+    console.print(table)
+    if found["failed"]:
+        console.print(f"answers: {found['statuses']}", highlight=False)
+    if out:
+        write(out, plan, found, chart({url: outcomes}))
+        console.print(f"written: {out / 'load.json'}, {out / 'load.svg'}", highlight=False)
+    if found["failed"]:
+        raise typer.Exit(NOT_QUANTIZED)
 
 
 @app.command()
@@ -358,6 +533,51 @@ def _load(model: Path | None) -> Any:
     from .pipeline import demo_pipeline, load_pipeline
 
     return load_pipeline(model) if model else demo_pipeline()
+
+
+def _setup(*, model: Path | None, recipe: Path | None, int8: bool, fp8: bool, full: bool, lora_dir: Path | None,
+           size: str | None, batches: tuple[int, ...], steps: int, guidance: float | None, parts: str,
+           threads: int | None) -> Setup:
+    """Options of a command as what makes a Painter."""
+    from .serving.painter import Setup
+
+    if int8 + fp8 + full > 1:
+        raise SdtrtError("name one of --int8, --fp8 and --full, not several")
+    model_dir, recipe_dir, loras = (str(path) if path else None for path in (model, recipe, lora_dir))
+    setup = Setup(model=model_dir, backend=None if full else "sd_fp8" if fp8 else "sd_int8", recipe=recipe_dir, loras=loras,
+                  sizes=_sizes(size), batches=batches, steps=steps, max_steps=max(steps, Setup.max_steps), guidance=guidance,
+                  parts=parts, threads=threads)
+    setup.check()
+    return setup
+
+
+def _refuse_options_of_others(ctx: typer.Context, to: str) -> set[str]:
+    """Names of the parameters of ``sdtrt export`` that were given, none of which ``--to`` does not take."""
+    sources = {p.name or "": ctx.get_parameter_source(p.name or "") for p in ctx.command.params}
+    named = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    wrong = [p.opts[0] for p in ctx.command.params if p.name in named & (NOT_OF_TRITON if to == "triton" else OF_TRITON)]
+    if wrong:
+        raise ExportError(f"--to {to} takes no {', '.join(wrong)}: leave it out" if to == "triton" else
+                          f"{', '.join(wrong)} means something with --to triton alone: leave it out, or export to triton")
+    return named
+
+
+def _whole_numbers(option: str, given: str) -> tuple[int, ...]:
+    """Of a list such as 1,4."""
+    if not all(text.strip().isdecimal() for text in given.split(",")):
+        raise SdtrtError(f"{option} expects whole numbers, such as 1,4; got {given!r}")
+    return tuple(int(text) for text in given.split(","))
+
+
+def _sizes(given: str | None) -> tuple[tuple[int, int], ...]:
+    """(width, height) in pixels for each of a list such as 1024x1024,768x1344."""
+    found = []
+    for text in given.split(",") if given else ():
+        width, _, height = text.strip().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise SdtrtError(f"--size expects WIDTHxHEIGHT in pixels, or several: 1024x1024,768x1344; got {given!r}")
+        found.append((int(width), int(height)))
+    return tuple(found)
 
 
 def _inputs(given: list[str] | None, prompts: int) -> dict[str, Any]:

@@ -324,3 +324,10 @@ def require_modelopt(what: str) -> None:
     """Raise ImportError with the install line where NVIDIA's Model Optimizer is missing."""
     if find_spec("modelopt") is None:
         raise ImportError(f"{what} needs nvidia-modelopt, which is not installed: pip install 'sdtrt_backend[modelopt]'")
+
+
+def require_serving(what: str) -> None:
+    """Raise SdtrtError with the install line where what a server needs is missing."""
+    missing = [name for name in ("ray", "httpx", "prometheus_client", "python_multipart") if find_spec(name) is None]
+    if missing:
+        raise SdtrtError(f"{what} needs {', '.join(missing)}, which is not installed: pip install 'sdtrt_backend[serve]'")

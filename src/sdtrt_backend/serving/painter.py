@@ -230,4 +230,4 @@ def _opened(data: bytes | None, ask: Ask, mode: str) -> Image:
         with Image.open(io.BytesIO(data or b"")) as found:
             return found.convert(mode).resize((ask.width, ask.height), Image.Resampling.LANCZOS)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(name, f"{name} is no picture that can be read ({error})") from None
+        raise RequestError(name, f"{name} expects the file of a picture, such as a PNG ({type(error).__name__})") from None

@@ -1,0 +1,269 @@
+"""What may be asked of a served pipeline, how asks become calls, and what a request's body says: without a server."""
+
+import asyncio
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.requests import Request
+
+from sdtrt_backend.errors import OptionError, RequestError
+from sdtrt_backend.serving.answers import Held, Refused, asks_of, read_form, read_json
+from sdtrt_backend.serving.ask import FIELDS, Facts, checked
+from sdtrt_backend.serving.batcher import Batcher
+from sdtrt_backend.serving.load import Outcome, Plan, chart, summary
+from sdtrt_backend.serving.painter import Setup
+
+FACTS = Facts("emoji", "StableDiffusionPipeline", ((64, 64), (96, 64)), steps=25, max_steps=50, max_prompt=200, guidance=5.0,
+              guided=True, negative=True, loras=("ink",), edits=("image",), batches=(1, 4))
+
+
+def test_facts_go_through_json():
+    assert Facts.from_json(json.loads(json.dumps(FACTS.to_json()))) == FACTS
+
+
+def test_what_is_left_out_is_the_servers():
+    ask = checked({"prompt": "owl", "size": None}, FACTS)
+    assert (ask.width, ask.height, ask.steps, ask.guidance, ask.negative, ask.loras) == (64, 64, 25, 5.0, None, ())
+    assert checked({"prompt": "owl"}, FACTS).seed != checked({"prompt": "owl"}, FACTS).seed
+
+
+@pytest.mark.parametrize(("field", "value", "says"), [
+    ("prompt", "", "say what to draw"), ("prompt", 3, "expects a text, got 3"), ("prompt", "x" * 201, "at most 200"),
+    ("prompt", "\ud800", "surrogate"), ("size", "32x32", "one of 64x64, 96x64 or auto"), ("size", [64], "one of"),
+    ("steps", 51, "from 1 to 50"), ("steps", True, "from 1 to 50"), ("steps", 2.0, "from 1 to 50"), ("seed", -1, "from 0"),
+    ("seed", 2**63, "from 0"), ("guidance", 1, "above 1"), ("guidance", float("nan"), "a number from 1 to 30"),
+    ("guidance", "high", "a number"), ("loras", {"pen": 1}, "valid: ink"), ("loras", {"ink": "much"}, "a weight"),
+    ("loras", 3, "names"), ("negative_prompt", 3, "expects a text"), ("bogus", 1, "valid: prompt, negative_prompt")])
+def test_what_cannot_be_drawn_is_said_by_its_field(field, value, says):
+    with pytest.raises(RequestError, match=says) as raised:
+        checked({"prompt": "owl", field: value}, FACTS)
+    assert raised.value.field == field
+
+
+def test_a_pipeline_without_negative_prompts_says_so():
+    with pytest.raises(RequestError, match="takes no negative prompt"):
+        checked({"prompt": "owl", "negative_prompt": "cat"}, replace(FACTS, negative=False))
+
+
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([*FIELDS, "n", "model", "response_format", "output_format", "quality", "x"]), ANYTHING))
+def test_any_body_is_asks_or_a_named_error(body):
+    wrong = None
+    try:
+        asks, form, _ = asks_of(body, {}, FACTS)
+    except RequestError as error:
+        wrong = error
+    if wrong:
+        assert wrong.field in (*body, "prompt")
+        assert str(wrong)
+    else:
+        assert 1 <= len(asks) <= 10
+        assert form in ("png", "jpeg", "webp")
+
+
+def test_pictures_of_a_request_have_seeds_one_after_the_other():
+    asks, _, as_url = asks_of({"prompt": "owl", "n": 3, "seed": 7, "response_format": "url", "user": "me"}, {}, FACTS)
+    assert [ask.seed for ask in asks] == [7, 8, 9]
+    assert as_url
+
+
+@pytest.mark.parametrize(("body", "says"), [
+    ({"model": "other"}, "'emoji'"), ({"quality": "hd"}, "leave it out"), ({"n": 11}, "1 to 10"),
+    ({"stream": True}, "leave it out"),
+    ({"response_format": "file"}, "b64_json, url")])
+def test_what_openai_has_and_this_server_not_is_refused(body, says):
+    with pytest.raises(RequestError, match=says):
+        asks_of({"prompt": "owl", **body}, {}, FACTS)
+
+
+def test_edits_are_of_what_the_pipeline_can():
+    asks, _, _ = asks_of({"prompt": "owl", "strength": 0.5}, {"image": b"x"}, FACTS)
+    assert (asks[0].image, asks[0].strength) == (b"x", 0.5)
+    for files, fields, says in (({"image": b"x", "mask": b"y"}, {}, "draws from no mask"),
+                                ({"image": b"x"}, {"strength": 2}, "0.1 to 1"),
+                                ({"image": b"x", "photo": b"y"}, {}, "valid: image, mask")):
+        with pytest.raises(RequestError, match=says):
+            asks_of({"prompt": "owl", **fields}, files, FACTS)
+
+
+def request(body, content_type="application/json", pieces=3):
+    """A request whose body comes in pieces."""
+    step = max(1, -(-len(body) // pieces))
+    parts = [body[i : i + step] for i in range(0, len(body), step)] or [b""]
+    messages = iter([{"type": "http.request", "body": part, "more_body": i + 1 < len(parts)} for i, part in enumerate(parts)])
+
+    async def receive():
+        return next(messages)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", content_type.encode())]}
+    return Request(scope, receive)
+
+
+@pytest.mark.parametrize(("body", "status"), [
+    (b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 9000, 400), (b" " * 70_000, 413)])
+def test_a_body_that_is_no_object_is_refused(body, status):
+    with pytest.raises(Refused) as raised:
+        asyncio.run(read_json(request(body)))
+    assert raised.value.answer.status_code == status
+    assert json.loads(raised.value.answer.body)["error"]["type"] == "invalid_request_error"
+
+
+def form(*parts):
+    lines = b"".join(b'--b\r\ncontent-disposition: form-data; name="' + name + b'"' + (b'; filename="f"' if is_file else b"")
+                     + b"\r\n\r\n" + value + b"\r\n" for name, value, is_file in parts)
+    return request(lines + b"--b--\r\n", "multipart/form-data; boundary=b")
+
+
+def test_a_forms_numbers_are_numbers_and_its_prompt_a_text():
+    given, files = asyncio.run(read_form(form((b"prompt", b"7", False), (b"n", b"2", False), (b"size", b"64x64", False),
+                                              (b"image", b"png", True))))
+    assert (given, files) == ({"prompt": "7", "n": 2, "size": "64x64"}, {"image": b"png"})
+
+
+def test_a_form_without_a_picture_or_with_too_many_is_refused():
+    with pytest.raises(RequestError, match="the file of an image"):
+        asyncio.run(read_form(form((b"prompt", b"owl", False))))
+    with pytest.raises(Refused, match="Too many files"):
+        asyncio.run(read_form(form(*[(b"image", b"png", True)] * 4)))
+    for body, kind in ((b"junk", "multipart/form-data; boundary=b"), (b"--b\r\nx\r\n", "multipart/form-data")):
+        with pytest.raises(Refused, match="expected multipart/form-data"):
+            asyncio.run(read_form(request(body, kind)))
+
+
+def test_pictures_behind_urls_are_held_in_bounds(monkeypatch):
+    from sdtrt_backend.serving import answers
+
+    monkeypatch.setattr(answers, "HELD_BYTES", 10)
+    held = Held()
+    names = [held.add(b"1234", "png") for _ in range(4)]
+    assert [name in held.files for name in names] == [False, False, True, True]
+    assert held.get(names[-1]).body == b"1234"
+    monkeypatch.setattr(answers.time, "monotonic", lambda: 1e12)
+    with pytest.raises(Refused, match="no such picture"):
+        held.get(names[-1])
+
+
+@dataclass(frozen=True)
+class Fake:
+    """An ask."""
+
+    number: int
+    alike: str = "a"
+
+
+def batched(draw, most=4, wait_s=0.05):
+    return Batcher(draw, most, wait_s, ThreadPoolExecutor(1))
+
+
+def test_asks_that_are_alike_become_one_call():
+    calls = []
+
+    def draw(asks):
+        calls.append([ask.number for ask in asks])
+        return [ask.number * 10 for ask in asks]
+
+    async def main():
+        batcher = batched(draw)
+        asks = [Fake(i, "ab"[i % 2]) for i in range(12)]
+        return await asyncio.gather(*map(batcher.draw, asks))
+
+    assert asyncio.run(main()) == [i * 10 for i in range(12)]
+    assert sorted(map(len, calls)) == [2, 2, 4, 4]
+    assert all(len({number % 2 for number in call}) == 1 for call in calls)
+
+
+def test_a_lone_ask_waits_no_longer_than_it_was_told_to():
+    async def main():
+        batcher, loop = batched(list, wait_s=0.05), asyncio.get_running_loop()
+        begin = loop.time()
+        await batcher.draw(Fake(0))
+        return loop.time() - begin
+
+    assert 0.04 < asyncio.run(main()) < 1
+
+
+def test_who_has_gone_is_not_drawn():
+    calls = []
+
+    async def main():
+        batcher = batched(lambda asks: calls.extend(asks) or asks)
+        tasks = [asyncio.create_task(batcher.draw(Fake(i))) for i in range(3)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+    assert [ask.number for ask in calls] == [0, 2]
+
+
+def test_one_that_cannot_be_drawn_takes_no_other_along():
+    def draw(asks):
+        if any(ask.number == 1 for ask in asks):
+            raise RequestError("image", "no picture")
+        return list(asks)
+
+    async def main():
+        batcher = batched(draw)
+        return await asyncio.gather(*[batcher.draw(Fake(i)) for i in range(3)], return_exceptions=True)
+
+    found = asyncio.run(main())
+    assert found[0] == Fake(0)
+    assert found[2] == Fake(2)
+    assert isinstance(found[1], RequestError)
+
+
+def test_a_call_that_fails_fails_its_asks_and_no_later_one():
+    def draw(asks):
+        if asks[0].number == 0:
+            raise MemoryError
+        return list(asks)
+
+    async def main():
+        batcher = batched(draw, most=1)
+        return await asyncio.gather(*[batcher.draw(Fake(i)) for i in range(2)], return_exceptions=True)
+
+    found = asyncio.run(main())
+    assert isinstance(found[0], MemoryError)
+    assert found[1] == Fake(1)
+
+
+@pytest.mark.parametrize(("wrong", "says"), [
+    ({"dtype": "int4"}, "dtype expects one of auto"), ({"batches": ()}, "batches expects"),
+    ({"batches": (0,)}, "batches expects"),
+    ({"sizes": ((60, 64),)}, "multiples of 8"), ({"steps": 200}, "from 1 to max_steps"),
+    ({"options": {"bogus": 1}}, "unknown option"), ({"backend": None, "loras": "x"}, "takes no recipe")])
+def test_a_setup_that_cannot_work_is_refused_before_anything_is_loaded(wrong, says):
+    with pytest.raises(OptionError, match=says):
+        Setup(**wrong).check()
+
+
+@pytest.mark.parametrize(("wrong", "says"), [
+    ({"api": "grpc"}, "api expects"), ({"api": "triton"}, "name of a model"), ({"rate": 0.0}, "rate expects"),
+    ({"duration_s": 1e9}, "at most 3600"), ({"prompts": ()}, "no prompt")])
+def test_a_load_out_of_bounds_is_refused(wrong, says):
+    with pytest.raises(OptionError, match=says):
+        Plan(**{"url": "http://x", "prompts": ("owl",), **wrong}).check()
+
+
+def test_a_summary_counts_what_was_drawn_refused_and_failed():
+    outcomes = [Outcome(i, 1 + i / 100, "200", 2) for i in range(100)]
+    outcomes += [Outcome(5, 0.1, "429", 0), Outcome(6, 9.0, "ReadTimeout", 0)]
+    random.Random(0).shuffle(outcomes)
+    found = summary(outcomes)
+    assert (found["requests"], found["pictures"], found["refused"], found["failed"]) == (102, 200, 1, 1)
+    assert found["p50"] == pytest.approx(1.495)
+    assert found["p99"] == pytest.approx(1.9801)
+    assert found["pictures_per_s"] == pytest.approx(200 / 100.99)
+    assert summary([])["p50"] is None
+    svg = chart({"a < b": outcomes, "nobody": []})
+    assert "a &lt; b: 100 answers" in svg
+    assert "nobody: 0 answers" in svg
