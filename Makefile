@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test quick bench docs lint clean
+.PHONY: demo test quick bench docs lint clean triton
 
 demo: $(STAMP)
 	@$(BIN)/sdtrt demo --out out
@@ -27,6 +27,14 @@ docs: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
+
+# the server of tests/test_triton.py; on Linux on x86-64 alone
+triton: .venv/triton
+
+.venv/triton: tests/triton_server.sh | $(STAMP)
+	@echo "fetching Triton Inference Server, 75 MB"
+	@sh $< $@ $(BIN)/python
+	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up .venv: torch and the rest, a few minutes the first time"

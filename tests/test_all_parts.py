@@ -299,6 +299,7 @@ def test_other_autoencoders_are_right_or_refused(make, frames, given, pipe):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_budget_of_pictures_covers_the_decoder(pipe):
     few = ("down_blocks.*", "mid_block.*", "up_blocks.0.*", "*attentions*")  # are not quantised: so few parts are tried
     recipe = sdtrt_backend.calibrate(pipe, [*CALIBRATING, *UNSEEN], num_inference_steps=4, guidance_scale=5.0, progress=False,

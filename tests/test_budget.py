@@ -173,6 +173,7 @@ def test_a_tight_budget_names_layers_with_their_price_and_the_step_obeys(pipe, q
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_second_code_is_taken_where_it_costs_less_and_elsewhere_the_layer_is_out_of_8_bits(pipe, quick, monkeypatch):
     monkeypatch.setattr(budget, "times_ms", lambda problem, device: (3.0, 1.0))
     loose = solved(pipe, 10.0)
@@ -192,6 +193,7 @@ def test_a_second_code_is_taken_where_it_costs_less_and_elsewhere_the_layer_is_o
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_budget_beyond_reach_is_said(pipe, quick):
     with pytest.raises(CalibrationError, match=r"min_psnr=99 is out of reach: pictures have \d+\.\d dB, surely .* of \d+ parts"):
         solved(pipe, 99.0)

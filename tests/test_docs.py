@@ -16,7 +16,7 @@ from sdtrt_backend.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("make ", "pip ", "sdtrt ", "python ", "out/", "tensorrt_rtx ", "  ")  # blocks that begin so are no Python
+COMMANDS = ("curl ", "make ", "pip ", "sdtrt ", "python ", "out/", "tensorrt_rtx ", "  ")  # blocks that begin so are no Python
 
 
 def blocks(text):

@@ -95,7 +95,7 @@ def reference(pipe, recipe, exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp8", marks=pytest.mark.long)])
 def test_the_file_runs_in_onnxruntime_like_the_reference_lowering_at_every_step(pipe, recipe, exported, precision):
     onnx = pytest.importorskip("onnx", reason=NEEDS_ONNX)
     model = exported(precision).files[0]

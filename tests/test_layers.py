@@ -34,7 +34,8 @@ LAYERS = {
     "backend": ["backend"],
     "user's functions": ["pipeline", "lora", "export", "heatmaps", "torchao_config", "autoquant", "__init__"],
     "demo": ["demo"],
-    "servers": ["serving.ask", "serving.painter", "serving.triton_model", "serving.triton", "serving.jobs", "serving"],
+    "servers": ["serving.ask", "serving.painter", "serving.triton_model", "serving.triton", "serving.jobs", "serving.answers",
+                "serving.batcher", "serving.load", "serving.http", "serving"],
     "command line": ["cli", "command"],
 }
 ORDER = [module for modules in LAYERS.values() for module in modules]

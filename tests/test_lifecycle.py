@@ -361,6 +361,6 @@ def test_whatever_its_user_does_an_accelerated_module_stays_the_module(weights_l
         print(f"\nSDTRT_LIFECYCLE={SEQUENCES} SDTRT_LIFECYCLE_SEED={seed}", flush=True)
         machine = hypothesis.seed(seed)(Lifecycle)
     run_state_machine_as_test(machine, settings=settings(
-        max_examples=SEQUENCES or 40, stateful_step_count=STEPS, deadline=None, derandomize=not SEQUENCES, database=None,
+        max_examples=SEQUENCES or 24, stateful_step_count=STEPS, deadline=None, derandomize=not SEQUENCES, database=None,
         # a sequence is short, and trying shorter ones would take minutes
         phases=[Phase.generate], suppress_health_check=list(HealthCheck), report_multiple_bugs=False))

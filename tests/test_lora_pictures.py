@@ -68,6 +68,8 @@ SETS = {
     "trained, weight 1.2": {"trained": 1.2},
 }
 
+ALWAYS = ("attention and feed-forward", "convolutions", "trained")
+
 
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory):
@@ -86,7 +88,7 @@ def pipes(tmp_path_factory):
     sdtrt_backend.restore(pipe)
 
 
-@pytest.mark.parametrize("loras", SETS)
+@pytest.mark.parametrize("loras", [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.long]) for name in SETS])
 def test_pictures_with_loras_are_as_near_to_full_precision_as_without(pipes, loras):
     pipe, eager, plain, base = pipes
     weights = SETS[loras]

@@ -1,20 +1,25 @@
 """What may be asked of a served pipeline, how asks become calls, and what a request's body says: without a server."""
 
 import asyncio
+import base64
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import RayActorError
 from starlette.requests import Request
 
 from sdtrt_backend.errors import OptionError, RequestError
 from sdtrt_backend.serving.answers import Held, Refused, asks_of, read_form, read_json
 from sdtrt_backend.serving.ask import FIELDS, Facts, checked
 from sdtrt_backend.serving.batcher import Batcher
+from sdtrt_backend.serving.http import Door, Picture, Server
 from sdtrt_backend.serving.load import Outcome, Plan, chart, summary
 from sdtrt_backend.serving.painter import Setup
 
@@ -267,3 +272,132 @@ def test_a_summary_counts_what_was_drawn_refused_and_failed():
     svg = chart({"a < b": outcomes, "nobody": []})
     assert "a &lt; b: 100 answers" in svg
     assert "nobody: 0 answers" in svg
+
+
+class Answering:
+    """Stands for the replicas: gives what ``answers`` give in turn, the last one for ever."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    @property
+    def facts(self):
+        return SimpleNamespace(remote=lambda: self.give(FACTS))
+
+    @property
+    def draw(self):
+        return SimpleNamespace(remote=self.drawn)
+
+    def drawn(self, ask, form):
+        self.asked.append(ask)
+        return self.give(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
+
+    async def give(self, answer):
+        if isinstance(answer, BaseException) and not isinstance(answer, RequestError):
+            raise answer
+        await asyncio.sleep(0.01)
+        return answer
+
+
+PICTURE = Picture(b"png", 0.5, 2, "r1", {"state": "ready", "fallbacks": ["x stays"], "notes": []})
+
+
+def ask(door, path, body=None, method=None, headers=()):
+    return asyncio.run(asked(door, path, body, method, headers))
+
+
+async def asked(door, path, body=None, method=None, headers=()):
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    scope = {"type": "http", "method": method or ("GET" if body is None else "POST"), "path": path, "query_string": b"",
+             "headers": [(b"host", b"here:1"), *headers], "server": ("here", 1), "scheme": "http", "root_path": ""}
+    return await door(Request(scope, receive))
+
+
+DRAW = "/v1/images/generations"
+
+
+def test_the_door_answers():
+    door = Door(Answering(PICTURE), 4, None)
+    answer = ask(door, DRAW, {"prompt": "owl", "n": 2, "seed": 3})
+    data = json.loads(answer.body)["data"]
+    assert [base64.b64decode(one["b64_json"]) for one in data] == [b"png", b"png"]
+    assert [one["seed"] for one in data] == [3, 4]
+    url = json.loads(ask(door, DRAW, {"prompt": "owl", "response_format": "url"}).body)["data"][0]["url"]
+    assert ask(door, url.removeprefix("http://here:1")).body == b"png"
+    assert ask(door, "/readyz").status_code == 200
+    assert json.loads(ask(door, "/v1/models").body)["data"][0]["id"] == "emoji"
+    found = {s.name: s.value for family in text_string_to_metric_families(ask(door, "/metrics").body.decode())
+             for s in family.samples}
+    assert (found["sdtrt_pictures_total"], found["sdtrt_step_state"], found["sdtrt_fallbacks"]) == (3, 1, 1)
+
+
+@pytest.mark.parametrize(("path", "body", "method", "status", "says"), [
+    ("/v2", None, "GET", 404, "valid: /healthz"), (DRAW, None, "GET", 405, "takes POST"),
+    (DRAW, {}, "POST", 400, "prompt expects"), (DRAW, {"prompt": "owl", "n": 9}, "POST", 400, "at most 8"),
+    ("/v1/images/files/x.png", None, "GET", 404, "no such picture")])
+def test_the_door_refuses(path, body, method, status, says):
+    answer = ask(Door(Answering(PICTURE), 8, None), path, body, method)
+    assert answer.status_code == status
+    assert says in json.loads(answer.body)["error"]["message"]
+
+
+def test_a_key_is_asked_for_where_there_is_one():
+    door = Door(Answering(PICTURE), 8, "secret")
+    assert ask(door, "/healthz").status_code == 200
+    for path, body in ((DRAW, {"prompt": "owl"}), ("/metrics", None), ("/v1/models", None)):
+        assert ask(door, path, body).status_code == 401
+        assert ask(door, path, body, headers=[(b"authorization", b"Bearer secre\xc3\xa9")]).status_code == 401
+        assert ask(door, path, body, headers=[(b"authorization", b"Bearer secret")]).status_code == 200
+
+
+def test_what_is_too_much_is_refused_whole_and_the_rest_is_drawn():
+    door = Door(Answering(PICTURE), 4, None)
+
+    async def main():
+        return await asyncio.gather(*[asked(door, DRAW, {"prompt": "owl", "n": 2}) for _ in range(5)])
+
+    answers = asyncio.run(main())
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429, 429]
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+    assert door.pending == 0
+
+
+def test_a_picture_whose_replica_died_is_drawn_by_another():
+    replicas = Answering(RayActorError(), PICTURE)
+    assert ask(Door(replicas, 8, None), DRAW, {"prompt": "owl", "seed": 1}).status_code == 200
+    assert replicas.asked[0] == replicas.asked[1]
+    assert ask(Door(Answering(RayActorError()), 8, None), DRAW, {"prompt": "owl"}).status_code == 503
+
+
+def test_what_a_replica_cannot_draw_is_said_by_its_field():
+    answer = ask(Door(Answering(RequestError("image", "image expects the file of a picture")), 8, None), DRAW, {"prompt": "owl"})
+    assert answer.status_code == 400
+    assert json.loads(answer.body)["error"]["param"] == "image"
+
+
+def test_a_client_that_hangs_up_leaves_no_picture_pending():
+    door = Door(Answering(PICTURE), 8, None)
+    door.known = FACTS
+
+    async def main():
+        task = asyncio.create_task(asked(door, DRAW, {"prompt": "owl", "n": 3}))
+        await asyncio.sleep(0.005)
+        held = door.pending
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return held
+
+    assert asyncio.run(main()) == 3
+    assert door.pending == 0
+    assert 'status="gone"' in ask(door, "/metrics").body.decode()
+
+
+@pytest.mark.parametrize(("wrong", "says"), [
+    ({"host": "0.0.0.0"}, "set SDTRT_API_KEY"), ({"replicas": (3, 2)}, "replicas expects"), ({"queue": 0}, "queue expects"),
+    ({"replicas": 0}, "replicas expects")])
+def test_a_server_that_cannot_be_is_refused(wrong, says, monkeypatch):
+    monkeypatch.delenv("SDTRT_API_KEY", raising=False)
+    with pytest.raises(OptionError, match=says):
+        Server(**wrong).check()

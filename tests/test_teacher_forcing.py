@@ -533,7 +533,7 @@ def test_each_operation_for_the_cpu_gives_what_its_reference_gives(calibrated, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "precision", "dtype"), [
-    pytest.param(m, p, d, id=f"{m}-{p}-{str(d)[6:]}")
+    pytest.param(m, p, d, id=f"{m}-{p}-{str(d)[6:]}", marks=[pytest.mark.long] if d == torch.bfloat16 else [])
     for m in MODELS for p in ("int8", "fp8") for d in (torch.float32, torch.float16, torch.bfloat16)])
 def test_each_operation_for_cuda_gives_what_its_reference_gives(calibrated, model, precision, dtype):
     case = for_cuda(calibrated(model, dtype), precision)

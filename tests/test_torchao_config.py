@@ -331,6 +331,7 @@ def test_diffusers_takes_the_configuration_for_its_linears(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_bundled_unet_has_the_numerics_of_the_backend_on_every_step_of_a_picture(tmp_path):
     """Each layer alone equals fake quantisation on the inputs of real steps. The whole step cannot be held to the same bound: a
     code at a rounding tie that falls the other way is one step of int8, and after fifty layers the reference lowering itself,

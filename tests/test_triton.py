@@ -1,5 +1,6 @@
-"""A Triton model repository: what is written and refused, and what a real server does with it."""
+"""A Triton model repository: what is written and refused, and what a real server does with it (make triton fetches it)."""
 
+import ast
 import json
 import os
 import signal
@@ -38,11 +39,6 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def changed(config, **values):
-    """config.pbtxt with other values of top-level fields, each on a line of its own."""
-    return all(f"{name}: {value}\n" in config for name, value in values.items())
-
-
 def test_a_model_of_the_repository_is_its_config_a_short_program_its_setup_and_warm_up_data(tmp_path):
     export_triton(tmp_path / "new" / "repository", {"tiny": PLAIN})
     assert set(files(tmp_path / "new" / "repository")) == {
@@ -54,8 +50,8 @@ def test_the_config_says_what_the_setup_says(tmp_path):
     export_triton(tmp_path, {"tiny": Setup(backend=None, batches=(4, 1), steps=1)}, instances=3, max_queue_delay_ms=1.5,
                   memory_budget=2)
     config = (tmp_path / "tiny" / "config.pbtxt").read_text()
-    assert changed(config, name='"tiny"', backend='"python"', max_batch_size=4)
-    for line in ("dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 1500 }",
+    for line in ('name: "tiny"', 'backend: "python"', "max_batch_size: 4",
+                 "dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 1500 }",
                  "instance_group [ { count: 3 kind: KIND_AUTO } ]", "version_policy { latest { num_versions: 1 } }",
                  '  { name: "PROMPT" data_type: TYPE_STRING dims: [ 1 ] },',
                  '  { name: "GUIDANCE" data_type: TYPE_FP64 dims: [ 1 ] optional: true },',
@@ -310,6 +306,24 @@ def test_fields_arrive_as_they_were_sent(model):
 def test_an_instance_on_a_gpu_that_torch_does_not_see_is_refused():
     with pytest.raises(ModelError, match="Triton gives this instance GPU 1, and the torch of its Python sees none"):
         TritonModel().initialize({"model_instance_kind": "GPU", "model_instance_device_id": "1"})
+
+
+@pytest.mark.slow
+def test_an_instance_reads_utf8_where_its_python_takes_files_for_ascii(tmp_path):
+    """As that of Triton before 2.52 does, whatever the environment says; Inductor reads sources that are not ASCII."""
+    (tmp_path / "text").write_bytes("né".encode())
+    code = """
+import locale, pathlib, sys
+from sdtrt_backend.serving.triton_model import TritonModel
+before = locale.getencoding()
+try:
+    TritonModel().initialize({})
+except KeyError as error:  # what it looks at next
+    print(ascii([before, str(error), pathlib.Path(sys.argv[1]).read_text()]))
+"""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "text"], env=env, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == ["ANSI_X3.4-1968", "'model_instance_kind'", "né"]
 
 
 # a real server

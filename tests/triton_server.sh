@@ -23,8 +23,14 @@ mkdir -p "$partial"
 unpack nvidia-pytriton==0.7.0 "$partial"
 server=$partial/pytriton/tritonserver
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-cp "$server/python_backend_stubs/$version/triton_python_backend_stub" "$server/backends/python/" # it is looked for there
-chmod +x "$server/bin/tritonserver" "$server/backends/python/triton_python_backend_stub"
+stub=$server/backends/python/triton_python_backend_stub
+cp "$server/python_backend_stubs/$version/triton_python_backend_stub" "$stub" # it is looked for there
+chmod +x "$server/bin/tritonserver" "$stub"
+libraries=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))')
+if LD_LIBRARY_PATH=$libraries ldd "$server/bin/tritonserver" "$stub" | grep 'not found'; then
+    echo "Triton cannot start without these; of libpython: apt-get install libpython$version, or a Python with --enable-shared" >&2
+    exit 1
+fi
 
 "$python" -m venv --without-pip "$partial/env"
 packages=$partial/env/lib/python$version/site-packages

@@ -35,11 +35,11 @@ EXAMPLE = 'expected a JSON object such as {"prompt": "a lighthouse"}'
 class Refused(Exception):
     """An answer that is not 200, in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None, wait_s: float = 0.0) -> None:
+    def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None, wait_s: float | None = None) -> None:
         super().__init__(message)
         kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.answer = JSONResponse({"error": {"message": message, "type": kind, "param": field, "code": code}}, status)
-        if wait_s:
+        if wait_s is not None:
             self.answer.headers["retry-after"] = str(max(1, round(wait_s)))
 
 

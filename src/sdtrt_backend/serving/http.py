@@ -245,6 +245,8 @@ class Door:
     async def _images(self, request: Request, given: dict[str, Any], files: Mapping[str, bytes]) -> Response:
         facts = await self._facts()
         asks, form, as_url = asks_of(given, files, facts)
+        if len(asks) > self.queue:
+            raise RequestError("n", f"n expects at most {self.queue} pictures, which is how many may wait here")
         if self.pending + len(asks) > self.queue:
             raise Refused(429, f"{self.pending} pictures are waiting, of {self.queue} that may", None, "queue_full",
                           self.pending * self.second_per_picture)

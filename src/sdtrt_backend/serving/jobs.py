@@ -138,12 +138,12 @@ def _wanted(line: Line, facts: Facts, model: str) -> Wanted:
 
 def calls(asked: Iterable[Wanted], most: int) -> list[list[Wanted]]:
     """Pictures of one call each, at most ``most``, all ``alike``; each file once, in the order of the lines."""
-    once = {w.file: w for w in reversed(list(asked)) if w.ask}
-    groups: dict[Hashable, list[Wanted]] = {}
-    for w in reversed(once.values()):
-        assert w.ask
-        groups.setdefault(w.ask.alike, []).append(w)
-    return [group[i: i + most] for group in groups.values() for i in range(0, len(group), most)]
+    groups: dict[Hashable, dict[str | None, Wanted]] = {}
+    for w in asked:
+        if w.ask:
+            groups.setdefault(w.ask.alike, {}).setdefault(w.file, w)
+    lists = [list(group.values()) for group in groups.values()]
+    return [group[i: i + most] for group in lists for i in range(0, len(group), most)]
 
 
 def identity(setup: Setup) -> str:
@@ -251,13 +251,18 @@ class Actor:
     """One painter in a process of Ray, which writes its pictures itself."""
 
     def __init__(self, setup: Setup, folder: str) -> None:
-        self.painter = Painter(setup)
-        self.painter.warm()
         self.folder = Path(folder)
+        self.refused = ""  # why this setup makes no painter: of an error raised here the driver would get a traceback alone
+        try:
+            self.painter = Painter(setup)
+            self.painter.warm()
+        except SdtrtError as error:
+            self.refused = str(error)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        """row: "call", JSON of [(file, JSON of an Ask)]; gives "results", JSON of a Result for each."""
-        return {"results": json.dumps([asdict(result) for result in self.draw(json.loads(row["call"]))])}
+        """row: "call", JSON of [(file, JSON of an Ask)]; gives "results", JSON of a Result for each, or "refused"."""
+        results = [] if self.refused else self.draw(json.loads(row["call"]))
+        return {"results": json.dumps([asdict(result) for result in results]), "refused": self.refused}
 
     def draw(self, call: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Result]:
         """Writes what is not there. A picture that is there is drawn once more where a neighbour of its call is missing, but not
@@ -373,22 +378,25 @@ class Cluster:
                          compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1))
         with self._understood(), _silent("ray.data"):
             for row in drawn.iter_rows():
+                if row["refused"]:
+                    raise SdtrtError(row["refused"])
                 yield from (Result(**result) for result in json.loads(row["results"]))
 
-    def _shares(self, calls: int) -> tuple[int, int, float]:
+    def _shares(self, calls: int) -> tuple[int, int | None, float]:
         """(actors, CPUs of each, GPUs of each). Raises OptionError for more than there is: Ray would wait for ever."""
-        total = self.ray.cluster_resources()
-        hosts = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
-        hosts = [cpus for cpus in hosts if cpus] or [1]
-        gpus = self.gpus_per_actor if total.get("GPU") else 0.0
-        most = int(total["GPU"] / gpus) if gpus else int(total.get("CPU", 0))
-        actors = self.actors or (most if gpus else len(hosts))
-        if not 1 <= actors <= most:
-            raise OptionError(f"{actors} actors are asked for, and this cluster has room for {most}: one for each "
-                              + (f"{gpus:g} of its GPUs" if gpus else "of its CPUs"))
+        hosts = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        gpus = self.gpus_per_actor if any(host.get("GPU") for host in hosts) else 0.0
+        room = [int(host.get("GPU", 0) / gpus if gpus else host.get("CPU", 0)) for host in hosts]
+        room = [actors for actors in room if actors]
+        actors = self.actors or (sum(room) if gpus else len(room))
+        if not 1 <= actors <= sum(room):
+            raise OptionError(f"{actors} actors are asked for, and there is room for {sum(room)}: each has "
+                              + (f"{gpus:g} of the GPUs" if gpus else "one of the CPUs, or more"))
+        if gpus:
+            return min(actors, calls), None, gpus
         # Ray tells torch to use as many threads as an actor has CPUs
-        cpus = 1 if gpus else min(self.setup.threads or max(hosts), max(1, min(hosts) // ceil(actors / len(hosts))))
-        return min(actors, calls), cpus, gpus
+        share = max(1, min(room) // ceil(actors / len(room)))
+        return min(actors, calls), min(self.setup.threads or share, share), gpus
 
     @contextmanager
     def _understood(self) -> Iterator[None]:

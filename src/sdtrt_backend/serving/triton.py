@@ -72,7 +72,7 @@ class Repository:
             f"models in {self.folder}: {_figures(self.saved)}; together {_gb(self.weights)}{budget}",
             *(f"{name} has no recipe: it calibrates itself at every start of the server; give one with --recipe"
               for name in calibrating),
-            f"serve it: tritonserver --model-repository {self.folder}"))
+            f"serve it: tritonserver --model-repository {self.folder} --disable-auto-complete-config"))
 
 
 def export_triton(folder: str | os.PathLike[str], models: Mapping[str, Setup], *, instances: int = 1, gpu: bool = False,
@@ -80,7 +80,7 @@ def export_triton(folder: str | os.PathLike[str], models: Mapping[str, Setup], *
     """Write a model repository, or add to the one that is there: a name that it has is replaced, the others stay.
 
     instances: of each of ``models``, on every GPU of the server, else on its CPU. gpu: the server must have one. memory_budget:
-    GB (1e9 bytes) of one GPU, or of the CPU, for the weights of all models; None is that of earlier exports into this folder.
+    GB (1e9 bytes) of one GPU, or of the CPU, for the weights of all models; None is the least of earlier exports into this folder.
     max_queue_delay_ms: how long a picture waits for others to fill its batch. Raises ExportError for a folder that holds
     something else, a name or number that Triton would not take, and weights beyond the budget; OptionError, ModelError and
     RecipeError for a setup that could not be served. Nothing is written then.
@@ -183,7 +183,7 @@ def _checked(name: str, setup: Setup) -> Setup:
 
 
 def _weights(setup: Setup) -> int:
-    """Bytes of the model's and the LoRAs' files, an upper bound of what a pipeline holds of them."""
+    """Bytes of the model's and the LoRAs' files: on a GPU about what a pipeline takes before it is in 8 bits, and later less."""
     folders = [Path(setup.model) if setup.model else ASSETS / "tiny_emoji", *([Path(setup.loras)] if setup.loras else [])]
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 

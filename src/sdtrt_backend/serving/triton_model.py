@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -70,6 +71,7 @@ class TritonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the pipeline and draw once in each size and batch; the server is not ready before. args: of Triton."""
+        _read_utf8()
         if args["model_instance_kind"] == "GPU":
             _use_gpu(int(args["model_instance_device_id"]))
         log = self.triton.Logger
@@ -145,6 +147,13 @@ def _plain(name: str, value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         raise RequestError(field, f'loras expects JSON, names and weights, such as {{"ink": 0.8}}, got {value[:60]!r}') from None
+
+
+def _read_utf8() -> None:
+    """Text files are UTF-8 in this process. Before Triton 2.52 its Python takes nothing from the environment and all files for
+    ASCII, which the sources that Inductor reads are not, so that nothing could be built."""
+    if locale.getencoding().upper() not in ("UTF-8", "UTF8"):
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
 
 
 def _use_gpu(device: int) -> None:
