@@ -245,6 +245,12 @@ def test_without_ray_it_says_what_to_install(tmp_path, known, no_ray):
         jobs.run_batch(written(tmp_path / "p.txt", "one"), tmp_path / "out", FULL)
 
 
+def test_an_address_where_nobody_listens_is_an_error_at_once(tmp_path, known):
+    pytest.importorskip("ray")
+    with pytest.raises(SdtrtError, match="there is no Ray cluster at 127.0.0.1:1 that can be joined"):
+        jobs.run_batch(written(tmp_path / "p.txt", "one"), tmp_path / "out", FULL, address="127.0.0.1:1")
+
+
 def test_where_all_is_drawn_neither_ray_nor_a_model_is_needed(tmp_path, monkeypatch, no_ray):
     path = written(tmp_path / "p.jsonl", {"prompt": "one", "seed": 1}, {"prompt": "one", "seed": 1}, "nonsense")
     out = tmp_path / "out"

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 SAMPLE = 65536  # bytes of a file's beginning and end that identify it: a header, and weights, which training changes all over
 MOST_BLOCKS = 4096  # Ray Data keeps each in its tables; what a block drew is known when it is finished
 LOG_SECONDS = 30.0  # between two lines of progress in a file
+CONNECT_SECONDS = 10.0
 TRIES, TRYING = 2, ".trying"  # of a call that ends the process that draws it
 DIED = f"the process that drew it died {TRIES} times (out of memory? then with a smaller batch); the same call tries it again"
 
@@ -305,6 +307,13 @@ def _facts_of(setup: Setup, loras: tuple[str, ...]) -> Facts:
     return replace(Painter(plain).facts, loras=loras)
 
 
+def _answers(address: str) -> None:
+    """Raises OSError where nobody listens at host:port: Ray itself tries for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+
+
 @contextmanager
 def _silent(logger: str) -> Iterator[None]:
     """Without its news, which break the line of progress; as the user had it afterwards."""
@@ -346,10 +355,11 @@ class Cluster:
             if address == "local" and (self.actors or 0) > (os.cpu_count() or 1):  # an actor has a CPU for itself, else it waits
                 here["num_cpus"] = self.actors
             try:
+                _answers(address)
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
-            except (ConnectionError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 raise SdtrtError(f"there is no Ray cluster at {address} that can be joined ({error}); start one with ray start "
-                                 "--head, or leave address out") from None
+                                 "--head, or leave the address out") from None
             self.ours = True
         return ray
 
