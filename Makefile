@@ -11,7 +11,9 @@ demo: $(STAMP)
 # tests, which are the longest, would come last
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# without Triton's server, where it cannot be had, its tests are skipped
 test: $(STAMP)
+	-@$(MAKE) --no-print-directory triton
 	@$(PYTEST)
 
 quick: $(STAMP)

@@ -247,7 +247,7 @@ def test_without_ray_it_says_what_to_install(tmp_path, known, no_ray):
 
 def test_an_address_where_nobody_listens_is_an_error_at_once(tmp_path, known):
     pytest.importorskip("ray")
-    with pytest.raises(SdtrtError, match="there is no Ray cluster at 127.0.0.1:1 that can be joined"):
+    with pytest.raises(SdtrtError, match=r"there is no Ray cluster at 127\.0\.0\.1:1 that can be joined"):
         jobs.run_batch(written(tmp_path / "p.txt", "one"), tmp_path / "out", FULL, address="127.0.0.1:1")
 
 
@@ -421,8 +421,6 @@ def test_a_job_that_is_killed_goes_on_to_the_same_pictures_each_drawn_once(tmp_p
     assert [e["line"] for e in entries if e["error"]] == [41, 42]
     assert entries[38]["file"] == entries[39]["file"]
 
-    until(lambda: not processes_of(ray_folder), 60)  # of both, although the first was killed
-
     # one process, the same pictures in other calls: the last first
     painter = Painter(FULL)
     asked_for = [Wanted(jobs.Line(e["line"]), jobs.checked({n: e[n] for n in FIELDS}, painter.facts), e["file"], None)
@@ -432,3 +430,4 @@ def test_a_job_that_is_killed_goes_on_to_the_same_pictures_each_drawn_once(tmp_p
             data = io.BytesIO()
             picture.save(data, "PNG")
             assert (out / w.file).read_bytes() == data.getvalue()
+    until(lambda: not processes_of(ray_folder), 90)  # the killed job's too: Ray's agents look for their parent every half minute

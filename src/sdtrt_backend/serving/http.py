@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from ray import serve
@@ -304,10 +303,16 @@ def begin(setup: Setup, server: Server) -> None:
     if not ray.is_initialized():
         for name, value in RAY.items():
             os.environ.setdefault(name, value)
-        local: dict[str, Any] = {} if server.address else {"num_cpus": max(cores, most * threads), "include_dashboard": False}
-        ray.init(address=server.address, logging_level=logging.WARNING, namespace="sdtrt", **local)
+        address = server.address or os.environ.get("RAY_ADDRESS") or "local"
+        here: dict[str, Any] = {"num_cpus": max(cores, most * threads), "include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, logging_level=logging.WARNING, namespace="sdtrt", **here)
+    there_are = ray.cluster_resources()
+    on_gpus = there_are.get("GPU", 0) > 0
+    room = int(there_are["GPU"] if on_gpus else there_are["CPU"] // threads)
+    if least > room:  # Ray would wait for them for ever
+        raise OptionError(f"{least} replicas are asked for, and there is room for {room}: each has "
+                          + ("a GPU" if on_gpus else f"{threads} CPUs") + " for itself")
     serve.start(http_options={"host": server.host, "port": server.port})
-    on_gpus = torch.cuda.is_available() or server.address is not None
     options: dict[str, Any] = {"num_replicas": least} if least == most else {
         "autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": 2 * max(setup.batches)}}
     deployed: Any = serve.deployment  # its types have it that it gives a function

@@ -80,7 +80,7 @@ def export_triton(folder: str | os.PathLike[str], models: Mapping[str, Setup], *
     """Write a model repository, or add to the one that is there: a name that it has is replaced, the others stay.
 
     instances: of each of ``models``, on every GPU of the server, else on its CPU. gpu: the server must have one. memory_budget:
-    GB (1e9 bytes) of one GPU, or of the CPU, for the weights of all models; None is the least of earlier exports into this folder.
+    GB (1e9 bytes) of one GPU, or of the CPU, for the weights of all models; None is the least of earlier exports into it.
     max_queue_delay_ms: how long a picture waits for others to fill its batch. Raises ExportError for a folder that holds
     something else, a name or number that Triton would not take, and weights beyond the budget; OptionError, ModelError and
     RecipeError for a setup that could not be served. Nothing is written then.
