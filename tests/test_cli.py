@@ -29,8 +29,9 @@ def prompts(tmp_path):
 
 def test_help_names_every_command():
     text = run(cli.app, ["--help"]).output
-    assert all(command in text for command in ("demo", "report", "calibrate", "show", "generate", "export", "cache",
-                                                 "doctor"))
+    commands = ("demo", "report", "calibrate", "show", "generate", "export", "bundle", "batch", "serve", "load", "doctor",
+                "cache")
+    assert all(command in text for command in commands)
 
 
 @pytest.mark.slow

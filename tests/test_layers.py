@@ -32,7 +32,7 @@ LAYERS = {
     "build": ["drift", "build"],
     "state of a compiled module": ["clock", "merge", "adapters", "state", "unit", "step"],
     "backend": ["backend"],
-    "user's functions": ["pipeline", "lora", "export", "heatmaps", "torchao_config", "autoquant", "__init__"],
+    "user's functions": ["bundle", "pipeline", "lora", "export", "heatmaps", "torchao_config", "autoquant", "__init__"],
     "demo": ["demo"],
     "servers": ["serving.ask", "serving.painter", "serving.triton_model", "serving.triton", "serving.jobs", "serving.answers",
                 "serving.batcher", "serving.load", "serving.http", "serving"],

@@ -1,4 +1,4 @@
-"""``sdtrt``: demo, report, calibrate, show, generate, batch, export, cache, doctor."""
+"""``sdtrt``: demo, report, calibrate, show, generate, export, bundle, batch, serve, load, doctor, cache."""
 
 from __future__ import annotations
 
@@ -346,9 +346,41 @@ def batch(
 
 
 @app.command()
+def bundle(
+    recipe: Annotated[Path, typer.Option(help="A saved recipe of this model (sdtrt calibrate).")],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.sdtrt"),
+    model: Model = None,
+    size: Sizes = None,
+    batches: Batches = "1,4",
+    int8: Int8 = False,
+    fp8: Fp8 = False,
+    parts: Parts = EVERY_TIMESTEP,
+    threads: Threads = None,
+) -> None:
+    """Build each size and batch, and write recipe, kernel times and compiled code into one file that new workers begin with."""
+    from tempfile import TemporaryDirectory
+
+    from .bundle import compiling_into, pack
+    from .recipe import Recipe
+    from .serving.painter import Painter, Setup
+
+    setup = _setup(model=model, recipe=recipe, int8=int8, fp8=fp8, full=False, lora_dir=None, size=size,
+                   batches=_whole_numbers("--batches", batches), steps=Setup.steps, guidance=None, parts=parts, threads=threads)
+    with TemporaryDirectory() as work, compiling_into(Path(work)):
+        painter = Painter(setup)
+        painter.warm(lambda what: console.print(what, highlight=False))
+        about = {"backend": setup.backend, "sizes": painter.facts.sizes, "batches": painter.facts.batches, "parts": parts}
+        members = pack(out, Recipe.load(recipe), Path(work), painter.pipe.device, about)
+    console.print(f"{members} members, {out.stat().st_size / 1e6:.1f} MB, {painter.state()['state']} -> {out}", highlight=False)
+
+
+@app.command()
 def serve(
     model: Model = None,
     recipe: ServedRecipe = None,
+    bundled: Annotated[Path | None, typer.Option("--bundle", help="What sdtrt bundle wrote, in place of a recipe.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Run the bundle's compiled code: whoever made it can do what you "
+                                                        "can.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line, to calibrate with.")] = None,
     int8: Int8 = False,
     fp8: Fp8 = False,
@@ -374,7 +406,8 @@ def serve(
 
     setup = _setup(model=model, recipe=recipe, int8=int8, fp8=fp8, full=full, lora_dir=lora_dir, size=size,
                    batches=_whole_numbers("--batches", batches), steps=steps, guidance=guidance, parts=parts, threads=threads)
-    setup = replace(setup, max_steps=max(max_steps, steps), prompts=tuple(_read_prompts(prompts)) if prompts else ())
+    setup = replace(setup, bundle=str(bundled.resolve()) if bundled else None, trust=trust, max_steps=max(max_steps, steps),
+                    prompts=tuple(_read_prompts(prompts)) if prompts else ())
     least, dash, most = replicas.partition("-")
     if not least.isdecimal() or (dash and not most.isdecimal()):
         raise SdtrtError(f"--replicas expects a number such as 2, or two of them such as 1-4, got {replicas!r}")

@@ -303,6 +303,10 @@ class LoraError(SdtrtError):
         return cls(f"expected a finite number for the weight of {name!r}, got {given!r} ({type(given).__name__})")
 
 
+class BundleError(SdtrtError):
+    """A bundle cannot be opened or written."""
+
+
 class RequestError(SdtrtError):
     """What is asked of a served pipeline cannot be drawn. field: the one of the request that is wrong."""
 

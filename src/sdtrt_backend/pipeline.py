@@ -21,6 +21,7 @@ import torch
 from . import names, weights
 from .adapters import forget_adapters
 from .backend import check_made_for
+from .bundle import unpack
 from .errors import ModelError, OptionError
 from .options import Options
 from .parts import EVERY_TIMESTEP, chosen, defaults, denoisers, every_timestep, everything
@@ -42,7 +43,8 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = None, backend: str = "sd_int8",
-               parts: str | Iterable[str] = EVERY_TIMESTEP, **options: Any) -> Any:
+               bundle: str | os.PathLike[str] | None = None, trust: bool = False, parts: str | Iterable[str] = EVERY_TIMESTEP,
+               **options: Any) -> Any:
     """Compile in place what the pipeline calls at every timestep, its denoisers and ControlNets, with ``backend``, "sd_int8" or
     "sd_fp8", and return the pipeline.
 
@@ -53,6 +55,9 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
 
     recipe: a Recipe, which is also saved in the user's cache directory, or the folder of a saved one; without one, and of what it
     has no part for, the pipeline calibrates itself during its next pictures.
+    bundle: what ``sdtrt bundle`` wrote, in place of a recipe: that, kernel times and, with ``trust``, compiled code. What of it
+    does not fit this machine is left out, with a warning that says so. trust: compiled code is run as its maker wrote it, and
+    where it comes from is the caller's to know.
     options: any of ``Options`` (``calibration_runs``, ``rule``, ``alpha``, ``max_error``, ``exclude``, ...). On a GPU
     ``weights`` is "release" unless given: the 16-bit weights of quantised layers wait on the CPU.
     Only this instance changes: the module object stays the same, and ``restore(pipe)`` undoes it to the bit.
@@ -64,6 +69,12 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
     if backend not in BACKENDS:
         raise OptionError.no_backend(backend, BACKENDS)
     parsed = Options.parse(options)
+    if bundle is not None:
+        if recipe is not None:
+            raise OptionError("accelerate expects a recipe or a bundle, which holds one: leave one of them out")
+        recipe = unpack(bundle, _device(pipe), trust).recipe
+    elif trust:
+        raise OptionError("trust is for the compiled code of a bundle, and there is none: leave it out")
     loaded = recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_made_for(parsed, loaded)
     modules = chosen(pipe, parts)
@@ -96,6 +107,12 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
         # a new callable each time: Dynamo takes equal backends for the same one and would go on with a restored step
         _compile(module, partial(compiler, options=given[name]))
     return pipe
+
+
+def _device(pipe: Any) -> torch.device:
+    """Of the denoiser; of one that is offloaded, the GPU that it comes to."""
+    first = next((p.device for module in modules_of(pipe).values() for p in module.parameters()), torch.device("cpu"))
+    return torch.device(getattr(pipe, "_execution_device", first)) if first.type in ("cpu", "meta") else first
 
 
 def _compile(module: torch.nn.Module, backend: Any) -> None:

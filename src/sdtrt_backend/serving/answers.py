@@ -35,7 +35,8 @@ EXAMPLE = 'expected a JSON object such as {"prompt": "a lighthouse"}'
 class Refused(Exception):
     """An answer that is not 200, in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None, wait_s: float | None = None) -> None:
+    def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None,
+                 wait_s: float | None = None) -> None:
         super().__init__(message)
         kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.answer = JSONResponse({"error": {"message": message, "type": kind, "param": field, "code": code}}, status)

@@ -38,10 +38,10 @@ class Setup:
     """How to make a Painter; plain values, so that it goes to other processes and into files.
 
     model: a diffusers pipeline folder, None for the bundled model. backend: "sd_int8", "sd_fp8", or None for the pipeline's own
-    precision. recipe: folder of a saved one; without it ``prompts`` calibrate, while the painter warms up. loras: a folder of
-    .safetensors files, each known by its name without the suffix. sizes: (width, height) in pixels, the default first; () is the
-    model's own. batches: pictures of one call: a smaller batch is filled up to the next of them, as each is built once.
-    steps, guidance: the defaults of a request; guidance None is the pipeline's own. dtype: "auto" is float32 on a CPU, on a GPU
+    precision. recipe: folder of a saved one, or bundle and trust, as of ``accelerate``; without either ``prompts`` calibrate,
+    while the painter warms up. loras: a folder of .safetensors files, each known by its name without the suffix. sizes: (width,
+    height) in pixels, the default first; () is the model's own. batches: pictures of one call: a smaller batch is filled up to
+    the next of them, as each is built once. steps, guidance: the defaults of a request; guidance None is the pipeline's own. dtype: "auto" is float32 on a CPU, on a GPU
     float16 for a UNet and bfloat16 for a transformer. threads: of torch on a CPU, None for its own number. options: of
     ``accelerate``.
     """
@@ -49,6 +49,8 @@ class Setup:
     model: str | None = None
     backend: str | None = "sd_int8"
     recipe: str | None = None
+    bundle: str | None = None
+    trust: bool = False
     loras: str | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     batches: tuple[int, ...] = (1,)
@@ -72,9 +74,9 @@ class Setup:
             raise OptionError(f"sizes expects WIDTHxHEIGHT in pixels, multiples of 8, such as 1024x1024; got {self.sizes}")
         if not 1 <= self.steps <= self.max_steps:
             raise OptionError(f"steps expects a number from 1 to max_steps = {self.max_steps}, got {self.steps}")
-        if self.backend is None and (self.recipe or self.loras):
-            raise OptionError("a pipeline in its own precision takes no recipe and no folder of LoRAs: leave them out, or leave "
-                              "out full")
+        if self.backend is None and (self.recipe or self.loras or self.bundle):
+            raise OptionError("a pipeline in its own precision takes no recipe, bundle or folder of LoRAs: leave them out, or "
+                              "leave out full")
         Options.parse(self.options)
 
 
@@ -101,7 +103,8 @@ class Painter:
         if prompt_name(self.pipe) is None:
             raise ModelError(f"{type(self.pipe).__name__} takes no prompt: a served pipeline draws from texts")
         if setup.backend:
-            accelerate(self.pipe, recipe=setup.recipe, backend=setup.backend, parts=setup.parts, **setup.options)
+            accelerate(self.pipe, recipe=setup.recipe, bundle=setup.bundle, trust=setup.trust, backend=setup.backend,
+                       parts=setup.parts, **setup.options)
         found = sorted(Path(setup.loras).glob("*.safetensors")) if setup.loras else ()
         for path in found:
             load_lora(self.pipe, path, path.stem)
@@ -148,7 +151,7 @@ class Painter:
                 tell(f"calibrated by {calibrating} pictures")
 
     def _warming(self, prompt: str, size: tuple[int, int], seed: int) -> Ask:
-        waits = self.setup.backend is not None and (self.setup.recipe is None) and not self._has_ranges
+        waits = self.setup.backend is not None and self.setup.recipe is None and not self._has_ranges
         return Ask(prompt, None, *size, self.facts.steps if waits else min(BUILT_IN, self.facts.steps), self.facts.guidance, seed)
 
     @property
