@@ -190,6 +190,7 @@ print(report.state, len(list(Path(sys.argv[2]).rglob("*.so"))))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_new_process_with_empty_caches_compiles_nothing(tmp_path):
     pipe = sdtrt_backend.demo_pipeline()
     sdtrt_backend.calibrate(pipe, ["red apple, noto style"], num_inference_steps=4, progress=False).save(tmp_path / "recipe")

@@ -41,9 +41,9 @@ class Setup:
     precision. recipe: folder of a saved one, or bundle and trust, as of ``accelerate``; without either ``prompts`` calibrate,
     while the painter warms up. loras: a folder of .safetensors files, each known by its name without the suffix. sizes: (width,
     height) in pixels, the default first; () is the model's own. batches: pictures of one call: a smaller batch is filled up to
-    the next of them, as each is built once. steps, guidance: the defaults of a request; guidance None is the pipeline's own. dtype: "auto" is float32 on a CPU, on a GPU
-    float16 for a UNet and bfloat16 for a transformer. threads: of torch on a CPU, None for its own number. options: of
-    ``accelerate``.
+    the next of them, as each is built once. steps, guidance: the defaults of a request; guidance None is the pipeline's own.
+    dtype: "auto" is float32 on a CPU, on a GPU float16 for a UNet and bfloat16 for a transformer. threads: of torch on a CPU,
+    None for its own number. options: of ``accelerate``.
     """
 
     model: str | None = None
