@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from .autoquant import AutoquantPlan, autoquant
 from .backend import sd_fp8, sd_int8
 from .calibrate import calibrate
-from .errors import BundleError, CalibrationError, LoraError, ModelError, OptionError, PlanError, RecipeError, SdtrtError, require_torchao
+from .errors import (
+    BundleError,
+    CalibrationError,
+    LoraError,
+    ModelError,
+    OptionError,
+    PlanError,
+    RecipeError,
+    SdtrtError,
+    require_torchao,
+)
 from .lora import load_lora, loras, set_loras, unload_lora
 from .options import Options
 from .pipeline import accelerate, accelerated, demo_pipeline, explain, restore
