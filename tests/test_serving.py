@@ -15,11 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import RayActorError
 from starlette.requests import Request
 
-from sdtrt_backend.errors import OptionError, RequestError
+from sdtrt_backend.errors import OptionError, RequestError, SdtrtError
 from sdtrt_backend.serving.answers import Held, Refused, asks_of, read_form, read_json
 from sdtrt_backend.serving.ask import FIELDS, Facts, checked
 from sdtrt_backend.serving.batcher import Batcher
-from sdtrt_backend.serving.http import Door, Picture, Server
+from sdtrt_backend.serving.http import Door, Picture, Server, _reason
 from sdtrt_backend.serving.load import Outcome, Plan, chart, summary
 from sdtrt_backend.serving.painter import Setup
 
@@ -245,9 +245,11 @@ def test_a_call_that_fails_fails_its_asks_and_no_later_one():
     ({"dtype": "int4"}, "dtype expects one of auto"), ({"batches": ()}, "batches expects"),
     ({"batches": (0,)}, "batches expects"),
     ({"sizes": ((60, 64),)}, "multiples of 8"), ({"steps": 200}, "from 1 to max_steps"),
-    ({"options": {"bogus": 1}}, "unknown option"), ({"backend": None, "loras": "x"}, "takes no recipe")])
+    ({"options": {"bogus": 1}}, "unknown option"), ({"backend": None, "loras": "x"}, "takes no recipe"),
+    ({"model": "x"}, "model_index.json is missing"), ({"loras": "x"}, r"holds no \.safetensors"), ({"recipe": "x"}, "recipe x"),
+    ({"bundle": "x"}, "make one with sdtrt bundle")])
 def test_a_setup_that_cannot_work_is_refused_before_anything_is_loaded(wrong, says):
-    with pytest.raises(OptionError, match=says):
+    with pytest.raises(SdtrtError, match=says):
         Setup(**wrong).check()
 
 
@@ -375,6 +377,18 @@ def test_what_a_replica_cannot_draw_is_said_by_its_field():
     answer = ask(Door(Answering(RequestError("image", "image expects the file of a picture")), 8, None), DRAW, {"prompt": "owl"})
     assert answer.status_code == 400
     assert json.loads(answer.body)["error"]["param"] == "image"
+
+
+def test_a_picture_that_does_not_come_is_given_up():
+    door = Door(Answering(PICTURE), 8, None, timeout_s=0.001)
+    assert ask(door, DRAW, {"prompt": "owl"}).status_code == 504
+    assert door.pending == 0
+
+
+def test_why_a_replica_did_not_start_is_its_last_sentence():
+    trace = "Deploying failed:\nTraceback:\n  File x\nsdtrt_backend.errors.LoraError: it changes x: it is of another model\n"
+    assert _reason(trace) == "it changes x: it is of another model"
+    assert _reason("Traceback:\nMemoryError: no more\n\n") == "MemoryError: no more"
 
 
 def test_a_client_that_hangs_up_leaves_no_picture_pending():

@@ -142,7 +142,7 @@ def test_the_export_that_was_stopped_is_done_by_the_next(tmp_path, killed_before
     (Setup(batches=(0,)), {}, OptionError, "batches expects whole numbers"),
     (Setup(model="nowhere"), {}, ModelError, "nowhere is not a diffusers pipeline folder"),
     (Setup(recipe="nowhere"), {}, RecipeError, "nowhere"),
-    (Setup(loras="nowhere"), {}, ExportError, r"the folder of LoRAs of tiny, nowhere, holds no \.safetensors file")])
+    (Setup(loras="nowhere"), {}, OptionError, r"the folder of LoRAs, nowhere, holds no \.safetensors file")])
 def test_what_could_not_be_served_is_refused_before_anything_is_written(tmp_path, setup, how, error, said):
     with pytest.raises(error, match=said):
         export_triton(tmp_path, {"fine": PLAIN, "tiny": setup}, **how)

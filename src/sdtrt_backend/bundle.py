@@ -106,7 +106,7 @@ def unpack(path: str | os.PathLike[str], device: torch.device, trust: bool) -> O
             _kernels(file, body, device, said)
             _code(file, body, device, trust, said)
     except FileNotFoundError:
-        raise BundleError(f"bundle {path} does not exist; make one with sdtrt bundle") from None
+        raise BundleError.missing(path) from None
     except (Unusable, OSError, zipfile.BadZipFile, NotImplementedError) as error:
         said.append(f"it was left out, as it is truncated, edited or no bundle ({error}); make it anew with sdtrt bundle")
     sentences = tuple(f"bundle {path}: {sentence}" for sentence in said)

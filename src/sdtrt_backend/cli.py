@@ -412,9 +412,9 @@ def serve(
     if not least.isdecimal() or (dash and not most.isdecimal()):
         raise SdtrtError(f"--replicas expects a number such as 2, or two of them such as 1-4, got {replicas!r}")
     server = Server(host, port, (int(least), int(most or least)), queue, wait, address)
-    console.print("starting Ray, loading, calibrating and building: a minute or more", highlight=False)
     try:
-        begin(setup, server)
+        with console.status("starting Ray, loading, calibrating, building each size and batch: a minute or more"):
+            begin(setup, server)
         console.print(f"ready: http://{host}:{port}/v1/images/generations, Ctrl-C to stop", highlight=False)
         signal.pause()
     except KeyboardInterrupt:

@@ -306,6 +306,10 @@ class LoraError(SdtrtError):
 class BundleError(SdtrtError):
     """A bundle cannot be opened or written."""
 
+    @classmethod
+    def missing(cls, path: object) -> BundleError:
+        return cls(f"bundle {path} does not exist; make one with sdtrt bundle")
+
 
 class RequestError(SdtrtError):
     """What is asked of a served pipeline cannot be drawn. field: the one of the request that is wrong."""

@@ -227,11 +227,7 @@ def demo_pipeline(dtype: torch.dtype = torch.float32) -> Any:
 
 def load_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
     """Any diffusers pipeline folder, from disk only."""
-    if not (Path(folder) / "model_index.json").is_file():
-        if Path(folder).parent == ASSETS:
-            raise ModelError.no_bundled_model()
-        raise ModelError(f"{folder} is not a diffusers pipeline folder: model_index.json is missing; save one with "
-                         "pipe.save_pretrained(folder)")
+    check_folder(folder)
     if find_spec("diffusers") is None:
         raise ModelError.no_diffusers()
     with _quiet():
@@ -240,6 +236,15 @@ def load_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype = torch.flo
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises ModelError for one that holds no pipeline of diffusers."""
+    if not (Path(folder) / "model_index.json").is_file():
+        if Path(folder).parent == ASSETS:
+            raise ModelError.no_bundled_model()
+        raise ModelError(f"{folder} is not a diffusers pipeline folder: model_index.json is missing; save one with "
+                         "pipe.save_pretrained(folder)")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ..errors import OptionError, RequestError
+from ..errors import OptionError, RequestError, SdtrtError
 from .answers import FORMATS, MOST_PICTURES, Held, Refused, asks_of, read_form, read_json
 from .ask import Ask, Facts
 from .batcher import Batcher
@@ -38,6 +38,7 @@ KEY = "SDTRT_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 FILES = "/v1/images/files/"
 AGAIN = 2  # replicas that may die over one picture
+OURS = "sdtrt_backend.errors."
 PING_S = 2.0
 MOST_OPEN = 10_000  # requests that the door holds: it refuses by itself what is too much
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -52,7 +53,7 @@ class Server:
     """replicas: painters, or the least and the most of them, between which Ray scales with the load. queue: pictures that may
     wait or be drawn at a time, beyond which a request gets 429. wait_s: seconds for which a picture waits for others to be drawn
     with.
-    address: of a Ray cluster to join, None for one in this machine alone."""
+    address: of a Ray cluster to join, None for one in this machine alone. timeout_s: after which a picture is given up."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -60,6 +61,7 @@ class Server:
     queue: int = 64
     wait_s: float = 0.05
     address: str | None = None
+    timeout_s: float = 600.0
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -156,8 +158,8 @@ class Metrics:
 class Door:
     """Answers HTTP. One of it: it counts what is pending."""
 
-    def __init__(self, replicas: Any, queue: int, key: str | None) -> None:
-        self.replicas, self.queue, self.key = replicas, queue, key
+    def __init__(self, replicas: Any, queue: int, key: str | None, timeout_s: float = Server.timeout_s) -> None:
+        self.replicas, self.queue, self.key, self.timeout_s = replicas, queue, key, timeout_s
         self.metrics, self.held = Metrics(), Held()
         self.known: Facts | None = None
         self.pending, self.second_per_picture = 0, 1.0
@@ -252,7 +254,9 @@ class Door:
         self._count(len(asks))
         tasks = [asyncio.create_task(self._drawn(ask, form)) for ask in asks]
         try:
-            pictures = await asyncio.gather(*tasks)
+            pictures = await asyncio.wait_for(asyncio.gather(*tasks), self.timeout_s)
+        except TimeoutError:
+            raise Refused(504, f"no picture came within {self.timeout_s:g} seconds", None, "timeout") from None
         finally:  # one failed, or the client has gone: the others need not be drawn
             for task in tasks:
                 task.cancel()
@@ -305,7 +309,7 @@ def begin(setup: Setup, server: Server) -> None:
             os.environ.setdefault(name, value)
         address = server.address or os.environ.get("RAY_ADDRESS") or "local"
         here: dict[str, Any] = {"num_cpus": max(cores, most * threads), "include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, logging_level=logging.WARNING, namespace="sdtrt", **here)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="sdtrt", **here)
     there_are = ray.cluster_resources()
     on_gpus = there_are.get("GPU", 0) > 0
     room = int(there_are["GPU"] if on_gpus else there_are["CPU"] // threads)
@@ -322,7 +326,17 @@ def begin(setup: Setup, server: Server) -> None:
     # Ray gives a process one thread for each CPU that it asks for, PyTorch's number is its own
     made = replicas.bind(replace(setup, threads=setup.threads or (None if on_gpus else threads)), server.wait_s)
     door = deployed(Door, max_ongoing_requests=MOST_OPEN, ray_actor_options={"num_cpus": 0}, logging_config=QUIET)
-    serve.run(door.bind(made, server.queue, os.environ.get(KEY)), name="sdtrt", route_prefix="/")
+    try:
+        serve.run(door.bind(made, server.queue, os.environ.get(KEY), server.timeout_s), name="sdtrt", route_prefix="/")
+    except RuntimeError as error:  # what it says of a replica that could not start is a traceback
+        raise SdtrtError(f"the server could not start: {_reason(str(error))}") from error
+
+
+def _reason(text: str) -> str:
+    """The sentence of an error of this package at the end of a traceback, else its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    _, ours, last = next((line for line in reversed(lines) if OURS in line), lines[-1]).rpartition(OURS)
+    return last.partition(": ")[2] if ours else last
 
 
 def end() -> None:

@@ -155,9 +155,10 @@ def identity(setup: Setup) -> str:
     """
     made: dict[str, Any] = {"model": _files(setup.model), "backend": setup.backend, "dtype": setup.dtype}
     if setup.backend:
-        made |= {"recipe": _files(setup.recipe), "loras": _files(setup.loras), "parts": setup.parts,
+        made |= {"recipe": _files(setup.recipe), "bundle": setup.bundle and _sampled(Path(setup.bundle)),
+                 "loras": _files(setup.loras), "parts": setup.parts,
                  "options": repr(sorted(setup.options.items()))}
-    if setup.backend and not setup.recipe:  # they calibrate
+    if setup.calibrates:
         made |= {"prompts": setup.prompts, "steps": setup.steps, "sizes": setup.sizes}
     return digest(made)
 
@@ -303,7 +304,7 @@ def _png(picture: Any) -> bytes:
 def _facts_of(setup: Setup, loras: tuple[str, ...]) -> Facts:
     """In a process of its own that sees no GPU: what is loaded only to be asked takes no memory of one."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    plain = replace(setup, backend=None, recipe=None, loras=None, dtype="bfloat16")
+    plain = replace(setup, backend=None, recipe=None, bundle=None, trust=False, loras=None, dtype="bfloat16")
     return replace(Painter(plain).facts, loras=loras)
 
 
@@ -433,7 +434,8 @@ def run_batch(prompts: Path, folder: Path, setup: Setup, *, actors: int | None =
     setup.check()
     if (actors is not None and actors < 1) or gpus_per_actor <= 0:
         raise OptionError(f"expected at least 1 actor and more than 0 GPUs for each, got {actors} and {gpus_per_actor}")
-    setup = replace(setup, model=_absolute(setup.model), recipe=_absolute(setup.recipe), loras=_absolute(setup.loras))
+    setup = replace(setup, model=_absolute(setup.model), recipe=_absolute(setup.recipe), bundle=_absolute(setup.bundle),
+                    loras=_absolute(setup.loras))
     lines, model = read_lines(prompts), identity(setup)
     _make(folder)
     folder = folder.resolve()

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ModelError, OptionError, RequestError
+from ..errors import BundleError, ModelError, OptionError, RequestError
 from ..lora import load_lora, set_loras
 from ..options import Options
 from ..parts import EVERY_TIMESTEP, denoiser_name
 from ..pictures import prompt_name
-from ..pipeline import accelerate, demo_pipeline, explain, load_pipeline
+from ..pipeline import accelerate, check_folder, demo_pipeline, explain, load_pipeline
+from ..recipe import Recipe
 from ..report import NOT_YET
 from .ask import Ask, Facts
 
@@ -64,8 +65,14 @@ class Setup:
     threads: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether a painter of it begins with pictures that calibrate."""
+        return self.backend is not None and not (self.recipe or self.bundle)
+
     def check(self) -> None:
-        """Raises OptionError for what could not be drawn with, before anything is loaded."""
+        """Raises OptionError, ModelError, RecipeError or BundleError for what could not be drawn with, before anything is
+        loaded."""
         if self.dtype not in DTYPES:
             raise OptionError(f"dtype expects one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not self.batches or any(type(b) is not int or b < 1 for b in self.batches):
@@ -78,6 +85,14 @@ class Setup:
             raise OptionError("a pipeline in its own precision takes no recipe, bundle or folder of LoRAs: leave them out, or "
                               "leave out full")
         Options.parse(self.options)
+        if self.model:
+            check_folder(self.model)
+        if self.recipe:
+            Recipe.load(self.recipe)
+        if self.bundle and not Path(self.bundle).is_file():
+            raise BundleError.missing(self.bundle)
+        if self.loras and not list(Path(self.loras).glob("*.safetensors")):
+            raise OptionError(f"the folder of LoRAs, {self.loras}, holds no .safetensors file; name another, or leave it out")
 
 
 @dataclass(frozen=True)

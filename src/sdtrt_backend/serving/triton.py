@@ -12,7 +12,6 @@ from pathlib import Path
 from ..errors import ExportError, ModelError
 from ..files import write_atomically
 from ..pipeline import ASSETS
-from ..recipe import Recipe
 from .painter import BUILT_IN, PROMPTS, Setup
 from .triton_model import INPUTS, OUTPUTS, SETUP, Saved
 
@@ -65,7 +64,7 @@ class Repository:
         return sum(model.weights * model.instances for model in self.saved.values())
 
     def __str__(self) -> str:
-        calibrating = [name for name in self.written if self.saved[name].setup.backend and not self.saved[name].setup.recipe]
+        calibrating = [name for name in self.written if self.saved[name].setup.calibrates]
         budget = "" if self.memory_budget is None else f" of {_gb(self.memory_budget)}"
         return "\n".join((
             f"written: {', '.join(str(self.folder / name) for name in self.written)}",
@@ -169,17 +168,10 @@ def _found(folder: Path) -> dict[str, Saved]:
 def _checked(name: str, setup: Setup) -> Setup:
     """With absolute paths, as the server starts in a folder of its own. Raises what a server would, as long as it can be seen."""
     setup.check()
-    if setup.model and not (Path(setup.model) / "model_index.json").is_file():
-        raise ModelError(f"{setup.model} is not a diffusers pipeline folder: model_index.json is missing; save one with "
-                         "pipe.save_pretrained(folder)")
-    if setup.recipe:
-        Recipe.load(setup.recipe)
-    if setup.loras and not list(Path(setup.loras).glob("*.safetensors")):
-        raise ExportError(f"the folder of LoRAs of {name}, {setup.loras}, holds no .safetensors file; name another, or leave it "
-                          "out")
-    model, recipe, loras = (given and str(Path(given).resolve()) for given in (setup.model, setup.recipe, setup.loras))
+    model, recipe, bundle, loras = (given and str(Path(given).resolve())
+                                    for given in (setup.model, setup.recipe, setup.bundle, setup.loras))
     folders = {key: str(Path(setup.options[key]).resolve()) for key in ("recipe", "engine_dir") if setup.options.get(key)}
-    return replace(setup, model=model, recipe=recipe, loras=loras, options={**setup.options, **folders})
+    return replace(setup, model=model, recipe=recipe, bundle=bundle, loras=loras, options={**setup.options, **folders})
 
 
 def _weights(setup: Setup) -> int:
