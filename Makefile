@@ -30,7 +30,7 @@ lint: $(STAMP)
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
 
-# the server of tests/test_triton.py; on Linux on x86-64 alone
+# the server of tests/test_triton_server.py; on Linux on x86-64 alone
 triton: .venv/triton
 
 .venv/triton: tests/triton_server.sh | $(STAMP)

@@ -301,14 +301,18 @@ def test_the_command_makes_a_setup_of_its_options_and_exits_with_3_when_some_fai
         return jobs.Summary(3, 2, len(called) - 1, out / jobs.MANIFEST)
 
     monkeypatch.setattr(jobs, "run_batch", run_batch)
+    check = Setup.check
+    monkeypatch.setattr(Setup, "check", lambda self: None)  # there are no such folders
     options = ["batch", "p.jsonl", "--out", str(tmp_path), "--model", "m", "--recipe", "r", "--fp8", "--lora-dir", "l", "--size",
                "1024x1024,768x1344", "--batch", "2", "--steps", "120", "--guidance", "4", "--actors", "3", "--threads", "5"]
     done = CliRunner().invoke(cli.app, options)
     assert done.exit_code == 0, done.output
     assert "3 drawn, 2 were there, 0 failed" in done.output
-    setup = Setup("m", "sd_fp8", "r", "l", ((1024, 1024), (768, 1344)), (2,), 120, 120, guidance=4.0, threads=5)
+    setup = Setup("m", "sd_fp8", "r", loras="l", sizes=((1024, 1024), (768, 1344)), batches=(2,), steps=120, max_steps=120,
+                  guidance=4.0, threads=5)
     assert called == [(Path("p.jsonl"), tmp_path, setup, {"actors": 3, "address": None, "gpus_per_actor": 1.0})]
     assert CliRunner().invoke(cli.app, options).exit_code == cli.SOME_FAILED
+    monkeypatch.setattr(Setup, "check", check)
     for wrong, says in ((["--size", "10"], "--size expects"), (["--fp8", "--full"], "name one of"), (["--size", "65x64"], "of 8"),
                         (["--full", "--recipe", "r"], "takes no recipe")):
         assert says in str(CliRunner().invoke(cli.app, ["batch", "p.jsonl", *wrong]).exception)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Triton Inference Server without a container, for tests/test_triton.py: sh tests/triton_server.sh FOLDER PYTHON
+# Triton Inference Server without a container, for tests/test_triton_server.py: sh tests/triton_server.sh FOLDER PYTHON
 #
 # FOLDER/pytriton/tritonserver: the server, its python backend and the backend's stub for this version of Python. The wheel of
 # nvidia-pytriton that carries them is only unpacked: installed, it would bring numpy 1, which this stub needs, as it reads the
