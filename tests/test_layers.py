@@ -36,7 +36,7 @@ LAYERS = {
     "demo": ["demo"],
     "servers": ["serving.ask", "serving.painter", "serving.triton_model", "serving.triton", "serving.jobs", "serving.answers",
                 "serving.batcher", "serving.load", "serving.http", "serving"],
-    "command line": ["cli", "command"],
+    "command line": ["arguments", "serving.commands", "cli", "command"],
 }
 ORDER = [module for modules in LAYERS.values() for module in modules]
 HEAVY = ("PIL", "rich", "typer", "diffusers", "transformers", "tensorrt", "torch_tensorrt", "tensorrt_rtx", "modelopt", "torchao",

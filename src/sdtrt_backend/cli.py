@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -17,48 +15,44 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from packaging.requirements import Requirement
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import ExportError, SdtrtError, require_serving
+from .arguments import (
+    BAD_INPUT,
+    NOT_QUANTIZED,
+    Batches,
+    Full,
+    Guidance,
+    Inputs,
+    LoraDir,
+    Model,
+    Parts,
+    Seed,
+    Sizes,
+    Steps,
+    Threads,
+    console,
+    read_inputs,
+    read_prompts,
+    setup_of,
+    whole_numbers,
+)
+from .errors import ExportError, SdtrtError
 from .options import Options
 from .parts import EVERY_TIMESTEP
+from .serving import commands
 
 if TYPE_CHECKING:
-    from .serving.painter import Setup
+    pass
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="8-bit inference for diffusion models.",
                   pretty_exceptions_enable=False)
-console = Console()
-BAD_INPUT, NOT_QUANTIZED, SOME_FAILED = 2, 3, 3  # the last two: not as hoped
 SHORT = 24  # characters of a value that a table cell shows
 OF_TRITON = {"name", "full", "lora_dir", "size", "batches", "steps", "guidance", "parts", "threads", "instances", "gpu",
              "memory_budget", "queue_delay"}  # parameters of ``export``
 NOT_OF_TRITON = {"flavour", "inputs", "sm", "batch", "height", "width", "max_batch", "max_height", "max_width"}
 CHATTY = ("torchao", "torch.utils._pytree")  # warn, on being imported, of what a user of this command can do nothing about
-
-Model = Annotated[Path | None, typer.Option(help="A diffusers pipeline folder; the bundled model when omitted.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="NAME=VALUE", help="What else the pipeline takes, as often "
-                                                  "as needed: image=photo.png, strength=0.6, control_image=edges/ (a folder: its "
-                                                  "pictures in the order of their names, one for each prompt).")]
-Parts = Annotated[str, typer.Option(help="denoisers, auto (the VAE and text encoders too), or paths: unet,vae.decoder.")]
-Seed = Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")]
-ServedRecipe = Annotated[Path | None, typer.Option("--recipe", help="A saved recipe; without one each pipeline calibrates itself "
-                                                   "first.")]
-LoraDir = Annotated[Path | None, typer.Option(help="Folder of .safetensors; a request names them without the suffix.")]
-Sizes = Annotated[str | None, typer.Option("--size", metavar="WxH,...", help="Sizes in pixels that may be asked for, the default "
-                                           "first: 1024x1024,768x1344; the model's own when omitted.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own when omitted, of the bundled model 5.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU; all that there are when omitted.")]
-Int8 = Annotated[bool, typer.Option("--int8", help="sd_int8; the default.")]
-Fp8 = Annotated[bool, typer.Option("--fp8", help="sd_fp8, on NVIDIA GPUs of capability 8.9 or newer.")]
-Full = Annotated[bool, typer.Option("--full", help="The model's own precision.")]
-Batches = Annotated[str, typer.Option(metavar="N,...", help="Pictures of one call, each built once; fewer are filled up to the "
-                                                            "next of them.")]
-Address = Annotated[str | None, typer.Option(help="Of a Ray cluster; Ray on this machine alone when omitted.")]
-
 
 def main() -> None:
     """Run the command line; errors of this package become one line and exit code 2."""
@@ -83,7 +77,7 @@ def demo(
     from . import demo as demonstration
 
     pipe = _load(model)
-    chosen = _read_prompts(prompts) if prompts else list(demonstration.PROMPTS)
+    chosen = read_prompts(prompts) if prompts else list(demonstration.PROMPTS)
     result = demonstration.run(pipe, chosen, demonstration.CALIBRATION_PROMPTS, steps, seed, out, console,
                                str(model) if model else "the bundled model")
     if result["state"] != "ready":
@@ -131,11 +125,11 @@ def calibrate(
     from .demo import GUIDANCE
     from .report import budget_table
 
-    texts = _read_prompts(prompts)
+    texts = read_prompts(prompts)
     try:
         recipe = run(_load(model), texts, num_inference_steps=steps, seed=seed, resume=resume,
                      guidance_scale=GUIDANCE if guidance is None and model is None else guidance,
-                     options={"rule": rule, "min_psnr": min_psnr}, parts=parts, **_inputs(inputs, len(texts)))
+                     options={"rule": rule, "min_psnr": min_psnr}, parts=parts, **read_inputs(inputs, len(texts)))
     except KeyboardInterrupt as stop:
         console.print(*getattr(stop, "__notes__", ()), sep="\n", highlight=False, markup=False, soft_wrap=True)
         raise
@@ -196,7 +190,7 @@ def generate(
         raise SdtrtError("--onnx-dir and --engine-dir are for --int8 and --fp8, not for --full")
     if out.suffix.lower() not in Image.registered_extensions():
         raise SdtrtError(f"--out expects the file of a picture, such as picture.png, got {out}")
-    given = _inputs(inputs, 1)
+    given = read_inputs(inputs, 1)
     pipe = _load(model)
     backend = None if full else "sd_fp8" if fp8 else "sd_int8"
     if onnx_dir:
@@ -285,9 +279,9 @@ def export(
     if to == "triton":
         from .serving.triton import export_triton
 
-        setup = _setup(model=model, recipe=recipe, int8=int8 and "int8" in named, fp8=not int8, full=full, lora_dir=lora_dir,
-                       size=size, batches=_whole_numbers("--batches", batches), steps=steps, guidance=guidance, parts=parts,
-                       threads=threads)
+        setup = setup_of(model=model, recipe=recipe, int8=int8 and "int8" in named, fp8=not int8, full=full, lora_dir=lora_dir,
+                         size=size, batches=whole_numbers("--batches", batches), steps=steps, guidance=guidance, parts=parts,
+                         threads=threads)
         name = name or (model.resolve().name if model else "tiny-emoji")
         written = export_triton(folder, {name: replace(setup, dtype=dtype or "auto")}, instances=instances, gpu=gpu,
                                 memory_budget=memory_budget, max_queue_delay_ms=queue_delay)
@@ -301,164 +295,14 @@ def export(
     ranges = Recipe.load(recipe)
     least, largest = Size(batch, height, width), Size(max_batch or batch, max_height or height, max_width or width)
     exported = export_onnx(_load(model), ranges, folder, precision=precision, dtype=dtype or "float16", flavour=flavour,
-                           size=least, largest=None if largest == least else largest, **_inputs(inputs, batch))
+                           size=least, largest=None if largest == least else largest, **read_inputs(inputs, batch))
     console.print(str(exported), highlight=False, markup=False, soft_wrap=True)
     if to == "engine":
         console.print(str(build_engine(exported, sm)), highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
-def batch(
-    prompts: Annotated[Path, typer.Argument(help="A JSON object with a prompt per line; or a .txt, a prompt per line.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and manifest.jsonl; the same call goes on "
-                                           "there.")] = Path("batch"),
-    model: Model = None,
-    recipe: ServedRecipe = None,
-    int8: Int8 = False,
-    fp8: Fp8 = False,
-    full: Full = False,
-    lora_dir: LoraDir = None,
-    size: Sizes = None,
-    per_call: Annotated[int, typer.Option("--batch", min=1, help="Pictures of one call of the pipeline.")] = 4,
-    steps: Steps = 25,
-    guidance: Guidance = None,
-    parts: Parts = EVERY_TIMESTEP,
-    threads: Threads = None,
-    actors: Annotated[int | None, typer.Option(min=1, help="Pipelines at once; when omitted one per GPU, else one per "
-                                                           "host.")] = None,
-    gpus_per_actor: Annotated[float, typer.Option(help="0.5: two pipelines share a GPU.")] = 1.0,
-    address: Address = None,
-) -> None:
-    """Draw the pictures of many prompts with Ray, over any number of GPUs and hosts. Exit code 3 when some could not be drawn."""
-    from .serving.jobs import run_batch
-
-    setup = _setup(model=model, recipe=recipe, int8=int8, fp8=fp8, full=full, lora_dir=lora_dir, size=size, batches=(per_call,),
-                   steps=steps, guidance=guidance, parts=parts, threads=threads)
-    try:
-        done = run_batch(prompts, out, setup, actors=actors, address=address, gpus_per_actor=gpus_per_actor)
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same call goes on with what is in {out}", highlight=False, markup=False, soft_wrap=True)
-        raise
-    console.print(f"{done.drawn} drawn, {done.kept} were there, {done.failed} failed: {done.manifest}", highlight=False,
-                  markup=False, soft_wrap=True)
-    if done.failed:
-        raise typer.Exit(SOME_FAILED)
-
-
-@app.command()
-def bundle(
-    recipe: Annotated[Path, typer.Option(help="A saved recipe of this model (sdtrt calibrate).")],
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.sdtrt"),
-    model: Model = None,
-    size: Sizes = None,
-    batches: Batches = "1,4",
-    int8: Int8 = False,
-    fp8: Fp8 = False,
-    parts: Parts = EVERY_TIMESTEP,
-    threads: Threads = None,
-) -> None:
-    """Build each size and batch, and write recipe, kernel times and compiled code into one file that new workers begin with."""
-    from tempfile import TemporaryDirectory
-
-    from .bundle import compiling_into, pack
-    from .recipe import Recipe
-    from .serving.painter import Painter, Setup
-
-    setup = _setup(model=model, recipe=recipe, int8=int8, fp8=fp8, full=False, lora_dir=None, size=size,
-                   batches=_whole_numbers("--batches", batches), steps=Setup.steps, guidance=None, parts=parts, threads=threads)
-    with TemporaryDirectory() as work, compiling_into(Path(work)):
-        painter = Painter(setup)
-        painter.warm(lambda what: console.print(what, highlight=False))
-        about = {"backend": setup.backend, "sizes": painter.facts.sizes, "batches": painter.facts.batches, "parts": parts}
-        members = pack(out, Recipe.load(recipe), Path(work), painter.pipe.device, about)
-    console.print(f"{members} members, {out.stat().st_size / 1e6:.1f} MB, {painter.state()['state']} -> {out}", highlight=False)
-
-
-@app.command()
-def serve(
-    model: Model = None,
-    recipe: ServedRecipe = None,
-    bundled: Annotated[Path | None, typer.Option("--bundle", help="What sdtrt bundle wrote, in place of a recipe.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Run the bundle's compiled code: whoever made it can do what you "
-                                                        "can.")] = False,
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line, to calibrate with.")] = None,
-    int8: Int8 = False,
-    fp8: Fp8 = False,
-    full: Full = False,
-    lora_dir: LoraDir = None,
-    size: Sizes = None,
-    batches: Batches = "1,4",
-    steps: Steps = 25,
-    max_steps: Annotated[int, typer.Option(min=1, help="The most steps of a request.")] = 100,
-    guidance: Guidance = None,
-    parts: Parts = EVERY_TIMESTEP,
-    threads: Threads = None,
-    host: Annotated[str, typer.Option(help="Any other than 127.0.0.1 wants a key in SDTRT_API_KEY.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    replicas: Annotated[str, typer.Option(help="Pipelines, each on a GPU of its own: 2, or 1-4, which follows the load.")] = "1",
-    queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait; then requests get 429.")] = 64,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds for which a picture waits for others of its batch.")] = 0.05,
-    address: Address = None,
-) -> None:
-    """Serve the pipeline behind OpenAI's images API, on Ray Serve, until Ctrl-C."""
-    require_serving("sdtrt serve")
-    from .serving.http import Server, begin, end
-
-    setup = _setup(model=model, recipe=recipe, int8=int8, fp8=fp8, full=full, lora_dir=lora_dir, size=size,
-                   batches=_whole_numbers("--batches", batches), steps=steps, guidance=guidance, parts=parts, threads=threads)
-    setup = replace(setup, bundle=str(bundled.resolve()) if bundled else None, trust=trust, max_steps=max(max_steps, steps),
-                    prompts=tuple(_read_prompts(prompts)) if prompts else ())
-    least, dash, most = replicas.partition("-")
-    if not least.isdecimal() or (dash and not most.isdecimal()):
-        raise SdtrtError(f"--replicas expects a number such as 2, or two of them such as 1-4, got {replicas!r}")
-    server = Server(host, port, (int(least), int(most or least)), queue, wait, address)
-    try:
-        with console.status("starting Ray, loading, calibrating, building each size and batch: a minute or more"):
-            begin(setup, server)
-        console.print(f"ready: http://{host}:{port}/v1/images/generations, Ctrl-C to stop", highlight=False)
-        signal.pause()
-    except KeyboardInterrupt:
-        console.print("stopping")
-    finally:
-        end()
-
-
-@app.command()
-def load(
-    prompts: Annotated[Path | None, typer.Argument(help="A text file, one prompt per line.")] = None,
-    url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000",
-    rate: Annotated[float | None, typer.Option(help="Requests a second, at random moments. Without it --clients ask.")] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Clients that each wait for an answer before they ask again.")] = 1,
-    duration: Annotated[float, typer.Option(help="Seconds for which requests are made.")] = 30.0,
-    count: Annotated[int, typer.Option(min=1, help="Pictures of a request.")] = 1,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the server's own when omitted.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="The server's own when omitted.")] = None,
-    triton: Annotated[str | None, typer.Option(metavar="MODEL", help="The server is Triton, and this its model.")] = None,
-    seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for load.json and load.svg.")] = None,
-) -> None:
-    """Ask a server for pictures and time its answers. Exit code 3 when some failed."""
-    require_serving("sdtrt load")
-    from .serving.load import Plan, chart, run_with_bar, summary, write
-
-    fields = tuple((name, value) for name, value in (("size", size), ("steps", steps)) if value is not None)
-    plan = Plan(url, tuple(_read_prompts(prompts)) if prompts else ("a lighthouse",), rate, clients, duration, fields, count,
-                "triton" if triton else "openai", triton, os.environ.get("SDTRT_API_KEY"), seed)
-    outcomes = run_with_bar(plan)
-    found = summary(outcomes)
-    table = Table("requests", "pictures", "pictures/s", "p50 s", "p95 s", "p99 s", "refused", "failed", title_justify="left",
-                  title=f"{url}, {f'{rate:g} requests a second' if rate else f'{clients} clients'}, {duration:g} s")
-    times = ["-" if found[share] is None else f"{found[share]:.2f}" for share in ("p50", "p95", "p99")]
-    table.add_row(str(found["requests"]), str(found["pictures"]), f"{found['pictures_per_s']:.2f}", *times, str(found["refused"]),
-                  str(found["failed"]))
-    console.print(table)
-    if found["failed"]:
-        console.print(f"answers: {found['statuses']}", highlight=False)
-    if out:
-        write(out, plan, found, chart({url: outcomes}))
-        console.print(f"written: {out / 'load.json'}, {out / 'load.svg'}", highlight=False)
-    if found["failed"]:
-        raise typer.Exit(NOT_QUANTIZED)
+for served in (commands.bundle, commands.batch, commands.serve, commands.load):
+    app.command()(served)
 
 
 @app.command()
@@ -568,22 +412,6 @@ def _load(model: Path | None) -> Any:
     return load_pipeline(model) if model else demo_pipeline()
 
 
-def _setup(*, model: Path | None, recipe: Path | None, int8: bool, fp8: bool, full: bool, lora_dir: Path | None,
-           size: str | None, batches: tuple[int, ...], steps: int, guidance: float | None, parts: str,
-           threads: int | None) -> Setup:
-    """Options of a command as what makes a Painter."""
-    from .serving.painter import Setup
-
-    if int8 + fp8 + full > 1:
-        raise SdtrtError("name one of --int8, --fp8 and --full, not several")
-    model_dir, recipe_dir, loras = (str(path) if path else None for path in (model, recipe, lora_dir))
-    setup = Setup(model=model_dir, backend=None if full else "sd_fp8" if fp8 else "sd_int8", recipe=recipe_dir, loras=loras,
-                  sizes=_sizes(size), batches=batches, steps=steps, max_steps=max(steps, Setup.max_steps), guidance=guidance,
-                  parts=parts, threads=threads)
-    setup.check()
-    return setup
-
-
 def _refuse_options_of_others(ctx: typer.Context, to: str) -> set[str]:
     """Names of the parameters of ``sdtrt export`` that were given, none of which ``--to`` does not take."""
     sources = {p.name or "": ctx.get_parameter_source(p.name or "") for p in ctx.command.params}
@@ -593,68 +421,3 @@ def _refuse_options_of_others(ctx: typer.Context, to: str) -> set[str]:
         raise ExportError(f"--to {to} takes no {', '.join(wrong)}: leave it out" if to == "triton" else
                           f"{', '.join(wrong)} means something with --to triton alone: leave it out, or export to triton")
     return named
-
-
-def _whole_numbers(option: str, given: str) -> tuple[int, ...]:
-    """Of a list such as 1,4."""
-    if not all(text.strip().isdecimal() for text in given.split(",")):
-        raise SdtrtError(f"{option} expects whole numbers, such as 1,4; got {given!r}")
-    return tuple(int(text) for text in given.split(","))
-
-
-def _sizes(given: str | None) -> tuple[tuple[int, int], ...]:
-    """(width, height) in pixels for each of a list such as 1024x1024,768x1344."""
-    found = []
-    for text in given.split(",") if given else ():
-        width, _, height = text.strip().partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            raise SdtrtError(f"--size expects WIDTHxHEIGHT in pixels, or several: 1024x1024,768x1344; got {given!r}")
-        found.append((int(width), int(height)))
-    return tuple(found)
-
-
-def _inputs(given: list[str] | None, prompts: int) -> dict[str, Any]:
-    """name=value pairs of ``--input`` as arguments of the pipeline."""
-    found: dict[str, Any] = {}
-    for pair in given or ():
-        name, equals, value = pair.partition("=")
-        if not (name.isidentifier() and equals and value):
-            raise SdtrtError(f"--input expects NAME=VALUE, such as image=photo.png or strength=0.6, got {pair!r}")
-        if name in found:
-            raise SdtrtError(f"--input {name} is given twice: for one picture for each prompt name a folder of them")
-        found[name] = _input(name, value, prompts)
-    return found
-
-
-def _input(name: str, value: str, prompts: int) -> Any:
-    """A picture, a folder's pictures, a number, true or false, else the text itself."""
-    from PIL import Image, UnidentifiedImageError
-
-    path = Path(value)
-    if not path.exists():
-        if path.suffix.lower() in Image.registered_extensions() or "/" in value:
-            raise SdtrtError(f"--input {name}: there is no file or folder {value}")
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    try:
-        if path.is_file():
-            return Image.open(path).convert("RGB")
-        pictures = [Image.open(f).convert("RGB") for f in sorted(path.iterdir())
-                    if f.suffix.lower() in Image.registered_extensions()]
-    except UnidentifiedImageError as error:
-        raise SdtrtError(f"--input {name}: {error}") from error
-    if len(pictures) != prompts:
-        raise SdtrtError(f"--input {name}: the folder {value} holds {len(pictures)} pictures, and there are {prompts} prompts; "
-                         "expected one for each, or a single file for all")
-    return pictures
-
-
-def _read_prompts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise SdtrtError(f"prompts file {path} does not exist; write one prompt per line")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise SdtrtError(f"prompts file {path} holds no prompt; write one per line")
-    return prompts
