@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test quick bench docs lint clean triton
+.PHONY: demo test quick lowest bench docs lint clean triton
 
 demo: $(STAMP)
 	@$(BIN)/sdtrt demo --out out
@@ -18,6 +18,14 @@ test: $(STAMP)
 
 quick: $(STAMP)
 	@$(PYTEST) -m "not slow and not gpu"
+
+# `make lowest PYTHON=python3.13`: the quick tests with the oldest versions that pyproject.toml admits
+lowest:
+	@$(PYTHON) -m venv --clear .venv-lowest
+	@.venv-lowest/bin/pip install -q --disable-pip-version-check packaging
+	@.venv-lowest/bin/python tests/lowest.py > .venv-lowest/floors.txt
+	@.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/floors.txt -e '.[dev]'
+	@$(MAKE) --no-print-directory quick BIN=.venv-lowest/bin STAMP=.venv-lowest/floors.txt
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest benchmarks

@@ -22,6 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdtrt_backend import cli
+from sdtrt_backend.arguments import SOME_FAILED
 from sdtrt_backend.errors import OptionError, SdtrtError
 from sdtrt_backend.files import lock_of, locked
 from sdtrt_backend.serving import jobs
@@ -311,7 +312,7 @@ def test_the_command_makes_a_setup_of_its_options_and_exits_with_3_when_some_fai
     setup = Setup("m", "sd_fp8", "r", loras="l", sizes=((1024, 1024), (768, 1344)), batches=(2,), steps=120, max_steps=120,
                   guidance=4.0, threads=5)
     assert called == [(Path("p.jsonl"), tmp_path, setup, {"actors": 3, "address": None, "gpus_per_actor": 1.0})]
-    assert CliRunner().invoke(cli.app, options).exit_code == cli.SOME_FAILED
+    assert CliRunner().invoke(cli.app, options).exit_code == SOME_FAILED
     monkeypatch.setattr(Setup, "check", check)
     for wrong, says in ((["--size", "10"], "--size expects"), (["--fp8", "--full"], "name one of"), (["--size", "65x64"], "of 8"),
                         (["--full", "--recipe", "r"], "takes no recipe")):
@@ -415,7 +416,7 @@ def test_a_job_that_is_killed_goes_on_to_the_same_pictures_each_drawn_once(tmp_p
     assert 8 <= len(before) < 39
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert again.returncode == cli.SOME_FAILED, again.stderr
+    assert again.returncode == SOME_FAILED, again.stderr
     after = {p.name: p.stat().st_mtime_ns for p in out.glob("*.png")}
     assert len(after) == 39
     assert {name: after[name] for name in before} == before

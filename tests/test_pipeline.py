@@ -12,10 +12,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tolerances import TOLERANCES
 
 import sdtrt_backend
-from sdtrt_backend import measure, metrics, weights
+from sdtrt_backend import measure, metrics, pipeline, weights
 from sdtrt_backend.calibrate import Calibration, observed
 from sdtrt_backend.demo import LastCall, draw
 from sdtrt_backend.state import states
@@ -38,6 +39,16 @@ def recipe(pipe, tmp_path_factory):
 
 def hooks(module):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_the_bundled_pipeline_has_the_weights_of_its_files(pipe):
+    """Versions of transformers name them with and without a prefix, and one that finds none draws them by lot."""
+    for name in ("unet", "vae", "text_encoder"):
+        own = {k.removeprefix("text_model."): v for k, v in getattr(pipe, name).state_dict().items() if "position_ids" not in k}
+        (file,) = (pipeline.ASSETS / "tiny_emoji" / name).glob("*.safetensors")
+        kept = {k.removeprefix("text_model."): v for k, v in load_file(file).items()}
+        assert own.keys() == kept.keys()
+        assert all(torch.equal(own[k], kept[k].to(own[k].dtype)) for k in kept)
 
 
 def test_the_bundled_pipeline_loads_without_a_warning(caplog, capfd):

@@ -24,6 +24,7 @@ READS = ("item", "_local_scalar_dense")
 ARITHMETIC: dict[Any, Callable[..., Any]] = {
     f: f for f in (operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow,
                    operator.neg, operator.abs, abs)}
+ARITHMETIC["__abs__"] = abs  # of PyTorch 2.11
 ARITHMETIC |= {getattr(torch, f"_sym_{name}"): getattr(torch, name)
                for name in ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "log2")}
 # functions of tensors that take a tensor of no dimension in place of a number, and what they call these operands

@@ -1,0 +1,226 @@
+"""Every guide, followed word for word: its programs and commands, in their order. Where a guide says the reader's own, there is the
+bundled pipeline or a random one, and its pictures have 64 pixels."""
+
+import functools
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import httpx
+import pytest
+import safetensors.torch
+import torch
+from packaging.requirements import Requirement
+from PIL import Image
+from test_docs import ROOT
+from test_small_pipelines import emoji, sdxl
+from typer.testing import CliRunner
+
+import sdtrt_backend
+from sdtrt_backend import cli
+from sdtrt_backend.pipeline import ASSETS
+
+pytestmark = pytest.mark.slow
+PROMPTS = ["owl, noto style", "rocket, fluent style"]
+BLOCKS = re.compile(r"^\n(?P<indented>(?:    .*\n|\n(?=    ))+)|^```\w+\n(?P<fenced>(?:(?!```).*\n)+)", re.MULTILINE)
+OWN = {"DIR": str(ASSETS / "tiny_emoji"), "1024x1024,768x1344": "64x64", "1024x1024": "64x64", "--batches 1,4": "--batches 1"}
+
+
+def blocks(page):
+    return [re.sub("^    ", "", (m["indented"] or m["fenced"]), flags=re.MULTILINE).strip("\n")
+            for m in BLOCKS.finditer((ROOT / "docs" / page).read_text())]
+
+
+def with_own(text, instead):
+    for word, own in {**OWN, **instead}.items():
+        text = re.sub(rf"(?<![\w-]){re.escape(word)}(?!\w)", lambda _, own=own: own, text)
+    return text
+
+
+class Guide:
+    """left: its blocks that were not followed yet. names: what its reader's Python has."""
+
+    def __init__(self, page):
+        self.left, self.names = blocks(page), {"torch": torch, "sdtrt_backend": sdtrt_backend, "prompts": PROMPTS}
+
+    def program(self, **names):
+        """Runs the next block, with these names besides those of the blocks before."""
+        self.names.update(names)
+        exec(compile(self.left.pop(0), "guide", "exec"), self.names)
+
+    def commands(self, **instead):
+        """The lines of the next block, one for each command. instead: word of the guide -> the reader's own."""
+        text = with_own(self.left.pop(0).replace("\\\n", ""), instead)
+        return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+    def run(self, **instead):
+        """What the commands of the next block print; those of pip are looked at only."""
+        said = ""
+        for program, *words in self.commands(**instead):
+            if program == "pip":
+                installs(words)
+            else:
+                assert program == "sdtrt"
+                done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+                assert done.exit_code == 0, done.output
+                said += done.output
+        return said
+
+
+def installs(words):
+    """There are such extras."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert words[0] == "install"
+    for requirement in map(Requirement, words[1:]):
+        assert requirement.name == "sdtrt_backend"
+        assert requirement.extras <= extras.keys()
+
+
+@pytest.fixture
+def follow(monkeypatch, tmp_path):
+    """page -> Guide, in an empty folder; all of it must be followed."""
+    torch._dynamo.reset()
+    monkeypatch.chdir(tmp_path)
+    guides = []
+    yield lambda page: guides.append(Guide(page)) or guides[-1]
+    torch._dynamo.reset()
+    assert [guide.left for guide in guides] == [[]]
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """The lowering that needs none, whose pictures are those of the others, and no bound, for random pipelines."""
+    plain = functools.partial(sdtrt_backend.accelerate, engine="reference", max_error=1.0)
+    monkeypatch.setattr(sdtrt_backend, "accelerate", plain)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Of the bundled model, as the guides' readers have one."""
+    folder = tmp_path_factory.mktemp("calibrated") / "recipe"
+    sdtrt_backend.calibrate(emoji(), PROMPTS, num_inference_steps=4, guidance_scale=5.0, seed=0).save(folder)
+    return folder
+
+
+def draw(pipe, pictures=3):
+    pipe.set_progress_bar_config(disable=True)
+    for prompt in (PROMPTS * 2)[:pictures]:
+        pipe(prompt, num_inference_steps=3)
+
+
+def of_few_steps(pipe, steps):
+    """The same, whose call has another default."""
+    class Few(type(pipe)):
+        @functools.wraps(type(pipe).__call__)
+        def __call__(self, *args, **given):
+            return super().__call__(*args, **{"num_inference_steps": steps, **given})
+
+    pipe.__class__ = Few
+    return pipe
+
+
+def state(pipe):
+    return sdtrt_backend.explain(pipe).state
+
+
+def test_each_guide_has_its_test():
+    guides = re.findall(r"^      - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text().partition("Reference:")[0], re.MULTILINE)
+    assert len(guides) == 12
+    assert {page.removesuffix(".md").replace("-", "_") for page in guides} <= {
+        name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+
+
+def test_first_pictures(follow, no_compiler, capsys):
+    guide, one_line = follow("first-pictures.md"), sdxl()
+    guide.program(pipe=one_line)
+    draw(one_line)
+    assert state(one_line.unet) == "ready"
+    pipe = emoji()
+    guide.program(pipe=pipe)
+    assert "8-bit layers" in capsys.readouterr().out
+    assert not hasattr(pipe.unet, "_compiled_call_impl") or pipe.unet._compiled_call_impl is None
+    guide.program()
+    draw(pipe, pictures=2)
+    for _ in range(100):
+        if state(pipe) == "ready":
+            break
+        time.sleep(0.1)
+    assert state(pipe) == "ready"
+
+
+def test_recipes(follow):
+    guide = follow("recipes.md")
+    guide.program(pipe=of_few_steps(emoji(), 3), prompts=PROMPTS * 2)
+    assert guide.names["recipe"].provenance["min_psnr"] == 45
+
+
+def test_lora(follow, no_compiler):
+    guide, pipe = follow("lora.md"), emoji()
+    layer, noise = "unet.mid_block.attentions.0.proj_in", torch.Generator().manual_seed(0)
+    width = pipe.unet.get_submodule(layer.removeprefix("unet.")).weight.shape[0]
+    for name in ("pixel_art", "ink"):
+        down, up = (torch.randn(shape, generator=noise) for shape in ((4, width, 1, 1), (width, 4, 1, 1)))
+        safetensors.torch.save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, f"{name}.safetensors")
+    guide.program(pipe=pipe)
+    assert guide.names["picture"].size == (64, 64)
+
+
+def test_vae_and_text(follow, no_compiler):
+    guide = follow("vae-and-text.md")
+    guide.program(pipe=emoji())
+    draw(guide.names["pipe"], pictures=1)
+    assert "vae.decoder" in str(sdtrt_backend.explain(guide.names["pipe"]))
+    guide.program(pipe=emoji())
+    draw(guide.names["pipe"])
+    assert state(guide.names["pipe"]) == "ready"
+
+
+def test_offload(follow, no_compiler, monkeypatch):
+    guide, pipe = follow("offload.md"), emoji()
+    guide.program(pipe=pipe)
+    draw(pipe)
+    assert state(pipe) == "ready"
+
+
+def test_torchao(follow, recipe):
+    from torchao.quantization import quantize_
+
+    guide, pipe, fresh = follow("torchao.md"), emoji(), emoji().unet
+    guide.program(pipe=pipe, recipe=sdtrt_backend.Recipe.load(recipe), quantize_=quantize_, safetensors=safetensors,
+                  fresh_unet=fresh)
+    inputs = {"sample": torch.randn(2, 4, 32, 32), "timestep": torch.tensor(500), "encoder_hidden_states": torch.randn(2, 32, 192)}
+    with torch.no_grad():
+        assert torch.equal(fresh(**inputs).sample, pipe.unet(**inputs).sample)
+    guide.program(pipe=emoji(), example_inputs=inputs)
+    assert Path("plan.json").is_file()
+
+
+def test_modelopt(follow, no_compiler):
+    import modelopt.torch.quantization as mtq
+
+    guide, pipe = follow("modelopt.md"), emoji()
+
+    def quantised():
+        other = emoji()
+        return mtq.quantize(other.unet, mtq.INT8_DEFAULT_CFG, lambda unet: other(PROMPTS[0], num_inference_steps=2))
+
+    guide.program(pipe=pipe, quantized_unet=quantised(), other_quantized_unet=quantised())
+    draw(pipe, pictures=1)
+    assert state(pipe) == "ready"
+
+
+def test_onnx_tensorrt(follow, recipe):
+    guide = follow("onnx-tensorrt.md")
+    said = guide.run(my_recipe=str(recipe))
+    printed = [line.strip() for line in guide.left.pop(0).splitlines() if "..." not in line]
+    plain = re.sub(r"\s+", " ", said)
+    for line in printed:
+        pattern = re.sub(r"\d+(\\\.\d+)*", r"[\\d.]+", re.escape(line))
+        assert re.search(pattern, plain), line
