@@ -12,6 +12,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -115,15 +116,11 @@ def draw(pipe, pictures=3):
         pipe(prompt, num_inference_steps=3)
 
 
-def of_few_steps(pipe, steps):
-    """The same, whose call has another default."""
-    class Few(type(pipe)):
-        @functools.wraps(type(pipe).__call__)
-        def __call__(self, *args, **given):
-            return super().__call__(*args, **{"num_inference_steps": steps, **given})
-
-    pipe.__class__ = Few
-    return pipe
+def linears():
+    """Two."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.SiLU(), torch.nn.Linear(1024, 512)).eval()
 
 
 def state(pipe):
@@ -144,8 +141,9 @@ def test_first_pictures(follow, no_compiler, capsys):
     assert state(one_line.unet) == "ready"
     pipe = emoji()
     guide.program(pipe=pipe)
-    assert "8-bit layers" in capsys.readouterr().out
-    assert not hasattr(pipe.unet, "_compiled_call_impl") or pipe.unet._compiled_call_impl is None
+    assert "state: ready" in capsys.readouterr().out
+    assert Image.open("lighthouse.png").size == (64, 64)
+    assert pipe.unet._compiled_call_impl is None
     guide.program()
     draw(pipe, pictures=2)
     for _ in range(100):
@@ -155,9 +153,11 @@ def test_first_pictures(follow, no_compiler, capsys):
     assert state(pipe) == "ready"
 
 
+@pytest.mark.long
 def test_recipes(follow):
+    """test_budget has the same on a smaller module."""
     guide = follow("recipes.md")
-    guide.program(pipe=of_few_steps(emoji(), 3), prompts=PROMPTS * 2)
+    guide.program(pipe=sdxl(), prompts=PROMPTS * 2)
     assert guide.names["recipe"].provenance["min_psnr"] == 45
 
 
@@ -184,6 +184,8 @@ def test_vae_and_text(follow, no_compiler):
 
 def test_offload(follow, no_compiler, monkeypatch):
     guide, pipe = follow("offload.md"), emoji()
+    # where there is no GPU the parts come to the CPU, one at a time all the same
+    monkeypatch.setattr(pipe, "enable_model_cpu_offload", functools.partial(pipe.enable_model_cpu_offload, device="cpu"))
     guide.program(pipe=pipe)
     draw(pipe)
     assert state(pipe) == "ready"
@@ -198,8 +200,9 @@ def test_torchao(follow, recipe):
     inputs = {"sample": torch.randn(2, 4, 32, 32), "timestep": torch.tensor(500), "encoder_hidden_states": torch.randn(2, 32, 192)}
     with torch.no_grad():
         assert torch.equal(fresh(**inputs).sample, pipe.unet(**inputs).sample)
-    guide.program(pipe=emoji(), example_inputs=inputs)
+    guide.program(pipe=SimpleNamespace(unet=linears()), example_inputs=(torch.randn(2, 256, 512),))
     assert Path("plan.json").is_file()
+    guide.program(pipe=SimpleNamespace(unet=linears()))
 
 
 def test_modelopt(follow, no_compiler):
