@@ -56,6 +56,14 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         assert not re.findall(r"<(?:script|img|iframe)[^>]*src=.?https?:|<link[^>]*stylesheet[^>]*href=.?https?:", text)
 
 
+def test_spelling():
+    told = ["README.md", "CONTRIBUTING.md", "docs", "src", "tests", "examples", "benchmarks", "model", "mkdocs.yml", "pyproject.toml"]
+    run = subprocess.run([sys.executable, "-m", "codespell_lib", "--skip", "*.safetensors,*.json,*.png,*.svg",
+                          "--ignore-words-list", "percentil", *told], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 6000
 

@@ -1,11 +1,15 @@
-"""Every guide, followed word for word: its programs and commands, in their order. Where a guide says the reader's own, there is the
+"""Every guide, followed word for word: its programs and commands, in their order. In the place of the reader's model is the
 bundled pipeline or a random one, and its pictures have 64 pixels."""
 
+import base64
+import contextlib
 import functools
+import io
 import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +26,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from test_docs import ROOT
 from test_small_pipelines import emoji, sdxl
+from test_triton_server import SERVER, Server
 from typer.testing import CliRunner
 
 import sdtrt_backend
@@ -31,6 +36,7 @@ from sdtrt_backend.pipeline import ASSETS
 pytestmark = pytest.mark.slow
 PROMPTS = ["owl, noto style", "rocket, fluent style"]
 BLOCKS = re.compile(r"^\n(?P<indented>(?:    .*\n|\n(?=    ))+)|^```\w+\n(?P<fenced>(?:(?!```).*\n)+)", re.MULTILINE)
+# what a reader has another of
 OWN = {"DIR": str(ASSETS / "tiny_emoji"), "1024x1024,768x1344": "64x64", "1024x1024": "64x64", "--batches 1,4": "--batches 1"}
 
 
@@ -51,10 +57,10 @@ class Guide:
     def __init__(self, page):
         self.left, self.names = blocks(page), {"torch": torch, "sdtrt_backend": sdtrt_backend, "prompts": PROMPTS}
 
-    def program(self, **names):
+    def program(self, instead=None, **names):
         """Runs the next block, with these names besides those of the blocks before."""
         self.names.update(names)
-        exec(compile(self.left.pop(0), "guide", "exec"), self.names)
+        exec(compile(with_own(self.left.pop(0), instead or {}), "guide", "exec"), self.names)
 
     def commands(self, **instead):
         """The lines of the next block, one for each command. instead: word of the guide -> the reader's own."""
@@ -73,6 +79,18 @@ class Guide:
                 assert done.exit_code == 0, done.output
                 said += done.output
         return said
+
+    def shell(self, **instead):
+        """What the next block prints in a shell."""
+        script = with_own(self.left.pop(0), instead)
+        done = subprocess.run(["sh", "-ec", script], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def environment():
+    """That of a reader who has activated theirs."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def installs(words):
@@ -161,13 +179,18 @@ def test_recipes(follow):
     assert guide.names["recipe"].provenance["min_psnr"] == 45
 
 
+def save_lora(path):
+    """Of one layer of the bundled model."""
+    layer, width = "unet.mid_block.attentions.0.proj_in", 192
+    noise = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=noise) for shape in ((4, width, 1, 1), (width, 4, 1, 1)))
+    safetensors.torch.save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, path)
+
+
 def test_lora(follow, no_compiler):
     guide, pipe = follow("lora.md"), emoji()
-    layer, noise = "unet.mid_block.attentions.0.proj_in", torch.Generator().manual_seed(0)
-    width = pipe.unet.get_submodule(layer.removeprefix("unet.")).weight.shape[0]
     for name in ("pixel_art", "ink"):
-        down, up = (torch.randn(shape, generator=noise) for shape in ((4, width, 1, 1), (width, 4, 1, 1)))
-        safetensors.torch.save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, f"{name}.safetensors")
+        save_lora(f"{name}.safetensors")
     guide.program(pipe=pipe)
     assert guide.names["picture"].size == (64, 64)
 
@@ -197,9 +220,9 @@ def test_torchao(follow, recipe):
     guide, pipe, fresh = follow("torchao.md"), emoji(), emoji().unet
     guide.program(pipe=pipe, recipe=sdtrt_backend.Recipe.load(recipe), quantize_=quantize_, safetensors=safetensors,
                   fresh_unet=fresh)
-    inputs = {"sample": torch.randn(2, 4, 32, 32), "timestep": torch.tensor(500), "encoder_hidden_states": torch.randn(2, 32, 192)}
+    inputs = torch.randn(2, 4, 32, 32), torch.tensor(500), torch.randn(2, 32, 192)
     with torch.no_grad():
-        assert torch.equal(fresh(**inputs).sample, pipe.unet(**inputs).sample)
+        assert torch.equal(fresh(*inputs).sample, pipe.unet(*inputs).sample)
     guide.program(pipe=SimpleNamespace(unet=linears()), example_inputs=(torch.randn(2, 256, 512),))
     assert Path("plan.json").is_file()
     guide.program(pipe=SimpleNamespace(unet=linears()))
@@ -227,3 +250,96 @@ def test_onnx_tensorrt(follow, recipe):
     for line in printed:
         pattern = re.sub(r"\d+(\\\.\d+)*", r"[\\d.]+", re.escape(line))
         assert re.search(pattern, plain), line
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command, port):
+    """A server that has said that it is ready."""
+    with Path("server.log").open("w") as log:
+        process = subprocess.Popen([*command, "--port", port], env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(1200):
+            said = Path("server.log").read_text()
+            if process.poll() is not None or re.search("^ready", said, re.MULTILINE):
+                break
+            time.sleep(0.2)
+        assert re.search("^ready", said, re.MULTILINE), said[-3000:]
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+@pytest.fixture
+def loras():
+    """The reader's folder."""
+    Path("loras").mkdir()
+    save_lora("loras/ink.safetensors")
+
+
+def test_serving(follow, recipe, port, loras):
+    guide = follow("serving.md")
+    install, serve = guide.commands(recipe=str(recipe))
+    installs(install[1:])
+    with running(serve, port):
+        answer = json.loads(guide.shell(**{"8000": port}))
+        assert Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).size == (64, 64)
+        guide.program({"8000": port, "DIR": "tiny_emoji"})
+        assert guide.names["picture"].data[0].b64_json
+        Path("prompts.txt").write_text("\n".join(PROMPTS))
+        guide.shell(**{"8000": port, "60": "5"})
+        assert json.loads(Path("load/load.json").read_text())
+        assert Path("load/load.svg").is_file()
+
+
+@pytest.mark.long
+def test_batch(follow, recipe, loras):
+    guide = follow("batch.md")
+    install, batch = guide.commands(recipe=str(recipe))
+    installs(install[1:])
+    Path("prompts.jsonl").write_text(with_own(guide.left.pop(0), {}) + "\n")
+    done = subprocess.run(batch, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = [json.loads(line) for line in Path("pictures/manifest.jsonl").read_text().splitlines()]
+    assert [entry["error"] for entry in entries] == [None] * 3
+    assert all((Path("pictures") / entry["file"]).is_file() for entry in entries)
+    hosts = guide.commands()  # more than one: looked at only
+    assert [words[0] for words in hosts] == ["pip", "ray", "ray", "sdtrt"]
+
+
+@pytest.mark.long
+def test_bundle(follow, recipe, port):
+    guide = follow("bundle.md")
+    guide.shell(recipe=str(recipe))
+    guide.program(pipe=emoji())
+    draw(guide.names["pipe"], pictures=1)
+    assert state(guide.names["pipe"]) == "ready"
+    (serve,) = guide.commands()
+    with running(serve, port):
+        assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+
+
+def test_triton(follow, recipe, tmp_path):
+    if not (SERVER / "bin" / "tritonserver").exists():
+        pytest.skip(f"there is no Triton server at {SERVER}: make triton, or name the folder of one in SDTRT_TRITON")
+    guide, own = follow("triton.md"), str(ASSETS / "tiny_emoji")
+    guide.run(**{"--model sdxl": f"--model {own}", "--model flux": f"--model {own}"}, my_recipe=str(recipe),
+              flux_recipe=str(recipe))
+    assert sorted(path.name for path in Path("repository").iterdir()) == ["flux-fp8", "tiny_emoji"]
+    (start,) = guide.commands()
+    server = Server(tmp_path / "repository", tmp_path / "log")
+    assert server.process.args[0].name == start[0]
+    assert {*start[1:]} <= {"repository", *server.process.args}
+    try:
+        server.wait()
+        guide.shell(**{"8000": str(server.port)})
+    finally:
+        server.stop()
+    assert Image.open("fox.png").size == (64, 64)
