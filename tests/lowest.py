@@ -15,7 +15,8 @@ def floors():
     found = {}
     for requirement in (Requirement(text) for texts in needed for text in texts):
         for specifier in requirement.specifier:
-            assert specifier.operator == ">=" and found.setdefault(requirement.name, specifier.version) == specifier.version
+            assert specifier.operator == ">="
+            assert found.setdefault(requirement.name, specifier.version) == specifier.version
     return found
 
 
