@@ -313,7 +313,11 @@ def test_the_command_makes_a_setup_of_its_options_and_exits_with_3_when_some_fai
                   guidance=4.0, threads=5)
     assert called == [(Path("p.jsonl"), tmp_path, setup, {"actors": 3, "address": None, "gpus_per_actor": 1.0})]
     assert CliRunner().invoke(cli.app, options).exit_code == SOME_FAILED
+    bundled = ["batch", "p.jsonl", "--bundle", "b.sdtrt", "--trust"]
+    CliRunner().invoke(cli.app, bundled)
+    assert called[-1][2] == Setup(bundle="b.sdtrt", trust=True, batches=(4,))
     monkeypatch.setattr(Setup, "check", check)
+    assert "b.sdtrt does not exist" in str(CliRunner().invoke(cli.app, bundled).exception)
     for wrong, says in ((["--size", "10"], "--size expects"), (["--fp8", "--full"], "name one of"), (["--size", "65x64"], "of 8"),
                         (["--full", "--recipe", "r"], "takes no recipe")):
         assert says in str(CliRunner().invoke(cli.app, ["batch", "p.jsonl", *wrong]).exception)

@@ -33,6 +33,8 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeli
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU; all that there are when omitted.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="sd_int8; the default.")]
 Fp8 = Annotated[bool, typer.Option("--fp8", help="sd_fp8, on NVIDIA GPUs of capability 8.9 or newer.")]
+Bundled = Annotated[Path | None, typer.Option("--bundle", help="What sdtrt bundle wrote, in place of a recipe.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the bundle's compiled code: whoever made it can do what you can.")]
 Full = Annotated[bool, typer.Option("--full", help="The model's own precision.")]
 Batches = Annotated[str, typer.Option(metavar="N,...", help="Pictures of one call, each built once; fewer are filled up to the "
                                                             "next of them.")]
@@ -41,16 +43,16 @@ Address = Annotated[str | None, typer.Option(help="Of a Ray cluster; Ray on this
 
 def setup_of(*, model: Path | None, recipe: Path | None, int8: bool, fp8: bool, full: bool, lora_dir: Path | None,
              size: str | None, batches: tuple[int, ...], steps: int, guidance: float | None, parts: str,
-             threads: int | None) -> Setup:
+             threads: int | None, bundle: Path | None = None, trust: bool = False) -> Setup:
     """Options of a command as what makes a Painter."""
     from .serving.painter import Setup
 
     if int8 + fp8 + full > 1:
         raise SdtrtError("name one of --int8, --fp8 and --full, not several")
-    model_dir, recipe_dir, loras = (str(path) if path else None for path in (model, recipe, lora_dir))
-    setup = Setup(model=model_dir, backend=None if full else "sd_fp8" if fp8 else "sd_int8", recipe=recipe_dir, loras=loras,
-                  sizes=_sizes(size), batches=batches, steps=steps, max_steps=max(steps, Setup.max_steps), guidance=guidance,
-                  parts=parts, threads=threads)
+    model_dir, recipe_dir, bundled, loras = (str(path) if path else None for path in (model, recipe, bundle, lora_dir))
+    setup = Setup(model=model_dir, backend=None if full else "sd_fp8" if fp8 else "sd_int8", recipe=recipe_dir,
+                  bundle=bundled, trust=trust, loras=loras, sizes=_sizes(size), batches=batches, steps=steps,
+                  max_steps=max(steps, Setup.max_steps), guidance=guidance, parts=parts, threads=threads)
     setup.check()
     return setup
 

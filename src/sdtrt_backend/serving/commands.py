@@ -16,6 +16,7 @@ from ..arguments import (
     SOME_FAILED,
     Address,
     Batches,
+    Bundled,
     Fp8,
     Full,
     Guidance,
@@ -28,6 +29,7 @@ from ..arguments import (
     Sizes,
     Steps,
     Threads,
+    Trust,
     console,
     read_prompts,
     setup_of,
@@ -43,6 +45,8 @@ def batch(
                                            "there.")] = Path("batch"),
     model: Model = None,
     recipe: ServedRecipe = None,
+    bundled: Bundled = None,
+    trust: Trust = False,
     int8: Int8 = False,
     fp8: Fp8 = False,
     full: Full = False,
@@ -62,7 +66,7 @@ def batch(
     from .jobs import run_batch
 
     setup = setup_of(model=model, recipe=recipe, int8=int8, fp8=fp8, full=full, lora_dir=lora_dir, size=size, batches=(per_call,),
-                     steps=steps, guidance=guidance, parts=parts, threads=threads)
+                     steps=steps, guidance=guidance, parts=parts, threads=threads, bundle=bundled, trust=trust)
     try:
         done = run_batch(prompts, out, setup, actors=actors, address=address, gpus_per_actor=gpus_per_actor)
     except KeyboardInterrupt:
@@ -105,9 +109,8 @@ def bundle(
 def serve(
     model: Model = None,
     recipe: ServedRecipe = None,
-    bundled: Annotated[Path | None, typer.Option("--bundle", help="What sdtrt bundle wrote, in place of a recipe.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Run the bundle's compiled code: whoever made it can do what you "
-                                                        "can.")] = False,
+    bundled: Bundled = None,
+    trust: Trust = False,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line, to calibrate with.")] = None,
     int8: Int8 = False,
     fp8: Fp8 = False,
@@ -132,9 +135,9 @@ def serve(
     from .http import Server, begin, end
 
     setup = setup_of(model=model, recipe=recipe, int8=int8, fp8=fp8, full=full, lora_dir=lora_dir, size=size,
-                     batches=whole_numbers("--batches", batches), steps=steps, guidance=guidance, parts=parts, threads=threads)
-    setup = replace(setup, bundle=str(bundled.resolve()) if bundled else None, trust=trust, max_steps=max(max_steps, steps),
-                    prompts=tuple(read_prompts(prompts)) if prompts else ())
+                     batches=whole_numbers("--batches", batches), steps=steps, guidance=guidance, parts=parts, threads=threads,
+                     bundle=bundled, trust=trust)
+    setup = replace(setup, max_steps=max(max_steps, steps), prompts=tuple(read_prompts(prompts)) if prompts else ())
     least, dash, most = replicas.partition("-")
     if not least.isdecimal() or (dash and not most.isdecimal()):
         raise SdtrtError(f"--replicas expects a number such as 2, or two of them such as 1-4, got {replicas!r}")
