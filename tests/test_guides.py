@@ -148,6 +148,7 @@ def state(pipe):
 def test_each_guide_has_its_test():
     guides = re.findall(r"^      - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text().partition("Reference:")[0], re.MULTILINE)
     assert len(guides) == 12
+    assert {path.name for path in (ROOT / "docs").glob("*.md") if blocks(path.name)} <= {*guides}
     assert {page.removesuffix(".md").replace("-", "_") for page in guides} <= {
         name.removeprefix("test_") for name in globals() if name.startswith("test_")}
 

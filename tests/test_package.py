@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -47,8 +48,8 @@ main()
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
-    for project in (ROOT, ROOT / "model"):
-        run = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder, project],
+    for project, what in ((ROOT, ()), (ROOT / "model", ("--wheel",))):  # the first from its source distribution
+        run = subprocess.run([sys.executable, "-m", "build", "--no-isolation", *what, "--outdir", folder, project],
                              capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
     return {path.name.partition("-")[0]: path for path in folder.glob("*.whl")}
@@ -80,6 +81,17 @@ def test_the_wheel_has_the_package_and_the_model_is_a_wheel_of_its_own(wheels):
     assert wheels["sdtrt_backend"].stat().st_size < 2**20
     versions = {path.name.split("-")[1] for path in wheels.values()}
     assert versions == {metadata.version("sdtrt_backend")}
+
+
+@pytest.mark.slow
+def test_the_source_distribution_has_what_its_tests_and_docs_need_but_for_the_model(wheels):
+    (source,) = wheels["sdtrt_backend"].parent.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    own = {str(path.relative_to(ROOT)) for folder in ("src", "tests", "docs", "examples") for path in (ROOT / folder).rglob("*")
+           if path.is_file() and path.suffix != ".pyc" and pipeline.ASSETS not in path.parents}
+    assert own | {"README.md", "LICENSE", "NOTICE", "Makefile", "constraints.txt", "mkdocs.yml", "pyproject.toml"} <= held
+    assert not [name for name in held if name.startswith("src/sdtrt_backend/assets")]
 
 
 @pytest.mark.slow
