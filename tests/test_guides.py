@@ -285,6 +285,7 @@ def loras():
     save_lora("loras/ink.safetensors")
 
 
+@pytest.mark.long
 def test_serving(follow, recipe, port, loras):
     guide = follow("serving.md")
     install, serve = guide.commands(recipe=str(recipe))
@@ -327,6 +328,7 @@ def test_bundle(follow, recipe, port):
         assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
 
 
+@pytest.mark.long
 def test_triton(follow, recipe, tmp_path):
     if not (SERVER / "bin" / "tritonserver").exists():
         pytest.skip(f"there is no Triton server at {SERVER}: make triton, or name the folder of one in SDTRT_TRITON")
