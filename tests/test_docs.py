@@ -16,13 +16,16 @@ from sdtrt_backend.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("curl ", "make ", "pip ", "sdtrt ", "python ", "out/", "tensorrt_rtx ", "  ")  # blocks that begin so are no Python
+# blocks that begin so are no Python
+COMMANDS = ("curl ", "make ", "pip ", "sdtrt ", "python ", "out/", "tensorrt_rtx ", "tritonserver ", "  ")
+
+
+BLOCKS = re.compile(r"^\n(?P<indented>(?:    .*\n|\n(?=    ))+)|^```\w+\n(?P<fenced>(?:(?!```).*\n)+)", re.MULTILINE)
 
 
 def blocks(text):
-    """Indented ones, without their indentation."""
-    found = re.findall(r"(?:^\n(?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
-    return [re.sub(r"^    ", "", block, flags=re.MULTILINE).strip("\n") for block in found]
+    """Indented and fenced ones, in their order, without their indentation."""
+    return [re.sub("^    ", "", m["indented"] or m["fenced"], flags=re.MULTILINE).strip("\n") for m in BLOCKS.finditer(text)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
-from test_docs import ROOT
+from test_docs import ROOT, blocks
 from test_small_pipelines import emoji, sdxl
 from test_triton_server import SERVER, Server
 from typer.testing import CliRunner
@@ -35,14 +35,12 @@ from sdtrt_backend.pipeline import ASSETS
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["owl, noto style", "rocket, fluent style"]
-BLOCKS = re.compile(r"^\n(?P<indented>(?:    .*\n|\n(?=    ))+)|^```\w+\n(?P<fenced>(?:(?!```).*\n)+)", re.MULTILINE)
 # what a reader has another of
 OWN = {"DIR": str(ASSETS / "tiny_emoji"), "1024x1024,768x1344": "64x64", "1024x1024": "64x64", "--batches 1,4": "--batches 1"}
 
 
-def blocks(page):
-    return [re.sub("^    ", "", (m["indented"] or m["fenced"]), flags=re.MULTILINE).strip("\n")
-            for m in BLOCKS.finditer((ROOT / "docs" / page).read_text())]
+def blocks_of(page):
+    return blocks((ROOT / "docs" / page).read_text())
 
 
 def with_own(text, instead):
@@ -55,7 +53,7 @@ class Guide:
     """left: its blocks that were not followed yet. names: what its reader's Python has."""
 
     def __init__(self, page):
-        self.left, self.names = blocks(page), {"torch": torch, "sdtrt_backend": sdtrt_backend, "prompts": PROMPTS}
+        self.left, self.names = blocks_of(page), {"torch": torch, "sdtrt_backend": sdtrt_backend, "prompts": PROMPTS}
 
     def program(self, instead=None, **names):
         """Runs the next block, with these names besides those of the blocks before."""
@@ -148,7 +146,7 @@ def state(pipe):
 def test_each_guide_has_its_test():
     guides = re.findall(r"^      - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text().partition("Reference:")[0], re.MULTILINE)
     assert len(guides) == 12
-    assert {path.name for path in (ROOT / "docs").glob("*.md") if blocks(path.name)} <= {*guides}
+    assert {path.name for path in (ROOT / "docs").glob("*.md") if blocks_of(path.name)} <= {*guides}
     assert {page.removesuffix(".md").replace("-", "_") for page in guides} <= {
         name.removeprefix("test_") for name in globals() if name.startswith("test_")}
 
