@@ -272,23 +272,27 @@ def attend(m, x):
     return m.o(y.transpose(1, 2).reshape(2, -1, 64))
 
 
-@pytest.mark.parametrize(("fp8", "off", "marked"), [(1.0, 0.0, True), (2.0, 0.0, False), (None, 0.0, False), (1.0, 0.2, False)],
-                         ids=["faster", "slower with three passes", "no kernel", "wrong"])
-def test_an_attention_runs_in_fp8_where_that_is_faster_and_near(attending, monkeypatch, fp8, off, marked):
+@pytest.mark.parametrize(("fp8", "off", "lost", "marked"), [
+    (1.0, 0.0, 0.0, True), (1.0, 0.0, 0.2, True), (2.0, 0.0, 0.0, False), (None, 0.0, 0.0, False), (1.0, 0.5, 0.0, False),
+], ids=["faster", "the mean is lost", "slower with three passes", "no kernel", "wrong"])
+def test_an_attention_runs_in_fp8_where_that_is_faster_and_near(attending, monkeypatch, fp8, off, lost, marked):
+    """lost: of the mean of v, as by tensor cores that add up many tokens."""
     gm, tensors = attending
     reference = ops.KERNELS["attention_fp8", "reference"]
 
     def kernel(q, k, v, scales, scale):
-        return (reference(q, k, v, scales, scale).float() * (1 + off)).to(q.dtype)
+        y = reference(q, k, v, scales, scale).float() * (1 + off)
+        return (y - lost * v.float().mean(2).flatten(1).unsqueeze(1)).to(q.dtype)
 
     monkeypatch.setitem(ops.KERNELS, ("attention_fp8", "cudnn"), kernel)
     errors = attentions_in_fp8(gm, tensors, Measured(attention_fp8=fp8))
     (attention,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
     assert bool(errors) is marked
     if marked:
-        name, scales = attention.meta["fp8_attention"]
+        name, scales, centred = attention.meta["fp8_attention"]
         assert name == "cudnn"
         assert all(math.log2(s) % 1 == 0 for s in scales)
+        assert centred is (lost > 0)
         assert 0 < errors[0] < 0.08
     else:
         assert "fp8_attention" not in attention.meta

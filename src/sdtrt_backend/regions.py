@@ -29,18 +29,24 @@ LEAST_SAVED = 48  # calls that are not compiled again: below that a whole graph 
 
 
 def compiled(gm: fx.GraphModule, example: Sequence[torch.Tensor], compile_piece: Compile = inductor) -> Callable[..., Any]:
-    """``gm`` compiled for the shapes of ``example``: in pieces where it repeats itself, else as a whole.
+    """``gm`` compiled for the shapes of ``example``: in pieces where it repeats itself, else as a whole."""
+    return in_pieces(gm, example, compile_piece) or compile_piece(gm, example)
+
+
+def in_pieces(gm: fx.GraphModule, example: Sequence[torch.Tensor],
+              compile_piece: Compile = inductor) -> Callable[..., Any] | None:
+    """``gm`` compiled in pieces, equal ones once; None where it does not repeat itself.
 
     A piece reads its constants as inputs, and its intermediate results have the strides that eager execution gives them.
     """
     if not all(isinstance(_held(gm, n), torch.Tensor) for n in gm.graph.find_nodes(op="get_attr")):
-        return compile_piece(gm, example)  # a graph in the graph: a piece could not take it as an input
+        return None  # a graph in the graph: a piece could not take it as an input
     propagate(gm, example)
     graph = _Graph(gm)
     places = sorted({0, *_cuts(graph, 0, len(graph.calls)), len(graph.calls)})
     pieces = [_piece(graph, start, end) for start, end in itertools.pairwise(places)]
     if len({piece.text for piece in pieces}) == len(pieces):  # they only looked alike
-        return compile_piece(gm, example)
+        return None
     return _joined(graph, pieces, compile_piece)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from sdtrt_backend import kernels, ops, stats
+from sdtrt_backend.assign import ATTENTION_ERROR, fp8_attention_error
 from sdtrt_backend.kernels import PROVIDERS, gpu, installed
 from sdtrt_backend.values import DTYPES
 
@@ -114,3 +115,19 @@ def test_attention_in_fp8(queries, tokens, width):
     expected = (scores @ v.double()).transpose(1, 2).flatten(2)
     y = ops.KERNELS["attention_fp8", "cudnn"](q, k, v, scales, width**-0.5)
     assert stats.relative_error(y, expected) < gpu.ATTENTION_FP8_BOUND
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < gpu.ATTENTION_FP8_CAPABILITY,
+                    reason="needs compute capability 9.0")
+def test_fp8_attention_over_a_video_takes_v_without_its_mean():
+    kernels.register()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn((1, 32760, 4, 128), device=DEVICE, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    v = 0.58 * v + 0.11 * torch.randn((1, 4, 1, 128), device=DEVICE, dtype=torch.bfloat16)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    mean = v.mean(2, keepdim=True, dtype=torch.float32)
+    with_it, _ = fp8_attention_error((q, k, v), 0.0, 128**-0.5, y)
+    without, _ = fp8_attention_error((q, k, v - mean), mean, 128**-0.5, y)
+    print(f"relative error {with_it:.4f} with the mean, {without:.4f} without")
+    assert without < ATTENTION_ERROR
+    assert without < 0.5 * with_it

@@ -244,12 +244,13 @@ def test_another_embedding_or_norm_is_left_as_it_is(other):
         assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
 
 
+@pytest.mark.parametrize("centred", [False, True], ids=["", "without the mean of v"])
 @pytest.mark.parametrize("name", ["rotary", "rotary single", "rotary complex", "rotary by image", "attention"])
-def test_a_planned_attention_reads_and_writes_fp8(name):
+def test_a_planned_attention_reads_and_writes_fp8(name, centred):
     captured, args, decisions, tensors = planned(*MODULES[name])
     graph, nodes = bind(captured, args)
     (attention,) = graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-    attention.meta["fp8_attention"] = ("reference", [2**-5, 2**-5, 2**-6])
+    attention.meta["fp8_attention"] = ("reference", [2**-5, 2**-5, 2**-6], centred)
     gm = insert(graph, nodes, decisions)
     propagate(gm, tensors)
     simplify(gm)

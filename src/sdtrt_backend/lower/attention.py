@@ -34,12 +34,13 @@ def rewrite_attention(gm: fx.GraphModule, choose: Chooser) -> None:
                 for operand in found[:2] if kernel is not None else ():
                     node.replace_input_with(operand, rms_rope(gm, operand, None, operand.meta["val"].dtype, kernel) or operand)
                 continue
-            codes, (fp8_kernel, scales) = [], planned
+            codes, (fp8_kernel, scales, centred) = [], planned
+            mean = gm.graph.call_function(torch.mean, (found[2], 2, True), {"dtype": torch.float32}) if centred else None
             for name, operand, s in zip("qkv", found[:3], scales, strict=True):
                 inverse = add_constant(gm, f"{node.name}_{name}_inverse_scale", _scalar(operand, 1 / s))
                 rotated = None if kernel is None or name == "v" else rms_rope(gm, operand, inverse, FP8, kernel)
-                codes.append(rotated or _coded(gm, operand, inverse))
-            y = _in_fp8(gm, node, codes, scales, found[3], fp8_kernel)
+                codes.append(rotated or _coded(gm, operand, inverse, mean if name == "v" else None))
+            y = _in_fp8(gm, node, codes, scales, found[3], fp8_kernel, mean)
         node.replace_all_uses_with(y)
     drop_dead(gm.graph)
 
@@ -49,25 +50,29 @@ def _scalar(like: fx.Node, value: float) -> torch.Tensor:
     return torch.full((1, 1), value, device=like.meta["val"].device)
 
 
-def _coded(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node) -> fx.Node:
-    """The operand as fp8 codes, in plain torch for the compiler to fuse."""
-    x = gm.graph.call_function(torch.mul, (operand, inverse))
+def _coded(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node, mean: fx.Node | None) -> fx.Node:
+    """The operand, less its mean over the tokens where that is given, as fp8 codes, in plain torch for the compiler to fuse."""
+    x = operand if mean is None else gm.graph.call_function(torch.sub, (operand, mean))
+    x = gm.graph.call_function(torch.mul, (x, inverse))
     x = gm.graph.call_method("to", (gm.graph.call_function(torch.clamp, (x, -FP8_MAX, FP8_MAX)), FP8))
     x.meta.update(operand.meta)
     return x
 
 
-def _in_fp8(gm: fx.GraphModule, node: fx.Node, codes: list[fx.Node], scales: list[float], scale: float,
-            kernel: str) -> fx.Node:
-    """The attention over ``codes``, as the 16-bit tensor [b, h, queries, d] that ``node`` was."""
+def _in_fp8(gm: fx.GraphModule, node: fx.Node, codes: list[fx.Node], scales: list[float], scale: float, kernel: str,
+            mean: fx.Node | None) -> fx.Node:
+    """The attention over ``codes``, as the 16-bit tensor [b, h, queries, d] that ``node`` was. mean: [b, h, 1, d] that the codes
+    of v are without; weights of a softmax sum to 1, so it is in every row of the result."""
     value = node.meta["val"]
     b, h, queries, d = value.shape
     both = add_constant(gm, f"{node.name}_scales", torch.tensor(scales, device=value.device))
     y = gm.graph.call_function(ops.attention_fp8, (*codes, both, scale, kernel))
     y = gm.graph.call_method("to", (y, torch.float32))
     y = gm.graph.call_function(torch.mul, (y, add_constant(gm, f"{node.name}_out_scale", _scalar(node, scales[2]))))
-    y = gm.graph.call_method("to", (y, value.dtype))
     y = gm.graph.call_method("transpose", (gm.graph.call_method("view", (y, b, queries, h, d)), 1, 2))
+    if mean is not None:
+        y = gm.graph.call_function(torch.add, (y, mean))
+    y = gm.graph.call_method("to", (y, value.dtype))
     y.meta.update(node.meta)
     return y
 
