@@ -247,8 +247,9 @@ def _judge(request: Request, tensors: Sequence[torch.Tensor], decisions: Sequenc
     if watched:
         step = drift.with_peaks(step, tensors[0].device)
     error, bound = measure.compare(first, full), measure.bound(options, full)
+    ran = counted.flops if lowered.eight_bit_flops is None else lowered.eight_bit_flops
     made = replace(made, layers=layers, error=error, bound=bound, measured=lowering.counts,
-                   eight_bit_flops=lowering.flops(counted.flops, layers, decisions))
+                   eight_bit_flops=lowering.flops(ran, layers, decisions))
     if not all(bool(t.isfinite().all()) for t in measure.outputs(full)):
         return _refused(replace(made, error=None), "the model's own output is not finite on this input, so an 8-bit step cannot "
                                                    "be judged")

@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 
+from . import programs
 from .errors import BundleError, RecipeError
-from .files import Unusable, digest, packed, write_atomically
+from .files import Unusable, digest, make_private, packed, write_atomically
 from .recipe import Recipe, versions
 from .store import Store, cache_folder, device_key
 
 log = logging.getLogger("sdtrt_backend")
 SCHEMA = 1
-MANIFEST, KERNELS, RECIPE, CODE = "manifest.json", "kernels.json", "recipe/", ("inductor/", "triton/")
+MANIFEST, KERNELS, RECIPE, CODE = "manifest.json", "kernels.json", "recipe/", ("inductor/", "triton/", "programs/")
 LIBRARIES = ("sdtrt_backend", "torch", "triton", "nvidia-cudnn-frontend")
 MOST_BYTES, MOST_MEMBERS = 16 * 2**30, 200_000
 NO_CODE = (".lock", ".tmp")  # what the compilers leave beside it
@@ -70,6 +71,7 @@ def pack(out: Path, recipe: Recipe, compiled: Path, device: torch.device, about:
     members[KERNELS] = json.dumps(Store(device_key(device)).values, sort_keys=True).encode()
     for path in sorted(p for p in compiled.rglob("*") if p.is_file() and p.suffix not in NO_CODE):
         members[path.relative_to(compiled).as_posix()] = path.read_bytes()
+    members |= {f"programs/{path.name}": path.read_bytes() for path in programs.of(compiled / "inductor")}
     body = {"made_for": made_for(device), "about": dict(about),
             "members": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}}
     partial = out.with_name(f".{out.name}.partial")
@@ -193,7 +195,7 @@ def _place(name: str, data: bytes) -> None:
     kind, _, inside = name.partition("/")
     for folder in _looked_for(kind):
         target = folder / inside
-        if not target.exists():  # what is there was made here
+        if not target.exists() or (kind == "programs" and programs.find(target.stem) is None):  # what is there was made here
             target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(target, data)
 
@@ -204,6 +206,8 @@ def _looked_for(kind: str) -> tuple[Path, ...]:
 
     if kind == "inductor":
         return (Path(cache_dir()),)
+    if kind == "programs":
+        return (make_private(programs.folder()),)
     own = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
     return tuple(dict.fromkeys((Path(triton_cache_dir(0)), Path(own))))  # of Inductor's kernels, and of ours
 

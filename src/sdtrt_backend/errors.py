@@ -188,7 +188,12 @@ class CalibrationError(SdtrtError):
 
 
 class GraphError(SdtrtError):
-    """A captured graph has no identity, so nothing can be kept for it."""
+    """A captured graph has no identity, so nothing can be kept for it; or it is not what was given to PyTorch."""
+
+    @classmethod
+    def other_inputs(cls, found: int, given: int) -> GraphError:
+        return cls(f"PyTorch compiles a graph of {found} inputs, expected the {given} that it was given; please report this, "
+                   "with the model's class and PyTorch's version")
 
     @classmethod
     def no_identity(cls, what: str, kind: type) -> GraphError:

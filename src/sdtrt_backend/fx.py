@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -19,8 +20,9 @@ from .calls import arguments, call_arguments, changes, inputs_changed, name_of, 
 from .errors import GraphError
 
 __all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "by_tanh", "call_arguments", "changes",
-           "described", "drop_dead", "finish", "for_passes", "inductor", "inputs_changed", "inserting_after", "module_path",
-           "pair", "plain_attention", "propagate", "read_through_copies", "start_workers", "written", "written_out"]
+           "described", "drop_dead", "finish", "for_passes", "generated", "inductor", "inputs_changed", "inserting_after",
+           "let_go", "module_path", "pair", "plain_attention", "propagate", "read_through_copies", "start_probing",
+           "start_workers", "written", "written_out"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text, and the tensors whose memory it may share
@@ -134,7 +136,16 @@ def described(value: Any) -> str:
 
 def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],
              settings: Mapping[str, Any] | None = None) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Compile ``gm`` through Inductor for inference, one thread at a time, and while Dynamo compiles nothing.
+    """``generated``, whose code lets its constants go with the callable."""
+    compiled, modules = generated(gm, example, settings)
+    weakref.finalize(compiled, let_go, modules).atexit = False
+    return compiled
+
+
+def generated(gm: fx.GraphModule, example: Sequence[torch.Tensor], settings: Mapping[str, Any] | None = None,
+              ) -> tuple[Callable[..., tuple[torch.Tensor, ...]], list[Any]]:
+    """(``gm`` compiled through Inductor for inference, the modules of code that it became): one thread at a time, and while
+    Dynamo compiles nothing.
 
     settings: of ``torch._inductor.config``, for this compilation. Tracing a graph patches torch.nn.Module, which two threads must
     not do at a time. The flag tells compiled modules that other threads call meanwhile that the trace is not theirs: without it
@@ -151,8 +162,7 @@ def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor],
             known = {id(module) for module in PyCodeCache.modules}
             compiled = cast(Callable[..., tuple[torch.Tensor, ...]], compile_fx(gm, list(example)))
             _without_graph(gm)  # Inductor keeps the module
-            weakref.finalize(compiled, _let_go, [m for m in PyCodeCache.modules if id(m) not in known]).atexit = False
-            return compiled
+            return compiled, [m for m in PyCodeCache.modules if id(m) not in known]
         finally:
             torch.compiler._is_compiling_flag = before
 
@@ -167,6 +177,16 @@ def start_workers() -> None:
         warm()
 
 
+def start_probing() -> None:
+    """Which vector instructions C++ may use Inductor tries in processes that take a second, and remembers. Begun ahead of the
+    first compilation, that second is nobody's."""
+    from torch._inductor import cpu_vec_isa
+
+    probe = getattr(cpu_vec_isa, "valid_vec_isa_list", None)  # of no public API
+    if probe is not None:
+        threading.Thread(target=probe, name="sdtrt_backend: vector instructions", daemon=True).start()
+
+
 def await_workers(seconds: float = 20.0) -> None:
     """Where they are on their way, until they are there, or for ``seconds``: they compile more kernels at a time than this
     process does meanwhile."""
@@ -178,7 +198,7 @@ def await_workers(seconds: float = 20.0) -> None:
             wait(seconds)
 
 
-def _let_go(modules: Sequence[Any]) -> None:
+def let_go(modules: Sequence[Any]) -> None:
     """Generated code that nobody calls any more: Inductor keeps it, with the constants that were frozen into it, as long as the
     process lives."""
     for module in modules:

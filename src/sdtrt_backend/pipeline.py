@@ -23,6 +23,7 @@ from .adapters import forget_adapters
 from .backend import check_made_for
 from .bundle import unpack
 from .errors import ModelError, OptionError
+from .fx import start_probing
 from .options import Options
 from .parts import EVERY_TIMESTEP, chosen, defaults, denoisers, every_timestep, everything
 from .recipe import Recipe
@@ -94,6 +95,8 @@ def accelerate(pipe: Any, *, recipe: Recipe | str | os.PathLike[str] | None = No
             (loaded.fitting(found) if name == first else loaded.parts[name]).check_model(found)
         folder = os.fspath(_kept(recipe) if isinstance(recipe, Recipe) else recipe)
         given |= {name: {**given[name], "recipe": folder} for name in covered}
+        if _device(pipe).type == "cpu":  # the first call builds
+            start_probing()
     named = [n for module in modules.values() for n, m in module.named_modules()
              if any(True for _ in m.parameters(recurse=False))]
     for pattern in parsed.exclude:

@@ -1,39 +1,52 @@
 """Q/DQ graph -> Inductor on the CPU, with oneDNN int8 convolutions and linears.
 
 Two steps. Before Inductor, dequantize -> conv/linear becomes one 8-bit operator (``ops.py``) whose output strides are
-channels last. Inside Inductor, after its weights are frozen, that operator becomes oneDNN's, with the weight packed for
-the shape at hand. This is what Inductor's own x86 pattern pass does; doing it by name means a layer cannot silently
-miss the pattern, and nothing global is registered.
+channels last. Inside Inductor that operator becomes oneDNN's, with the weight packed for the shape at hand. This is what
+Inductor's own x86 pattern pass does; doing it by name means a layer cannot silently miss the pattern, and nothing global is
+registered. All constants are inputs of what is compiled, so that it depends on no weight, and a new process can take what
+another has compiled (``programs.py``).
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from .. import ops
-from ..fx import add_constant, arguments, call_arguments, drop_dead, finish, inductor, pair
+from .. import ops, programs
+from ..calls import shares
+from ..errors import GraphError
+from ..fx import add_constant, arguments, call_arguments, drop_dead, finish, generated, let_go, pair, written
 from ..measure import step_ms
 from ..options import Options
 from ..rules import OPS
+from ..store import Store, device_key
 from ..values import UINT8_ZERO
 from .lowered import Derived, Lowered
 
+log = logging.getLogger("sdtrt_backend")
 QD = torch.ops.quantized_decomposed
 KERNEL_OUTPUTS = (torch.float32, torch.bfloat16)  # what oneDNN's int8 kernels write
 BF16_REPEATS = 20
+# 8-bit layers from which on the step's kernels are called from C++: with 103 layers Python's calls took 2 of 34 ms. Some
+# seconds of compiling C++ do not depend on what is in it
+LAYERS_FOR_CPP = 32
 BF16_GAIN = 0.9  # bf16 must win by a tenth: it costs accuracy
 ATTENTION: Any = torch.nn.functional.scaled_dot_product_attention
 
 
 def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options) -> Lowered:
-    """Compile ``gm`` (changed in place) for the shapes of ``example``.
+    """Compile ``gm`` (changed in place) for the shapes of ``example``, or load what was compiled of such a graph before.
 
     ``options.rest``: "float32" (the user's own precision), "bfloat16", or "auto": bfloat16 where it was measured faster.
     """
@@ -42,27 +55,91 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     if narrow:
         attention_in_bf16(gm)
     group_norm_by_aten(gm)
-    # an FX graph cache hit would skip the packing pass; kernels are cached by their source all the same
-    packing = PackForOneDNN()
-    config = {"freezing": True, "post_grad_custom_pre_pass": packing, "fx_graph_cache": False}
-    read = as_inputs(gm)
-    step = inductor(gm, [*example, *read], config)
-    return Lowered((lambda *tensors: step(*tensors, *read)) if read else step, derived=packing.derived)
+    constants = as_inputs(gm)
+    inputs = [*example, *constants]
+    layers = sum(n.target in (ops.int8_conv2d, ops.int8_linear) for n in gm.graph.nodes)
+    settings = {"size_asserts": False, "cpp_wrapper": layers >= LAYERS_FOR_CPP}
+    name = programs.key(gm, inputs, settings, Path(__file__))
+    found = None if name is None else programs.find(name)
+    if found is None:
+        packing = PackForOneDNN(inputs)
+        call, packed = _compiled(gm, inputs, settings, packing), packing.packed
+        if name is not None:
+            programs.keep(name, call, _named(packed), {"packed": [p.as_json() for p in packed]})
+    else:
+        packed = [Packed.of(given, inputs[given["codes"]], inputs[given["scale"]]) for given in found["about"]["packed"]]
+        call = programs.load(found, _named(packed))
+
+    def step(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        return call([*tensors, *constants])
+
+    return Lowered(step, derived=[p.derived for p in packed], eight_bit_flops=sum(p.flops for p in packed))
 
 
 def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
-    """Constants that are written between calls, which Inductor would freeze, become the last inputs. Returns them."""
-    found = [n for n in gm.graph.find_nodes(op="get_attr") if n.target in gm.meta.get("written", ())]
+    """The graph's constants become its last inputs, each tensor once. Returns them."""
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
-    for node in found:
-        with gm.graph.inserting_after(*last) if last else gm.graph.inserting_before():
-            last = [gm.graph.placeholder(f"{node.name}_written")]
-        last[0].meta.update(node.meta)
-        node.replace_all_uses_with(last[0])
+    tensors: list[torch.Tensor] = []
+    placed: dict[int, fx.Node] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = getattr(gm, str(node.target))
+        if not isinstance(tensor, torch.Tensor):  # a graph in the graph
+            continue
+        if id(tensor) not in placed:
+            with gm.graph.inserting_after(*last) if last else gm.graph.inserting_before():
+                last = [gm.graph.placeholder(f"constant_{len(tensors)}")]
+            placed[id(tensor)] = last[0]
+            tensors.append(tensor)
+        node.replace_all_uses_with(placed[id(tensor)])
         gm.graph.erase_node(node)
-    tensors = [getattr(gm, str(n.target)) for n in found]
+    for node in gm.graph.find_nodes(op="placeholder"):  # the C++ wrapper would take those of some for those of all
+        node.meta.pop("val", None)
     finish(gm)
     return tensors
+
+
+def _compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any],
+              packing: PackForOneDNN) -> programs.Call:
+    """What Inductor makes of the graph, where nothing has to be done around it: no input is changed, no result lies in one."""
+    # a hit of Inductor's own graph cache would skip the packing pass; kernels are cached by their source all the same
+    own = {**settings, "post_grad_custom_pre_pass": packing, "fx_graph_cache": False}
+    plain = not written(gm.graph) and not _lies_in_an_input(gm.graph)
+    if settings["cpp_wrapper"]:
+        spare = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        try:
+            whole, modules = generated(gm, inputs, own)
+        except Exception as error:  # whatever C++ cannot call, Python can
+            log.info("the step is called from Python, as it cannot be called from C++: %s: %s", type(error).__name__, error)
+            whole, modules = generated(spare, inputs, {**own, "cpp_wrapper": False})
+    else:
+        whole, modules = generated(gm, inputs, own)
+    if plain and len(modules) == 1:
+        return programs.called(modules[0])
+
+    def through_torch(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return whole(*tensors)
+
+    weakref.finalize(through_torch, let_go, modules).atexit = False
+    return through_torch
+
+
+def _lies_in_an_input(graph: fx.Graph) -> bool:
+    """Whether a result may be an input or share its memory."""
+    waiting, seen = list(graph.output_node().all_input_nodes), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen:
+            seen.add(node)
+            waiting += shares(node)
+    return False
+
+
+def _named(packed: Sequence[Packed]) -> dict[str, torch.Tensor]:
+    """The tensors that the generated code holds."""
+    return {f"{what} {i}": tensor for i, p in enumerate(packed)
+            for what, tensor in (("packed", p.derived.target), ("zero", p.zero))}
 
 
 def to_int8_operators(gm: fx.GraphModule, narrow: torch.dtype | None) -> fx.GraphModule:
@@ -155,15 +232,19 @@ def bf16_pays(gm: fx.GraphModule) -> bool:
     if largest is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     noise = torch.Generator().manual_seed(0)  # the user's random state is not ours to advance
-    qkv = [torch.randn(shape, generator=noise) for shape in largest]
 
-    def narrow() -> Any:
-        return ATTENTION(*(t.bfloat16() for t in qkv)).float()
+    def measure() -> bool:
+        qkv = [torch.randn(shape, generator=noise) for shape in largest]
 
-    with torch.no_grad():
-        step_ms(narrow, lambda: ATTENTION(*qkv))  # warm-up
-        narrow_ms, wide_ms = step_ms(narrow, lambda: ATTENTION(*qkv), repeats=BF16_REPEATS)
-    return narrow_ms < BF16_GAIN * wide_ms
+        def narrow() -> Any:
+            return ATTENTION(*(t.bfloat16() for t in qkv)).float()
+
+        with torch.no_grad():
+            step_ms(narrow, lambda: ATTENTION(*qkv))  # warm-up
+            narrow_ms, wide_ms = step_ms(narrow, lambda: ATTENTION(*qkv), repeats=BF16_REPEATS)
+        return narrow_ms < BF16_GAIN * wide_ms
+
+    return bool(Store(device_key(torch.device("cpu"))).get(f"attention in bf16 {largest}", measure))
 
 
 def _qkv_shapes(node: fx.Node) -> list[list[int]]:
@@ -207,35 +288,71 @@ def _is_float32(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype is torch.float32 and arguments(node)["attn_mask"] is None
 
 
+@dataclass(frozen=True)
+class Packed:
+    """The weight of an 8-bit layer as oneDNN takes it.
+
+    codes, scale: which of the graph's inputs they are; x_scale, x_zero, shape: of the layer's input; geometry: stride, padding
+    and dilation of a convolution, of a linear nothing; flops: 2 * MAC of a call; derived: the packed codes; zero: the zero points
+    of the weight, int32.
+    """
+
+    codes: int
+    scale: int
+    x_scale: float
+    x_zero: int
+    shape: list[int]
+    geometry: list[list[int]]
+    flops: int
+    derived: Derived
+    zero: torch.Tensor
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], codes: torch.Tensor, scale: torch.Tensor) -> Packed:
+        """given: its fields but for the tensors."""
+        x_scale, x_zero, shape, geometry = (given[name] for name in ("x_scale", "x_zero", "shape", "geometry"))
+        if geometry:
+            make = partial(torch.ops.onednn.qconv_prepack, codes, scale, x_scale, x_zero, *geometry, 1, shape)
+        else:
+            make = partial(torch.ops.onednn.qlinear_prepack, codes, shape)
+        return cls(**given, derived=Derived(make(), (codes, scale), make), zero=torch.zeros_like(scale, dtype=torch.int32))
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``of`` takes."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("derived", "zero")}
+
+
 class PackForOneDNN(CustomGraphPass):
     """Post-grad pass: int8_conv2d / int8_linear -> onednn.qconv_pointwise / qlinear_pointwise with packed weights.
 
-    derived: the packed weights that it made.
+    inputs: of the graph; packed: what it made.
     """
 
-    def __init__(self) -> None:
-        self.derived: list[Derived] = []
+    def __init__(self, inputs: Sequence[torch.Tensor] = ()) -> None:
+        self.inputs = inputs
+        self.packed: list[Packed] = []
 
     def __call__(self, graph: fx.Graph) -> None:
         gm: Any = graph.owning_module
+        self.packed = []
+        places = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+        if self.inputs and len(places) != len(self.inputs):
+            raise GraphError.other_inputs(len(places), len(self.inputs))
         for node in list(graph.nodes):
             if node.target not in (ops.int8_conv2d, ops.int8_linear):
                 continue
-            x, x_scale, zero, weight, weight_scale, bias, *geometry, dtype = node.args
-            w, s, shape = getattr(gm, weight.target), getattr(gm, weight_scale.target), list(x.meta["val"].shape)
+            x, x_scale, x_zero, weight, weight_scale, bias, *geometry, dtype = node.args
+            codes, scale = (self.inputs[places[n]] if n in places else getattr(gm, n.target) for n in (weight, weight_scale))
+            given = {"codes": places.get(weight, -1), "scale": places.get(weight_scale, -1), "x_scale": x_scale, "x_zero": x_zero,
+                     "shape": list(x.meta["val"].shape), "geometry": [list(g) for g in geometry],
+                     "flops": 2 * node.meta["val"].numel() * math.prod(codes.shape[1:])}
+            self.packed.append(Packed.of(given, codes, scale))
+            target = torch.ops.onednn.qconv_pointwise.default if geometry else torch.ops.onednn.qlinear_pointwise.default
             with graph.inserting_before(node):
-                weight_zero = add_constant(gm, f"{node.name}_zero", torch.zeros_like(s, dtype=torch.int32))
-                if geometry:
-                    pack = partial(torch.ops.onednn.qconv_prepack, w, s, x_scale, zero, *geometry, 1, shape)
-                    target, tail = torch.ops.onednn.qconv_pointwise.default, (*geometry, 1)
-                else:
-                    pack = partial(torch.ops.onednn.qlinear_prepack, w, shape)
-                    target, tail = torch.ops.onednn.qlinear_pointwise.default, ()
-                packed = pack()
-                self.derived.append(Derived(packed, (w, s), pack))
-                weight_node = add_constant(gm, f"{node.name}_packed", packed)
-                new = graph.call_function(target, (x, x_scale, zero, weight_node, weight_scale, weight_zero, bias, *tail,
-                                                   1.0, 0, dtype, "none", [], ""))
+                zero_node = add_constant(gm, f"{node.name}_zero", self.packed[-1].zero)
+                packed_node = add_constant(gm, f"{node.name}_packed", self.packed[-1].derived.target)
+                new = graph.call_function(target, (x, x_scale, x_zero, packed_node, weight_scale, zero_node, bias, *geometry,
+                                                   *([1] if geometry else []), 1.0, 0, dtype, "none", [], ""))
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
             graph.erase_node(node)

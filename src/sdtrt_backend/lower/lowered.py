@@ -53,10 +53,12 @@ class Derived:
 class Lowered:
     """step: callable on tensor inputs; constants: the tensors that it reads besides them, where they can be moved; engines: name
     of a layer's node -> target, where a layer may go several ways; notes: sentences for the report; derived: what it reads in
-    place of the codes and scales of the graph, None where their values are part of what was compiled."""
+    place of the codes and scales of the graph, None where their values are part of what was compiled; eight_bit_flops: of the
+    8-bit kernels that it calls, None where that is not known from what was compiled: then they are seen when it runs."""
 
     step: Callable[..., Any]
     constants: Sequence[torch.Tensor] = ()
     engines: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     derived: Sequence[Derived | Scaled] | None = None
+    eight_bit_flops: int | None = None

@@ -1,0 +1,150 @@
+"""What was compiled of a graph is loaded by the next process, for graphs that do the same alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx
+
+from sdtrt_backend import fx as fx_helpers
+from sdtrt_backend import measure, programs
+from sdtrt_backend.capture import bind, tensor_inputs
+from sdtrt_backend.lower import LOWERINGS, inductor_cpu
+from sdtrt_backend.options import Options
+from sdtrt_backend.quantize import insert, plan
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDTRT_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    return tmp_path
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """How often Inductor was called."""
+    calls = []
+
+    def generated(*args):
+        calls.append(args)
+        return fx_helpers.generated(*args)
+
+    monkeypatch.setattr(inductor_cpu, "generated", generated)
+    return calls
+
+
+def lowered(graph, recipe):
+    captured, args = graph
+    gm = insert(*bind(captured, args), plan(captured.layers, recipe, ()))
+    return LOWERINGS["inductor"].lower(gm, tensor_inputs(captured, args), Options(rest="float32")), tensor_inputs(captured, args)
+
+
+def kept(caches):
+    return sorted((caches / "own" / "programs").glob("*.json"))
+
+
+@pytest.mark.parametrize("from_cpp", [False, True], ids=["called from Python", "called from C++"])
+def test_a_second_lowering_loads_what_the_first_has_compiled(graph, recipe, caches, compilations, monkeypatch, from_cpp):
+    monkeypatch.setattr(inductor_cpu, "LAYERS_FOR_CPP", 1 if from_cpp else 1000)
+    first, tensors = lowered(graph, recipe)
+    second, _ = lowered(graph, recipe)
+    assert len(compilations) == len(kept(caches)) == 1
+    assert compilations[0][2]["cpp_wrapper"] is from_cpp
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(first.step(*tensors), second.step(*tensors), strict=True))
+    assert first.eight_bit_flops == second.eight_bit_flops > 0
+    assert (caches / "own" / "programs").stat().st_mode & 0o777 == 0o700
+    for one in second.derived:  # as after weights were written: what was loaded reads what is written to it
+        one.renew()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(first.step(*tensors), second.step(*tensors), strict=True))
+
+
+def test_what_was_loaded_reads_the_weights_of_its_own_module(graph, recipe, caches, compilations):
+    first, tensors = lowered(graph, recipe)
+    second, _ = lowered(graph, recipe)
+    with torch.no_grad():
+        before = first.step(*tensors)
+        for one in second.derived:
+            one.sources[1].mul_(2)  # its scales
+            one.renew()
+        assert measure.compare(second.step(*tensors), before) > 0.1
+        assert measure.compare(first.step(*tensors), before) == 0
+
+
+@pytest.mark.parametrize("damage", ["the code was edited", "the code is gone", "the note was edited"])
+def test_what_is_not_what_was_compiled_is_compiled_anew(graph, recipe, caches, compilations, caplog, damage):
+    lowered(graph, recipe)
+    (note,) = kept(caches)
+    code = caches / "inductor" / json.loads(note.read_text())["file"]
+    if damage == "the code was edited":
+        code.write_text(code.read_text() + "\nraise SystemExit\n")
+    elif damage == "the code is gone":
+        code.unlink()
+    else:
+        note.write_text(note.read_text().replace("0", "1"))
+    lowered(graph, recipe)
+    assert len(compilations) == 2
+    assert ("compiling anew" in caplog.text) is (damage != "the code is gone")  # which is no damage: caches are emptied
+
+
+def traced(call):
+    """A graph of one call of a tensor."""
+    graph = fx.Graph()
+    graph.output((call(graph, graph.placeholder("x")),))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def named(gm, *shape, settings=None):
+    return programs.key(gm, [torch.zeros(shape or (2, 3))], settings or {"a": 1}, Path(__file__))
+
+
+def test_keys_tell_graphs_inputs_settings_and_threads_apart(monkeypatch):
+    def sigmoid():
+        return traced(lambda graph, x: graph.call_function(torch.sigmoid, (x,)))
+
+    one = named(sigmoid())
+    others = [named(traced(lambda graph, x: graph.call_function(torch.tanh, (x,)))), named(sigmoid(), 3, 2),
+              named(sigmoid(), settings={"a": 2})]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    others.append(named(sigmoid()))
+    assert named(sigmoid()) == others[-1]
+    assert len({one, *others}) == 5
+
+
+def test_a_graph_of_a_function_without_a_name_is_not_kept():
+    assert named(traced(lambda graph, x: graph.call_function(lambda t: t + 1, (x,)))) is None
+
+
+def test_a_result_that_lies_in_an_input_goes_through_torch(caches):
+    gm = traced(lambda graph, x: graph.call_method("view", (x, 6)))
+    packing = inductor_cpu.PackForOneDNN([torch.zeros(2, 3)])
+    call = inductor_cpu._compiled(gm, [torch.zeros(2, 3)], {"cpp_wrapper": False}, packing)
+    x = torch.arange(6.0).view(2, 3)
+    (y,) = call([x])
+    assert y.data_ptr() == x.data_ptr()
+    programs.keep("0" * 64, call, {}, {})
+    assert kept(caches) == []
+
+
+def test_what_cpp_cannot_call_is_called_from_python(graph, recipe, caches, monkeypatch, caplog):
+    monkeypatch.setattr(inductor_cpu, "LAYERS_FOR_CPP", 1)
+
+    def generated(gm, inputs, settings):
+        if settings["cpp_wrapper"]:
+            raise NotImplementedError("no such operator in C++")
+        return fx_helpers.generated(gm, inputs, settings)
+
+    expected, tensors = lowered(graph, recipe)
+    monkeypatch.setenv("SDTRT_CACHE", str(caches / "another"))
+    monkeypatch.setattr(inductor_cpu, "generated", generated)
+    caplog.set_level("INFO", logger="sdtrt_backend")
+    other, _ = lowered(graph, recipe)
+    assert "no such operator in C++" in caplog.text
+    assert other.eight_bit_flops == expected.eight_bit_flops
+    with torch.no_grad():
+        assert measure.compare(other.step(*tensors), expected.step(*tensors)) < 1e-3
