@@ -76,6 +76,17 @@ def test_what_was_loaded_reads_the_weights_of_its_own_module(graph, recipe, cach
         assert measure.compare(first.step(*tensors), before) == 0
 
 
+@pytest.mark.parametrize("from_cpp", [False, True], ids=["called from Python", "called from C++"])
+def test_autocast_and_gradients_are_none_of_its_business(graph, recipe, caches, monkeypatch, from_cpp):
+    monkeypatch.setattr(inductor_cpu, "LAYERS_FOR_CPP", 1 if from_cpp else 1000)
+    step, tensors = lowered(graph, recipe)
+    with torch.no_grad():
+        expected = step.step(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step.step(*(t.clone().requires_grad_(t.is_floating_point()) for t in tensors))
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(expected, found, strict=True))
+
+
 @pytest.mark.parametrize("damage", ["the code was edited", "the code is gone", "the note was edited"])
 def test_what_is_not_what_was_compiled_is_compiled_anew(graph, recipe, caches, compilations, caplog, damage):
     lowered(graph, recipe)
@@ -92,11 +103,13 @@ def test_what_is_not_what_was_compiled_is_compiled_anew(graph, recipe, caches, c
     assert ("compiling anew" in caplog.text) is (damage != "the code is gone")  # which is no damage: caches are emptied
 
 
-def traced(call):
+def traced(call, **buffers):
     """A graph of one call of a tensor."""
-    graph = fx.Graph()
+    graph, root = fx.Graph(), torch.nn.Module()
+    for name, tensor in buffers.items():
+        root.register_buffer(name, tensor)
     graph.output((call(graph, graph.placeholder("x")),))
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return fx.GraphModule(root, graph)
 
 
 def named(gm, *shape, settings=None):
@@ -148,3 +161,15 @@ def test_what_cpp_cannot_call_is_called_from_python(graph, recipe, caches, monke
     assert other.eight_bit_flops == expected.eight_bit_flops
     with torch.no_grad():
         assert measure.compare(other.step(*tensors), expected.step(*tensors)) < 1e-3
+
+
+def test_a_constant_of_two_names_is_one_input():
+    def call(graph, x):
+        return graph.call_function(torch.add, (x, graph.call_function(
+            torch.mul, (graph.get_attr("one"), graph.get_attr("other")))))
+
+    tensor = torch.ones(3)
+    gm = traced(call, one=tensor, other=tensor)
+    assert [t is tensor for t in inductor_cpu.as_inputs(gm)] == [True]
+    assert dict(gm.named_buffers()) == {}
+    assert torch.equal(gm(torch.zeros(3), tensor)[0], tensor)

@@ -249,7 +249,7 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
     drop_dead(gm.graph)  # which checks it
     gm.delete_all_unused_submodules()
     used = {n.target for n in gm.graph.nodes if n.op == "get_attr"}
-    for name in [name for name, _ in gm.named_buffers() if name not in used]:
+    for name in [name for name, _ in gm.named_buffers(remove_duplicate=False) if name not in used]:
         delattr(gm, name)
     gm.recompile()
     return gm

@@ -101,9 +101,11 @@ def load(found: Mapping[str, Any], known: Mapping[str, torch.Tensor]) -> Call:
 
 
 def called(module: Any) -> Call:
-    """The call of generated code, which lets its tensors go when nobody has the call any more."""
+    """The call of generated code, which lets its tensors go when nobody has the call any more. Dtypes were decided when it was
+    compiled, under autocast too, and nothing is differentiated."""
     def call(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return module.call(tensors)  # type: ignore[no-any-return]
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return module.call(tensors)  # type: ignore[no-any-return]
 
     call.module = module  # type: ignore[attr-defined]
     weakref.finalize(call, let_go, [module]).atexit = False
