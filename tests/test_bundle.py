@@ -16,6 +16,7 @@ from sdtrt_backend import bundle, programs
 from sdtrt_backend.bundle import MANIFEST, compiling_into, pack, unpack
 from sdtrt_backend.errors import BundleError, OptionError
 from sdtrt_backend.files import digest, make_private, write_json
+from sdtrt_backend.kernels import Unsteady, chooser
 from sdtrt_backend.recipe import Recipe
 from sdtrt_backend.store import Store, device_key
 
@@ -28,6 +29,7 @@ def made(recipe, tmp_path, monkeypatch):
     empty afterwards."""
     monkeypatch.setenv("SDTRT_CACHE", str(tmp_path / "there"))
     Store(device_key(CPU)).get("a product", lambda: 1.5)
+    monkeypatch.setattr(chooser(CPU).measurements, "passing", {"another": {"onednn": Unsteady(2.5), "own": "no room"}})
     with compiling_into(tmp_path / "work"):
         for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "ab/step.so"), ("TRITON_CACHE_DIR", "cd/kernel.cubin")):
             file = Path(os.environ[variable]) / name
@@ -37,7 +39,8 @@ def made(recipe, tmp_path, monkeypatch):
         for name, there in (("a" * 64, "ab/step.so"), ("b" * 64, "cd/of another process.py")):
             note = {"file": there, "sha256 of it": hashlib.sha256(there.encode()).hexdigest(), "held": {}, "about": {}}
             write_json(make_private(programs.folder()) / f"{name}.json", programs.SCHEMA, note)
-    assert pack(tmp_path / "toy.sdtrt", recipe, tmp_path / "work", CPU, {"sizes": [[64, 64]]}) == 6
+    assert pack(tmp_path / "toy.sdtrt", recipe, tmp_path / "work", CPU, {"sizes": [[64, 64]]}) == 7
+    monkeypatch.setattr(chooser(CPU).measurements, "passing", {})
     monkeypatch.setenv("SDTRT_CACHE", str(tmp_path / "here"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
@@ -73,6 +76,9 @@ def test_all_of_it_is_where_it_is_looked_for(made, recipe):
     assert opened.said == ()
     assert Recipe.load(opened.recipe).content_hash() == recipe.content_hash()
     assert Store(device_key(CPU)).values == {"a product": 1.5}
+    passing = chooser(CPU).measurements.passing
+    assert passing == {"another": {"onednn": 2.5, "own": "no room"}}
+    assert isinstance(passing["another"]["onednn"], Unsteady)  # of a machine that was too busy to tell
     assert compiled(made) == ["kernel.cubin", "step.so"]
     assert programs.find("a" * 64)["file"] == "ab/step.so"
     assert programs.find("b" * 64) is None

@@ -26,12 +26,14 @@ import torch
 from . import programs
 from .errors import BundleError, RecipeError
 from .files import Unusable, digest, make_private, packed, write_atomically
+from .kernels import Unsteady, chooser
 from .recipe import Recipe, versions
 from .store import Store, cache_folder, device_key
 
 log = logging.getLogger("sdtrt_backend")
 SCHEMA = 1
-MANIFEST, KERNELS, RECIPE, CODE = "manifest.json", "kernels.json", "recipe/", ("inductor/", "triton/", "programs/")
+MANIFEST, KERNELS, BUSY = "manifest.json", "kernels.json", "busy.json"
+RECIPE, CODE = "recipe/", ("inductor/", "triton/", "programs/")
 LIBRARIES = ("sdtrt_backend", "torch", "triton", "nvidia-cudnn-frontend")
 MOST_BYTES, MOST_MEMBERS = 16 * 2**30, 200_000
 NO_CODE = (".lock", ".tmp")  # what the compilers leave beside it
@@ -69,6 +71,8 @@ def pack(out: Path, recipe: Recipe, compiled: Path, device: torch.device, about:
         recipe.save(Path(work))
         members = {f"{RECIPE}{path.name}": path.read_bytes() for path in sorted(Path(work).iterdir())}
     members[KERNELS] = json.dumps(Store(device_key(device)).values, sort_keys=True).encode()
+    # what was measured on a machine too busy to tell is kept by no process for the next, but what was compiled was chosen by it
+    members[BUSY] = json.dumps(chooser(device).measurements.passing, sort_keys=True).encode()
     for path in sorted(p for p in compiled.rglob("*") if p.is_file() and p.suffix not in NO_CODE):
         members[path.relative_to(compiled).as_posix()] = path.read_bytes()
     members |= {f"programs/{path.name}": path.read_bytes() for path in programs.of(compiled / "inductor")}
@@ -171,6 +175,9 @@ def _kernels(file: zipfile.ZipFile, body: Mapping[str, Any], device: torch.devic
         store = Store(key)
         store.values = {**json.loads(data), **store.values}  # what was measured here is newer
         store.save()
+        passing = chooser(device).measurements.passing
+        for name, found in json.loads(_read(file, body, BUSY) or b"{}").items():
+            passing.setdefault(name, {kernel: Unsteady(ms) if isinstance(ms, float) else ms for kernel, ms in found.items()})
 
 
 def _code(file: zipfile.ZipFile, body: Mapping[str, Any], device: torch.device, trust: bool, said: list[str]) -> None:

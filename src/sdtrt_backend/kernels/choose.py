@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from .gpu import MeasuredChooser
+from .measurements import Measurements
 from .onednn import CpuChooser
 from .problem import Choice, Problem
 
@@ -37,7 +38,7 @@ class Timed(Chooser, Protocol):
     place: the device in a sentence; gain: 8 bits must take less than this share of the time in the user's precision; joins:
     whether linears that read one tensor become one product; names_kernels: whether the lowering calls the kernel that was
     chosen, so that a layer without one cannot be lowered; opaque: functions whose results are quantised in a pass of its own,
-    besides matrix products, convolutions and attention.
+    besides matrix products, convolutions and attention; measurements: what was measured.
     """
 
     place: str
@@ -45,6 +46,7 @@ class Timed(Chooser, Protocol):
     joins: bool
     names_kernels: bool
     opaque: Collection[Any]
+    measurements: Measurements
 
     def reasons(self, problem: Problem, precision: str) -> tuple[str, ...]:
         """Why no kernel of ``precision`` takes the problem, a sentence for each; empty where one does."""
