@@ -116,17 +116,21 @@ def named(gm, *shape, settings=None):
     return programs.key(gm, [torch.zeros(shape or (2, 3))], settings or {"a": 1}, Path(__file__))
 
 
-def test_keys_tell_graphs_inputs_settings_and_threads_apart(monkeypatch):
+def test_keys_tell_graphs_inputs_settings_autocast_and_threads_apart(monkeypatch):
     def sigmoid():
         return traced(lambda graph, x: graph.call_function(torch.sigmoid, (x,)))
 
     one = named(sigmoid())
     others = [named(traced(lambda graph, x: graph.call_function(torch.tanh, (x,)))), named(sigmoid(), 3, 2),
               named(sigmoid(), settings={"a": 2})]
+    with torch.autocast("cpu", torch.bfloat16):
+        others.append(named(sigmoid()))
+    with torch._inductor.config.patch(epilogue_fusion=False):
+        others.append(named(sigmoid()))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     others.append(named(sigmoid()))
     assert named(sigmoid()) == others[-1]
-    assert len({one, *others}) == 5
+    assert len({one, *others}) == 7
 
 
 def test_a_graph_of_a_function_without_a_name_is_not_kept():
@@ -136,7 +140,7 @@ def test_a_graph_of_a_function_without_a_name_is_not_kept():
 def test_a_result_that_lies_in_an_input_goes_through_torch(caches):
     gm = traced(lambda graph, x: graph.call_method("view", (x, 6)))
     packing = inductor_cpu.PackForOneDNN([torch.zeros(2, 3)])
-    call = inductor_cpu._compiled(gm, [torch.zeros(2, 3)], {"cpp_wrapper": False}, packing)
+    call, _ = inductor_cpu._compiled(gm, [torch.zeros(2, 3)], {"cpp_wrapper": False}, packing)
     x = torch.arange(6.0).view(2, 3)
     (y,) = call([x])
     assert y.data_ptr() == x.data_ptr()
@@ -144,7 +148,7 @@ def test_a_result_that_lies_in_an_input_goes_through_torch(caches):
     assert kept(caches) == []
 
 
-def test_what_cpp_cannot_call_is_called_from_python(graph, recipe, caches, monkeypatch, caplog):
+def test_what_cpp_cannot_call_is_called_from_python_and_the_report_says_so(graph, recipe, caches, monkeypatch):
     monkeypatch.setattr(inductor_cpu, "LAYERS_FOR_CPP", 1)
 
     def generated(gm, inputs, settings):
@@ -155,9 +159,9 @@ def test_what_cpp_cannot_call_is_called_from_python(graph, recipe, caches, monke
     expected, tensors = lowered(graph, recipe)
     monkeypatch.setenv("SDTRT_CACHE", str(caches / "another"))
     monkeypatch.setattr(inductor_cpu, "generated", generated)
-    caplog.set_level("INFO", logger="sdtrt_backend")
     other, _ = lowered(graph, recipe)
-    assert "no such operator in C++" in caplog.text
+    assert "no such operator in C++" in other.notes[0]
+    assert lowered(graph, recipe)[0].notes == other.notes  # it is kept with what was compiled
     assert other.eight_bit_flops == expected.eight_bit_flops
     with torch.no_grad():
         assert measure.compare(other.step(*tensors), expected.step(*tensors)) < 1e-3

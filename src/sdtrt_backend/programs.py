@@ -33,15 +33,21 @@ Call = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # it empties the 
 
 
 def key(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any], source: Path) -> str | None:
-    """The name of what ``gm``, which holds no tensors, becomes on inputs of these shapes, strides and dtypes; None where some
-    call of it has no lasting text. source: the file of the lowering, which has a say in it."""
+    """The name of what ``gm``, which holds no tensors, becomes on inputs of these shapes, strides and dtypes, under this autocast
+    and the user's settings of Inductor; None where some call of it has no lasting text. source: the file of the lowering, which
+    has a say in it."""
+    from torch._inductor import config
+
     names = {n: f"v{i}" for i, n in enumerate(gm.graph.nodes)}
     try:
         lines = identity.printed(gm.graph, names.__getitem__)
     except GraphError as error:
         log.info("what is compiled of this graph is not kept: %s", error)
         return None
-    about = {"settings": {name: str(value) for name, value in settings.items()}, "python": sys.version,
+    state = (torch.is_autocast_enabled("cpu") and str(torch.get_autocast_dtype("cpu")), torch.get_float32_matmul_precision(),
+             torch.are_deterministic_algorithms_enabled())
+    about = {"settings": {name: repr(value) for name, value in {**config.save_config_portable(), **settings}.items()},
+             "state": state, "python": sys.version,
              "versions": versions(("torch",)), "device": device_key(torch.device("cpu")),
              "source": hashlib.sha256(source.read_bytes()).hexdigest()}
     text = "\n".join([*lines, *map(described, inputs), json.dumps(about, sort_keys=True)])

@@ -10,7 +10,6 @@ another has compiled (``programs.py``).
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,6 @@ from ..store import Store, device_key
 from ..values import UINT8_ZERO
 from .lowered import Derived, Lowered
 
-log = logging.getLogger("sdtrt_backend")
 QD = torch.ops.quantized_decomposed
 KERNEL_OUTPUTS = (torch.float32, torch.bfloat16)  # what oneDNN's int8 kernels write
 BF16_REPEATS = 20
@@ -63,17 +61,19 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     found = None if name is None else programs.find(name)
     if found is None:
         packing = PackForOneDNN(inputs)
-        call, packed = _compiled(gm, inputs, settings, packing), packing.packed
+        call, notes = _compiled(gm, inputs, settings, packing)
+        packed = packing.packed
         if name is not None:
-            programs.keep(name, call, _named(packed), {"packed": [p.as_json() for p in packed]})
+            programs.keep(name, call, _named(packed), {"packed": [p.as_json() for p in packed], "notes": notes})
     else:
+        notes = found["about"]["notes"]
         packed = [Packed.of(given, inputs[given["codes"]], inputs[given["scale"]]) for given in found["about"]["packed"]]
         call = programs.load(found, _named(packed))
 
     def step(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         return call([*tensors, *constants])
 
-    return Lowered(step, derived=[p.derived for p in packed], eight_bit_flops=sum(p.flops for p in packed))
+    return Lowered(step, notes=notes, derived=[p.derived for p in packed], eight_bit_flops=sum(p.flops for p in packed))
 
 
 def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
@@ -99,8 +99,10 @@ def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
 
 
 def _compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any],
-              packing: PackForOneDNN) -> programs.Call:
-    """What Inductor makes of the graph, where nothing has to be done around it: no input is changed, no result lies in one."""
+              packing: PackForOneDNN) -> tuple[programs.Call, list[str]]:
+    """(the code that Inductor makes of the graph, without what torch puts around it where that does nothing: no input is changed,
+    no result lies in one; sentences for the report)."""
+    notes: list[str] = []
     # a hit of Inductor's own graph cache would skip the packing pass; kernels are cached by their source all the same
     own = {**settings, "post_grad_custom_pre_pass": packing, "fx_graph_cache": False}
     plain = not written(gm.graph) and not _lies_in_an_input(gm.graph)
@@ -109,18 +111,19 @@ def _compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapp
         try:
             whole, modules = generated(gm, inputs, own)
         except Exception as error:  # whatever C++ cannot call, Python can
-            log.info("the step is called from Python, as it cannot be called from C++: %s: %s", type(error).__name__, error)
+            why = next(iter(str(error).splitlines()), "")
+            notes.append(f"the step's kernels are called from Python, as C++ cannot call them: {type(error).__name__}: {why}")
             whole, modules = generated(spare, inputs, {**own, "cpp_wrapper": False})
     else:
         whole, modules = generated(gm, inputs, own)
     if plain and len(modules) == 1:
-        return programs.called(modules[0])
+        return programs.called(modules[0]), notes
 
     def through_torch(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         return whole(*tensors)
 
     weakref.finalize(through_torch, let_go, modules).atexit = False
-    return through_torch
+    return through_torch, notes
 
 
 def _lies_in_an_input(graph: fx.Graph) -> bool:
