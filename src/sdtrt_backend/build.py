@@ -72,7 +72,7 @@ class Timings:
 @dataclass(frozen=True)
 class _Made:
     """layers: one row per layer; error: of the first output; bound: that it may have; timings: of this build; eight_bit_flops: of
-    the kernels that ran; sizes: of the inputs; baked: names of the inputs whose number became part of it."""
+    the kernels that are called; sizes: of the inputs; baked: names of the inputs whose number became part of it."""
 
     precision: str
     layers: tuple[LayerReport, ...] = ()
