@@ -200,9 +200,9 @@ FIRST_STEP = """
 import sys
 from pathlib import Path
 import sdtrt_backend
+from sdtrt_backend import programs
 from sdtrt_backend.demo import draw
-from sdtrt_backend.lower import inductor_cpu
-inductor_cpu.generated = None  # nothing is traced or lowered, but for Dynamo
+programs.generated = None  # nothing is traced or lowered, but for Dynamo
 pipe = sdtrt_backend.demo_pipeline()
 sdtrt_backend.accelerate(pipe, bundle=sys.argv[1], trust=True)
 draw(pipe, ["owl, noto style"], 2, 0)

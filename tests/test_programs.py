@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 from sdtrt_backend import fx as fx_helpers
 from sdtrt_backend import measure, programs
 from sdtrt_backend.capture import bind, tensor_inputs
-from sdtrt_backend.lower import LOWERINGS, inductor_cpu
+from sdtrt_backend.lower import LOWERINGS, inductor_cpu, inductor_cuda
 from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import insert, plan
 
@@ -33,7 +34,7 @@ def compilations(monkeypatch):
         calls.append(args)
         return fx_helpers.generated(*args)
 
-    monkeypatch.setattr(inductor_cpu, "generated", generated)
+    monkeypatch.setattr(programs, "generated", generated)
     return calls
 
 
@@ -158,7 +159,7 @@ def test_what_cpp_cannot_call_is_called_from_python_and_the_report_says_so(graph
 
     expected, tensors = lowered(graph, recipe)
     monkeypatch.setenv("SDTRT_CACHE", str(caches / "another"))
-    monkeypatch.setattr(inductor_cpu, "generated", generated)
+    monkeypatch.setattr(programs, "generated", generated)
     other, _ = lowered(graph, recipe)
     assert "no such operator in C++" in other.notes[0]
     assert lowered(graph, recipe)[0].notes == other.notes  # it is kept with what was compiled
@@ -174,6 +175,40 @@ def test_a_constant_of_two_names_is_one_input():
 
     tensor = torch.ones(3)
     gm = traced(call, one=tensor, other=tensor)
-    assert [t is tensor for t in inductor_cpu.as_inputs(gm)] == [True]
+    assert [t is tensor for t in programs.as_inputs(gm)] == [True]
     assert dict(gm.named_buffers()) == {}
     assert torch.equal(gm(torch.zeros(3), tensor)[0], tensor)
+
+
+def test_pieces_for_a_gpu_are_loaded_too_and_hold_no_constant(caches, compilations):
+    def scaled(factor):
+        gm = traced(lambda graph, x: graph.call_function(torch.mul, (graph.call_function(torch.sigmoid, (x,)),
+                                                                     graph.get_attr("factor"))), factor=factor)
+        return inductor_cuda.compiled(gm, [torch.zeros(2, 3)])
+
+    x = torch.randn(2, 3)
+    for factor in (torch.full((3,), 2.0), torch.full((3,), 5.0)):
+        with torch.no_grad():
+            assert torch.allclose(scaled(factor)(x)[0], x.sigmoid() * factor)
+    assert len(compilations) == len(kept(caches)) == 1
+
+
+def test_a_number_that_stays_in_the_code_is_part_of_the_key():
+    def key(number):
+        gm = traced(lambda graph, x: graph.call_function(torch.mul, (x, graph.get_attr("number"))), number=torch.tensor(number))
+        return programs.key(gm, [torch.zeros(3)], {})
+
+    assert key(1.0) != key(2.0)
+
+
+def test_an_input_that_does_not_begin_where_the_code_takes_it_to_is_copied():
+    given = []
+    call = programs.called(SimpleNamespace(call=lambda tensors: given.extend(tensors)), aligned=(0,))
+    memory = torch.arange(64.0)
+    off, other = (memory.as_strided((3, 4), (1, 8), start) for start in (1, 1))
+    assert off.data_ptr() % programs.ALIGNED
+    call([off, other])
+    assert given[0].data_ptr() % programs.ALIGNED == 0
+    assert given[0].stride() == off.stride()
+    assert torch.equal(given[0], off)
+    assert given[1] is other  # of which nothing was assumed

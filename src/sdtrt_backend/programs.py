@@ -1,8 +1,8 @@
 """What Inductor compiled of a graph, found again in another process by what the graph does: nothing is traced or lowered there.
 
 Inductor keeps the code that it generates in its own cache. What is kept here, in JSON, is which file of that cache a graph
-became, its SHA-256, and what the tensors are that the code holds. That file is code, as everything in Inductor's cache is, and is
-loaded as Inductor itself loads it.
+became, its SHA-256, what the tensors are that the code holds, and of which inputs it assumes that they are aligned. That file is
+code, as everything in Inductor's cache is, and is loaded as Inductor itself loads it.
 """
 
 from __future__ import annotations
@@ -21,42 +21,106 @@ import torch
 from torch import fx
 
 from . import identity
+from .calls import shares
 from .errors import GraphError
 from .files import Unusable, cache_folder, make_private, read_json, write_json
-from .fx import described, let_go
+from .fx import described, finish, generated, let_go, written
 from .recipe import versions
 from .store import device_key
 
 log = logging.getLogger("sdtrt_backend")
 SCHEMA = 1
+ALIGNED = 16  # bytes, where a GPU's vector loads begin
+HERE = Path(__file__)
 Call = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # it empties the list
 
 
-def key(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any], source: Path) -> str | None:
-    """The name of what ``gm``, which holds no tensors, becomes on inputs of these shapes, strides and dtypes, under this autocast
-    and the user's settings of Inductor; None where some call of it has no lasting text. source: the file of the lowering, which
-    has a say in it."""
+def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
+    """The graph's constants become its last inputs, each tensor once, so that its code depends on no weight; single numbers on
+    the CPU that a graph on a GPU reads stay in the code. Returns them."""
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
+    tensors: list[torch.Tensor] = []
+    placed: dict[int, fx.Node] = {}
+    held = [(node, getattr(gm, str(node.target))) for node in gm.graph.find_nodes(op="get_attr")]
+    on_a_gpu = any(isinstance(tensor, torch.Tensor) and tensor.is_cuda for _, tensor in held)
+    for node, tensor in held:
+        if not isinstance(tensor, torch.Tensor) or (on_a_gpu and not tensor.is_cuda):  # the former: a graph in the graph
+            continue
+        if id(tensor) not in placed:
+            with gm.graph.inserting_after(*last) if last else gm.graph.inserting_before():
+                last = [gm.graph.placeholder(f"constant_{len(tensors)}")]
+            placed[id(tensor)] = last[0]
+            tensors.append(tensor)
+        node.replace_all_uses_with(placed[id(tensor)])
+        gm.graph.erase_node(node)
+    for node in gm.graph.find_nodes(op="placeholder"):  # the C++ wrapper would take those of some for those of all
+        node.meta.pop("val", None)
+    finish(gm)
+    return tensors
+
+
+def compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any] | None = None) -> Call:
+    """The code that Inductor makes of the graph, without what torch puts around it where that does nothing: no input is changed,
+    no result lies in one. settings: of ``torch._inductor.config``."""
+    plain = not written(gm.graph) and not _lies_in_an_input(gm.graph)
+    aligned = aligned_of(inputs)
+    whole, modules = generated(gm, inputs, settings)
+    code = [m for m in modules if hasattr(m, "call")]  # the others are kernels
+    if plain and len(code) == 1:
+        return called(code[0], aligned)
+
+    def through_torch(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return whole(*tensors)
+
+    weakref.finalize(through_torch, let_go, modules).atexit = False
+    return through_torch
+
+
+def _lies_in_an_input(graph: fx.Graph) -> bool:
+    """Whether a result may be an input or share its memory."""
+    waiting, seen = list(graph.output_node().all_input_nodes), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen:
+            seen.add(node)
+            waiting += shares(node)
+    return False
+
+
+def aligned_of(inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Places of those that code for a GPU takes to begin where vector loads do, because they begin there in their memory."""
+    return tuple(i for i, t in enumerate(inputs) if t.is_cuda and not t.storage_offset() * t.element_size() % ALIGNED)
+
+
+def key(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any], *sources: Path) -> str | None:
+    """The name of what ``gm`` after ``as_inputs`` becomes on inputs of these shapes, strides and dtypes, under this autocast and
+    the user's settings of Inductor; None where some call of it has no lasting text. sources: files that have a say in it."""
     from torch._inductor import config
 
     names = {n: f"v{i}" for i, n in enumerate(gm.graph.nodes)}
     try:
         lines = identity.printed(gm.graph, names.__getitem__)
+        lines += [identity.tensor_text(t) for node in gm.graph.find_nodes(op="get_attr")
+                  if isinstance(t := getattr(gm, str(node.target)), torch.Tensor)]
     except GraphError as error:
         log.info("what is compiled of this graph is not kept: %s", error)
         return None
-    state = (torch.is_autocast_enabled("cpu") and str(torch.get_autocast_dtype("cpu")), torch.get_float32_matmul_precision(),
-             torch.are_deterministic_algorithms_enabled())
+    device = next((t.device for t in inputs if t.is_cuda), torch.device("cpu"))
+    state = (torch.is_autocast_enabled(device.type) and str(torch.get_autocast_dtype(device.type)),
+             torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
     about = {"settings": {name: repr(value) for name, value in {**config.save_config_portable(), **settings}.items()},
-             "state": state, "python": sys.version,
-             "versions": versions(("torch",)), "device": device_key(torch.device("cpu")),
-             "source": hashlib.sha256(source.read_bytes()).hexdigest()}
+             "state": state, "python": sys.version, "aligned": aligned_of(inputs),
+             "versions": versions(("torch", "triton")), "device": device_key(device), "index": device.index,
+             "sources": [_digest(source) for source in (HERE, *sources)]}
     text = "\n".join([*lines, *map(described, inputs), json.dumps(about, sort_keys=True)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def keep(name: str, call: Call, known: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
-    """Keep what ``called`` returned. known: tensors that the caller can make again, by names of its own; about: what it needs for
-    that, as JSON. Nothing is kept of another callable, nor where the code holds another tensor than single numbers."""
+    """Keep what ``compiled`` returned. known: tensors that the caller can make again, by names of its own; about: what it needs
+    for that, as JSON. Nothing is kept of another callable, nor where the code holds another tensor than single numbers."""
     module = getattr(call, "module", None)
     if module is None or (path := _inside(module.__file__)) is None:
         return
@@ -71,7 +135,8 @@ def keep(name: str, call: Call, known: Mapping[str, torch.Tensor], about: Mappin
             held[word] = [str(value.dtype).removeprefix("torch."), value.item()]
         else:
             return
-    body = {"file": path, "sha256 of it": _digest(Path(module.__file__)), "held": held, "about": dict(about)}
+    body = {"file": path, "sha256 of it": _digest(Path(module.__file__)), "held": held, "about": dict(about),
+            "aligned": list(call.aligned)}  # type: ignore[attr-defined]
     try:
         write_json(make_private(folder()) / f"{name}.json", SCHEMA, body)
     except OSError as error:
@@ -103,17 +168,22 @@ def load(found: Mapping[str, Any], known: Mapping[str, torch.Tensor]) -> Call:
     held = {word: known[what] if isinstance(what, str) else torch.tensor(what[1], dtype=getattr(torch, what[0]))
             for word, what in found["held"].items()}
     file = _cache() / found["file"]
-    return called(PyCodeCache.load_by_key_path(file.stem, str(file), attrs=held))
+    return called(PyCodeCache.load_by_key_path(file.stem, str(file), attrs=held), found["aligned"])
 
 
-def called(module: Any) -> Call:
+def called(module: Any, aligned: Sequence[int]) -> Call:
     """The call of generated code, which lets its tensors go when nobody has the call any more. Dtypes were decided when it was
     compiled, under autocast too, and nothing is differentiated."""
+    from torch._inductor.utils import clone_preserve_strides
+
     def call(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         with torch.no_grad(), torch._C._DisableAutocast():
+            for i in aligned:
+                if tensors[i].data_ptr() % ALIGNED:
+                    tensors[i] = clone_preserve_strides(tensors[i])
             return module.call(tensors)  # type: ignore[no-any-return]
 
-    call.module = module  # type: ignore[attr-defined]
+    call.module, call.aligned = module, aligned  # type: ignore[attr-defined]
     weakref.finalize(call, let_go, [module]).atexit = False
     return call
 

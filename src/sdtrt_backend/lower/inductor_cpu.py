@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -23,9 +22,8 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import ops, programs
-from ..calls import shares
 from ..errors import GraphError
-from ..fx import add_constant, arguments, call_arguments, drop_dead, finish, generated, let_go, pair, written
+from ..fx import add_constant, arguments, call_arguments, drop_dead, finish, pair
 from ..measure import step_ms
 from ..options import Options
 from ..rules import OPS
@@ -53,7 +51,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     if narrow:
         attention_in_bf16(gm)
     group_norm_by_aten(gm)
-    constants = as_inputs(gm)
+    constants = programs.as_inputs(gm)
     inputs = [*example, *constants]
     layers = sum(n.target in (ops.int8_conv2d, ops.int8_linear) for n in gm.graph.nodes)
     settings = {"size_asserts": False, "cpp_wrapper": layers >= LAYERS_FOR_CPP}
@@ -76,67 +74,21 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     return Lowered(step, notes=notes, derived=[p.derived for p in packed], eight_bit_flops=sum(p.flops for p in packed))
 
 
-def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
-    """The graph's constants become its last inputs, each tensor once. Returns them."""
-    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
-    tensors: list[torch.Tensor] = []
-    placed: dict[int, fx.Node] = {}
-    for node in gm.graph.find_nodes(op="get_attr"):
-        tensor = getattr(gm, str(node.target))
-        if not isinstance(tensor, torch.Tensor):  # a graph in the graph
-            continue
-        if id(tensor) not in placed:
-            with gm.graph.inserting_after(*last) if last else gm.graph.inserting_before():
-                last = [gm.graph.placeholder(f"constant_{len(tensors)}")]
-            placed[id(tensor)] = last[0]
-            tensors.append(tensor)
-        node.replace_all_uses_with(placed[id(tensor)])
-        gm.graph.erase_node(node)
-    for node in gm.graph.find_nodes(op="placeholder"):  # the C++ wrapper would take those of some for those of all
-        node.meta.pop("val", None)
-    finish(gm)
-    return tensors
-
-
 def _compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any],
               packing: PackForOneDNN) -> tuple[programs.Call, list[str]]:
-    """(the code that Inductor makes of the graph, without what torch puts around it where that does nothing: no input is changed,
-    no result lies in one; sentences for the report)."""
+    """(see ``programs.compiled``, sentences for the report)."""
     notes: list[str] = []
     # a hit of Inductor's own graph cache would skip the packing pass; kernels are cached by their source all the same
     own = {**settings, "post_grad_custom_pre_pass": packing, "fx_graph_cache": False}
-    plain = not written(gm.graph) and not _lies_in_an_input(gm.graph)
-    if settings["cpp_wrapper"]:
-        spare = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        try:
-            whole, modules = generated(gm, inputs, own)
-        except Exception as error:  # whatever C++ cannot call, Python can
-            why = next(iter(str(error).splitlines()), "")
-            notes.append(f"the step's kernels are called from Python, as C++ cannot call them: {type(error).__name__}: {why}")
-            whole, modules = generated(spare, inputs, {**own, "cpp_wrapper": False})
-    else:
-        whole, modules = generated(gm, inputs, own)
-    if plain and len(modules) == 1:
-        return programs.called(modules[0]), notes
-
-    def through_torch(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return whole(*tensors)
-
-    weakref.finalize(through_torch, let_go, modules).atexit = False
-    return through_torch, notes
-
-
-def _lies_in_an_input(graph: fx.Graph) -> bool:
-    """Whether a result may be an input or share its memory."""
-    waiting, seen = list(graph.output_node().all_input_nodes), set[fx.Node]()
-    while waiting:
-        node = waiting.pop()
-        if node.op == "placeholder":
-            return True
-        if node not in seen:
-            seen.add(node)
-            waiting += shares(node)
-    return False
+    if not settings["cpp_wrapper"]:
+        return programs.compiled(gm, inputs, own), notes
+    spare = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    try:
+        return programs.compiled(gm, inputs, own), notes
+    except Exception as error:  # whatever C++ cannot call, Python can
+        why = next(iter(str(error).splitlines()), "")
+        notes.append(f"the step's kernels are called from Python, as C++ cannot call them: {type(error).__name__}: {why}")
+        return programs.compiled(spare, inputs, {**own, "cpp_wrapper": False}), notes
 
 
 def _named(packed: Sequence[Packed]) -> dict[str, torch.Tensor]:

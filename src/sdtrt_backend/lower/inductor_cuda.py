@@ -9,14 +9,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from .. import ops, regions
+from .. import ops, programs, regions
 from ..assign import problem
-from ..fx import add_constant, await_workers, call_arguments, drop_dead, finish, inductor, propagate, read_through_copies
+from ..fx import add_constant, await_workers, call_arguments, drop_dead, finish, propagate, read_through_copies
 from ..kernels import Chooser, Problem, chooser, provider
 from ..options import Options
 from ..quantize import QD
@@ -42,15 +43,26 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     simplify(gm)
     to_8_bit_operators(gm, chooser(example[0].device))
     await_workers()
-    return Lowered(regions.compiled(gm, example, compiled), list(gm.buffers()), derived=gm.meta["derived"])
+    constants = list(gm.buffers())
+    return Lowered(regions.compiled(gm, example, compiled), constants, derived=gm.meta["derived"])
 
 
 def compiled(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """Through Inductor, with ``ROW_AT_ONCE``."""
+    """Through Inductor, with ``ROW_AT_ONCE``, or as it was compiled of such a graph before."""
     from torch._inductor.virtualized import V
 
-    with V.set_choices_handler(_choices()):
-        return inductor(gm, example)
+    constants = programs.as_inputs(gm)
+    inputs = [*example, *constants]
+    name = programs.key(gm, inputs, {}, Path(__file__), Path(ops.__file__))
+    found = None if name is None else programs.find(name)
+    if found is not None:
+        call = programs.load(found, {})
+    else:
+        with V.set_choices_handler(_choices()):
+            call = programs.compiled(gm, inputs)
+        if name is not None:
+            programs.keep(name, call, {}, {})
+    return lambda *tensors: call([*tensors, *constants])
 
 
 @cache
