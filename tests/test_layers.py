@@ -20,7 +20,7 @@ LAYERS = {
     "tables": ["roles", "rules", "options", "modelopt", "recipe", "page", "report"],
     "memory": ["weights", "buffers", "constants", "graphs"],
     "arithmetic": ["ops", "emulate", "measure", "latency"],
-    "program": ["names", "identity", "calls", "fx", "scalars", "work", "capture", "regions", "programs"],
+    "program": ["names", "identity", "calls", "fx", "scalars", "work", "capture", "programs", "regions"],
     "kernels": ["kernels.problem", "kernels.timing", "kernels.measurements", "kernels.cudnn", "kernels.cublaslt",
                 "kernels.triton_gemm", "kernels.triton_conv", "kernels.triton_norm", "kernels.triton_attention",
                 "kernels.triton_rope", "kernels.triton_candidates", "kernels.triton_weights", "kernels.providers", "kernels.gpu",

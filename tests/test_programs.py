@@ -138,15 +138,32 @@ def test_a_graph_of_a_function_without_a_name_is_not_kept():
     assert named(traced(lambda graph, x: graph.call_function(lambda t: t + 1, (x,)))) is None
 
 
-def test_a_result_that_lies_in_an_input_goes_through_torch(caches):
-    gm = traced(lambda graph, x: graph.call_method("view", (x, 6)))
-    packing = inductor_cpu.PackForOneDNN([torch.zeros(2, 3)])
-    call, _ = inductor_cpu._compiled(gm, [torch.zeros(2, 3)], {"cpp_wrapper": False}, packing)
-    x = torch.arange(6.0).view(2, 3)
+@pytest.mark.parametrize("small", [True, False])
+def test_a_small_result_that_lies_in_an_input_is_copied_and_a_large_one_goes_through_torch(caches, monkeypatch, small):
+    monkeypatch.setattr(programs, "SMALL", 6 if small else 5)
+    gm, x = traced(lambda graph, x: graph.call_method("view", (x, 6))), torch.arange(6.0).view(2, 3)
+    next(iter(gm.graph.find_nodes(op="call_method"))).meta["val"] = torch.empty(6, device="meta")
+    call = programs.compiled(gm, [torch.zeros(2, 3)])
     (y,) = call([x])
-    assert y.data_ptr() == x.data_ptr()
+    assert torch.equal(y, x.view(6))
+    assert (y.data_ptr() == x.data_ptr()) is not small
     programs.keep("0" * 64, call, {}, {})
-    assert kept(caches) == []
+    assert len(kept(caches)) == small
+
+
+def test_what_changes_a_tensor_of_its_own_is_kept_and_what_changes_an_input_is_not(caches):
+    def filled(graph, x):
+        return graph.call_method("fill_", (x, 2.0))
+
+    own = traced(lambda graph, x: graph.call_method("mul", (filled(graph, graph.call_function(torch.zeros_like, (x,))), x)))
+    given = traced(lambda graph, x: graph.call_method("mul", (filled(graph, x), 3.0)))
+    x = torch.ones(2, 3)
+    for number, (gm, expected) in enumerate([(own, 2.0), (given, 6.0)]):
+        call = programs.compiled(gm, [torch.ones(2, 3)])
+        assert (call([x])[0] == expected).all()
+        programs.keep(str(number) * 64, call, {}, {})
+    assert (x == 2).all()
+    assert [path.stem[0] for path in kept(caches)] == ["0"]
 
 
 def test_what_cpp_cannot_call_is_called_from_python_and_the_report_says_so(graph, recipe, caches, monkeypatch):
@@ -193,12 +210,18 @@ def test_pieces_for_a_gpu_are_loaded_too_and_hold_no_constant(caches, compilatio
     assert len(compilations) == len(kept(caches)) == 1
 
 
-def test_a_number_that_stays_in_the_code_is_part_of_the_key():
-    def key(number):
-        gm = traced(lambda graph, x: graph.call_function(torch.mul, (x, graph.get_attr("number"))), number=torch.tensor(number))
-        return programs.key(gm, [torch.zeros(3)], {})
+class Wrapped(torch.Tensor):
+    """More than a tensor."""
 
-    assert key(1.0) != key(2.0)
+
+def test_what_a_graph_goes_on_holding_is_read_and_not_kept(caches, compilations):
+    held = torch.full((3,), 2.0).as_subclass(Wrapped)
+    for number in (2.0, 5.0):
+        gm = traced(lambda graph, x: graph.call_function(torch.mul, (x, graph.get_attr("number"))),
+                    number=held * (number / 2))
+        assert torch.equal(torch.Tensor(programs.inductor(gm, [torch.zeros(3)])(torch.ones(3))[0]), torch.full((3,), number))
+    assert len(compilations) == 2
+    assert kept(caches) == []
 
 
 def test_an_input_that_does_not_begin_where_the_code_takes_it_to_is_copied():

@@ -15,11 +15,11 @@ from torch import fx
 from . import budget, drift, measure, work
 from .calibrate import Observer
 from .capture import Captured, bind, tensor_inputs
-from .fx import inductor
 from .graphs import Graphed, Memory
 from .lower import Derived, Lowered, Lowering, Scaled, choose
 from .names import layer_name
 from .options import Options
+from .programs import inductor
 from .quantize import covering, free_convs, insert, plan
 from .recipe import Recipe
 from .regions import in_pieces

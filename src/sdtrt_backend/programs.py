@@ -21,30 +21,51 @@ import torch
 from torch import fx
 
 from . import identity
-from .calls import shares
+from .calls import inputs_changed, shares, tensors_of
 from .errors import GraphError
 from .files import Unusable, cache_folder, make_private, read_json, write_json
-from .fx import described, finish, generated, let_go, written
+from .fx import described, finish, generated, let_go
 from .recipe import versions
 from .store import device_key
 
 log = logging.getLogger("sdtrt_backend")
 SCHEMA = 1
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 ALIGNED = 16  # bytes, where a GPU's vector loads begin
+SMALL = 2**20  # values that are sooner copied than compiled anew: modulations, tables of a rotary embedding
 HERE = Path(__file__)
 Call = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # it empties the list
 
 
+def inductor(gm: fx.GraphModule, example: Sequence[torch.Tensor], *sources: Path,
+             how: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext) -> Callable[..., Sequence[Any]]:
+    """``gm`` (changed in place) through Inductor for the shapes of ``example``, or as it was compiled of such a graph before.
+
+    how: a context to compile in; sources: files that have a say in it."""
+    constants = as_inputs(gm)
+    inputs = [*example, *constants]
+    name = key(gm, inputs, {}, *sources)
+    found = None if name is None else find(name)
+    if found is not None:
+        call = load(found, {})
+    else:
+        with how():
+            call = compiled(gm, inputs)
+        if name is not None:
+            keep(name, call, {}, {})
+    return lambda *tensors: call([*tensors, *constants])
+
+
 def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
-    """The graph's constants become its last inputs, each tensor once, so that its code depends on no weight; single numbers on
-    the CPU that a graph on a GPU reads stay in the code. Returns them."""
+    """The graph's constants become its last inputs, each tensor once, so that its code depends on no weight. Returns them. What a
+    graph on a GPU holds on the CPU, and what is more than a tensor, stays where it is."""
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
     tensors: list[torch.Tensor] = []
     placed: dict[int, fx.Node] = {}
-    held = [(node, getattr(gm, str(node.target))) for node in gm.graph.find_nodes(op="get_attr")]
-    on_a_gpu = any(isinstance(tensor, torch.Tensor) and tensor.is_cuda for _, tensor in held)
+    held = _held(gm)
+    on_a_gpu = any(tensor.is_cuda for _, tensor in held)
     for node, tensor in held:
-        if not isinstance(tensor, torch.Tensor) or (on_a_gpu and not tensor.is_cuda):  # the former: a graph in the graph
+        if type(tensor) not in PLAIN or (on_a_gpu and not tensor.is_cuda):
             continue
         if id(tensor) not in placed:
             with gm.graph.inserting_after(*last) if last else gm.graph.inserting_before():
@@ -59,10 +80,19 @@ def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
     return tensors
 
 
+def _held(gm: fx.GraphModule) -> list[tuple[fx.Node, torch.Tensor]]:
+    """The constants of a graph, without the graphs in it."""
+    found = ((node, getattr(gm, str(node.target))) for node in gm.graph.find_nodes(op="get_attr"))
+    return [(node, tensor) for node, tensor in found if isinstance(tensor, torch.Tensor)]
+
+
 def compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any] | None = None) -> Call:
     """The code that Inductor makes of the graph, without what torch puts around it where that does nothing: no input is changed,
-    no result lies in one. settings: of ``torch._inductor.config``."""
-    plain = not written(gm.graph) and not _lies_in_an_input(gm.graph)
+    no result lies in one, and nothing is held; small results that would are copies. settings: of ``torch._inductor.config``."""
+    for result in _results_in_inputs(gm.graph):
+        if (tensor := tensors_of(result)) and tensor[0].numel() <= SMALL:
+            _copied(gm.graph, result)
+    plain = not (inputs_changed(gm.graph) or _results_in_inputs(gm.graph) or _held(gm))
     aligned = aligned_of(inputs)
     whole, modules = generated(gm, inputs, settings)
     code = [m for m in modules if hasattr(m, "call")]  # the others are kernels
@@ -76,17 +106,26 @@ def compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mappi
     return through_torch
 
 
-def _lies_in_an_input(graph: fx.Graph) -> bool:
-    """Whether a result may be an input or share its memory."""
-    waiting, seen = list(graph.output_node().all_input_nodes), set[fx.Node]()
-    while waiting:
-        node = waiting.pop()
-        if node.op == "placeholder":
-            return True
-        if node not in seen:
-            seen.add(node)
-            waiting += shares(node)
-    return False
+def _results_in_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """The results that may be an input or share its memory."""
+    def lies(result: fx.Node) -> bool:
+        waiting, seen = [result], set[fx.Node]()
+        while waiting:
+            node = waiting.pop()
+            if node.op == "placeholder":
+                return True
+            if node not in seen:
+                seen.add(node)
+                waiting += shares(node)
+        return False
+
+    return list(filter(lies, graph.output_node().all_input_nodes))
+
+
+def _copied(graph: fx.Graph, result: fx.Node) -> None:
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        output.replace_input_with(result, graph.call_method("clone", (result,)))
 
 
 def aligned_of(inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
@@ -95,15 +134,13 @@ def aligned_of(inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
 
 
 def key(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any], *sources: Path) -> str | None:
-    """The name of what ``gm`` after ``as_inputs`` becomes on inputs of these shapes, strides and dtypes, under this autocast and
-    the user's settings of Inductor; None where some call of it has no lasting text. sources: files that have a say in it."""
+    """The name of what ``gm``, which holds no tensors, becomes on inputs of these shapes, strides and dtypes, under this autocast
+    and the user's settings of Inductor; None where some call of it has no lasting text. sources: files that have a say in it."""
     from torch._inductor import config
 
     names = {n: f"v{i}" for i, n in enumerate(gm.graph.nodes)}
     try:
         lines = identity.printed(gm.graph, names.__getitem__)
-        lines += [identity.tensor_text(t) for node in gm.graph.find_nodes(op="get_attr")
-                  if isinstance(t := getattr(gm, str(node.target)), torch.Tensor)]
     except GraphError as error:
         log.info("what is compiled of this graph is not kept: %s", error)
         return None

@@ -21,7 +21,8 @@ from torch import fx
 from . import identity
 from .calls import written
 from .errors import GraphError
-from .fx import described, inductor, propagate, runnable
+from .fx import described, propagate, runnable
+from .programs import inductor
 
 Compile = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
 LEAST_PERIOD = 16  # calls: what repeats sooner is no block, and each piece costs Inductor a second whatever is in it

@@ -48,21 +48,10 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
 
 
 def compiled(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """Through Inductor, with ``ROW_AT_ONCE``, or as it was compiled of such a graph before."""
+    """Through Inductor, with ``ROW_AT_ONCE``."""
     from torch._inductor.virtualized import V
 
-    constants = programs.as_inputs(gm)
-    inputs = [*example, *constants]
-    name = programs.key(gm, inputs, {}, Path(__file__), Path(ops.__file__))
-    found = None if name is None else programs.find(name)
-    if found is not None:
-        call = programs.load(found, {})
-    else:
-        with V.set_choices_handler(_choices()):
-            call = programs.compiled(gm, inputs)
-        if name is not None:
-            programs.keep(name, call, {}, {})
-    return lambda *tensors: call([*tensors, *constants])
+    return programs.inductor(gm, example, Path(__file__), Path(ops.__file__), how=lambda: V.set_choices_handler(_choices()))
 
 
 @cache
