@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import sys
@@ -62,7 +63,8 @@ def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
     tensors: list[torch.Tensor] = []
     placed: dict[int, fx.Node] = {}
-    held = _held(gm)
+    found = ((node, getattr(gm, str(node.target))) for node in gm.graph.find_nodes(op="get_attr"))
+    held = [(node, tensor) for node, tensor in found if isinstance(tensor, torch.Tensor)]  # not the graphs in the graph
     on_a_gpu = any(tensor.is_cuda for _, tensor in held)
     for node, tensor in held:
         if type(tensor) not in PLAIN or (on_a_gpu and not tensor.is_cuda):
@@ -80,19 +82,14 @@ def as_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
     return tensors
 
 
-def _held(gm: fx.GraphModule) -> list[tuple[fx.Node, torch.Tensor]]:
-    """The constants of a graph, without the graphs in it."""
-    found = ((node, getattr(gm, str(node.target))) for node in gm.graph.find_nodes(op="get_attr"))
-    return [(node, tensor) for node, tensor in found if isinstance(tensor, torch.Tensor)]
-
-
 def compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any] | None = None) -> Call:
     """The code that Inductor makes of the graph, without what torch puts around it where that does nothing: no input is changed,
     no result lies in one, and nothing is held; small results that would are copies. settings: of ``torch._inductor.config``."""
     for result in _results_in_inputs(gm.graph):
         if (tensor := tensors_of(result)) and tensor[0].numel() <= SMALL:
             _copied(gm.graph, result)
-    plain = not (inputs_changed(gm.graph) or _results_in_inputs(gm.graph) or _held(gm))
+    holds = next(itertools.chain(gm.parameters(), gm.buffers()), None) is not None  # which torch hands to the code itself
+    plain = not (inputs_changed(gm.graph) or _results_in_inputs(gm.graph) or holds)
     aligned = aligned_of(inputs)
     whole, modules = generated(gm, inputs, settings)
     code = [m for m in modules if hasattr(m, "call")]  # the others are kernels
