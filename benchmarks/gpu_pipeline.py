@@ -11,7 +11,7 @@ with random weights in 16 bits, the VAE of SDXL in fp16 as its mended weights al
 
 columns    eager; compile: torch.compile on denoiser, decoder and text encoders; denoiser: ``accelerate(pipe)``; decoder:
            ``parts=["vae.decoder"]``; ours: ``parts="auto"``
-picture    ms per picture: median of ROUNDS calls of the pipeline after it is ready, divided by the batch
+picture    ms per picture: median of --rounds calls of the pipeline after it is ready, divided by the batch
 text, step, decode   ms of one call of each, in calls of their own that wait for the GPU after each part
 PSNR       of pictures to those of eager, dB, mean and worst; of random weights it says nothing and is left out
 ready      seconds until the pipeline is warm; the next 8 pictures, in which parts are judged, are timed in no column
@@ -40,7 +40,7 @@ from sdtrt_backend.recipe import versions
 
 COLUMNS = ("eager", "compile", "denoiser", "decoder", "ours")
 PARTS: dict[str, Any] = {"denoiser": "denoisers", "decoder": ["vae.decoder"], "ours": "auto"}
-ROUNDS, WARM = 5, 4  # of WARM calls two calibrate and one builds
+WARM = 4  # calls: of them two calibrate and one builds
 JUDGED = 8  # calls after it, in which what has no timestep is compared with its own precision
 STEPS = {"sdxl": 20, "sd15": 50, "flux": 28, "emoji": 25}
 CALIBRATING = 8  # captions of the bundled model
@@ -148,7 +148,8 @@ def undo(pipe: Any) -> None:
         module._compiled_call_impl = None
 
 
-def measured(column: str, pipe: Any, draw: Callable[..., Any], batch: int, precision: str, recipe: Any) -> dict[str, Any]:
+def measured(column: str, pipe: Any, draw: Callable[..., Any], batch: int, precision: str, recipe: Any,
+             rounds: int) -> dict[str, Any]:
     start = time.perf_counter()
     prepare(column, pipe, precision, recipe)
     for _ in range(WARM):
@@ -158,14 +159,14 @@ def measured(column: str, pipe: Any, draw: Callable[..., Any], batch: int, preci
     for _ in range(JUDGED if column in PARTS else 0):
         draw()
     times = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         finish_device()
         start = time.perf_counter()
         draw()
         finish_device()
         times.append(1e3 * (time.perf_counter() - start) / batch)
     row["picture_ms"] = statistics.median(times)
-    row |= by_part(pipe, draw)
+    row |= by_part(pipe, draw, rounds)
     if column in PARTS:
         report = sdtrt_backend.explain(pipe)
         row |= {"states": {name: piece.state for name, piece in report.pieces} or {"": report.state},
@@ -175,7 +176,7 @@ def measured(column: str, pipe: Any, draw: Callable[..., Any], batch: int, preci
     return row
 
 
-def by_part(pipe: Any, draw: Callable[..., Any]) -> dict[str, float]:
+def by_part(pipe: Any, draw: Callable[..., Any], rounds: int) -> dict[str, float]:
     """ms of the text encoders together, of a step with its scheduler, and of decoding."""
     taken: dict[str, list[float]] = {"text_ms": [], "step_ms": [], "decode_ms": []}
 
@@ -198,7 +199,7 @@ def by_part(pipe: Any, draw: Callable[..., Any]) -> dict[str, float]:
 
     pipe.encode_prompt, pipe.vae.decode = timed(pipe.encode_prompt, "text_ms"), timed(pipe.vae.decode, "decode_ms")
     try:
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             ends.clear()
             draw(callback_on_step_end=end)
             taken["step_ms"] += list(np.diff(ends))
@@ -226,7 +227,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            row = measured(column, pipe, draw, given.batch, given.precision, recipe)
+            row = measured(column, pipe, draw, given.batch, given.precision, recipe, given.rounds)
             if given.model == "emoji":
                 pictures = np.concatenate([draw(i, given.batch, "np") for i in range(0, given.prompts, given.batch)])
                 exact = pictures if column == "eager" else exact
@@ -262,6 +263,7 @@ if __name__ == "__main__":
     parser.add_argument("--columns", default=",".join(COLUMNS), help=f"of {', '.join(COLUMNS)}")
     parser.add_argument("--precision", choices=("int8", "fp8"), default="int8")
     parser.add_argument("--prompts", type=int, default=64, help="pictures of the bundled model that are compared")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="small configurations of the same structure")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     given = parser.parse_args()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .constants import Stamps
-from .weights import Spare, key, pinned
+from .weights import Spare, key
 
 log = logging.getLogger("sdtrt_backend")
 WARM_UPS = 2
@@ -71,7 +71,8 @@ class Asleep:
 def _room(size: int, device: torch.device) -> torch.Tensor:
     """Bytes of host memory, pinned where there is enough: a copy then takes a tenth of the time."""
     try:
-        return pinned(size, device)
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # pinned memory belongs to the GPU that is current
+            return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     except RuntimeError as error:
         log.info("no host memory was pinned: %s", error)
         return torch.empty(size, dtype=torch.uint8)

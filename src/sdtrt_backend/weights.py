@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import weakref
 from collections import defaultdict
@@ -21,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 log = logging.getLogger("sdtrt_backend")
 Spare = defaultdict[torch.device, list[torch.Tensor]]  # chunks of host memory that nobody uses yet, each for one device
-CHUNK = 256 * 2**20  # bytes of host memory that are pinned at a time: torch rounds each up to a power of two
+CHUNK = 256 * 2**20  # bytes of host memory that are pinned at a time
 ALIGNMENT = 256
 _LOCK = threading.RLock()
 # parameter that was sent to host memory, or went to the CPU from there -> its device. Where it has another memory now, somebody
@@ -187,6 +188,29 @@ class _Bytes:
         self.__cuda_array_interface__ = self.__array_interface__ | {"version": 2, "strides": None}
 
 
+class _Pinned(_Bytes):
+    """Host memory that is pinned while this lives. Its pages are made before: cudaHostAlloc, which makes and pins them at once,
+    holds the driver's lock all the while, and launches of other threads waited for it 99 % of its time on an H200's host."""
+
+    device: torch.device | None = None  # which sees it
+
+    def __init__(self, host: torch.Tensor, device: torch.device) -> None:
+        super().__init__(host.zero_())
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # pinned memory belongs to the GPU that is current
+                if error := int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
+                    with contextlib.suppress(RuntimeError):  # the next launch of anybody would raise it again
+                        torch.zeros(1, device=device)
+                    raise RuntimeError(f"{host.nbytes} bytes of host memory cannot be pinned: CUDA error {error}")
+            self.device = device
+
+    def __del__(self) -> None:
+        if self.device is not None and not sys.is_finalizing():
+            with torch.cuda.device(self.device):
+                torch.cuda.synchronize()  # kernels may still read it
+                torch.cuda.cudart().cudaHostUnregister(self.host.data_ptr())
+
+
 def _host_tensors(parameters: Iterable[torch.Tensor], spare: Spare) -> Iterator[torch.Tensor]:
     """A tensor in host memory for each, of its shape, strides, dtype and device, with a storage of its own. Pinned memory is
     shared in chunks, taken from ``spare``, each of which lives as long as the last tensor in it."""
@@ -203,9 +227,9 @@ def _host_tensors(parameters: Iterable[torch.Tensor], spare: Spare) -> Iterator[
 
 
 def pinned(size: int, device: torch.device) -> torch.Tensor:
-    """Bytes of host memory that a GPU may read and write. Raises RuntimeError where there is not enough of it."""
-    with torch.cuda.device(device if device.type == "cuda" else -1):  # pinned memory belongs to the GPU that is current
-        return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    """Bytes of host memory that a GPU may read and write, pinned as long as a tensor over them lives. Raises RuntimeError where
+    they cannot be."""
+    return torch.from_numpy(np.asarray(_Pinned(torch.empty(size, dtype=torch.uint8), device)))
 
 
 def _seen(part: torch.Tensor, device: torch.device, like: torch.Tensor) -> torch.Tensor:
