@@ -15,7 +15,7 @@ from small import TIMESTEPS, Offload, SmallPipeline, add_lora, own, small_inputs
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import sdtrt_backend
-from sdtrt_backend import LoraError, ModelError, OptionError, adapters, merge
+from sdtrt_backend import LoraError, ModelError, OptionError, adapters, merge, recurring
 from sdtrt_backend.adapters import adapters_of
 from sdtrt_backend.measure import compare
 from sdtrt_backend.quantize import by_tensor, quantized_weights
@@ -54,11 +54,19 @@ def merged(unet, loras):
 def ready(request):
     """(the pipeline with LoRAs "a" and "b" loaded and a step in use, their state dicts, its module as it was, its picture)."""
     torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:  # what it makes of prompt and timestep alone is kept
+        patch.setattr(recurring, "LEAST", 1)
+        yield from prepared(request.param)
+
+
+def prepared(engine):
     plain = small_unet()
     unet = copy.deepcopy(plain)
-    pipe = sdtrt_backend.accelerate(SmallPipeline(unet), engine=request.param)
+    pipe = sdtrt_backend.accelerate(SmallPipeline(unet), engine=engine)
     for _ in range(3):
         first = pipe.draw()
+    derived = [one for unit in states(unet)[0].units for made in unit.results.values() for one in made.derived or ()]
+    assert engine != "inductor" or any(isinstance(one, recurring.Held) for one in derived)
     dicts = {"a": lora(plain, ATTENTION, 1, strength=0.8), "b": lora(plain, CONVOLUTIONS, 2)}
     for name, factors in dicts.items():
         sdtrt_backend.load_lora(unet, factors, name)

@@ -16,7 +16,7 @@ from . import budget, drift, measure, work
 from .calibrate import Observer
 from .capture import Captured, bind, tensor_inputs
 from .graphs import Graphed, Memory
-from .lower import Derived, Lowered, Lowering, Scaled, choose
+from .lower import Derived, Held, Lowered, Lowering, Scaled, choose
 from .names import layer_name
 from .options import Options
 from .programs import inductor
@@ -109,7 +109,7 @@ class Ready(_Made):
     replaced: tuple[torch.Tensor, ...] = ()
     reads: tuple[torch.Tensor, ...] = ()
     read_from: tuple[int, ...] = ()
-    derived: tuple[Derived | Scaled, ...] | None = None
+    derived: tuple[Derived | Scaled | Held, ...] | None = None
     watch: drift.Watch | None = None
 
 

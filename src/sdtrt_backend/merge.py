@@ -13,7 +13,7 @@ import torch
 
 from . import weights
 from .kernels import installed
-from .lower import Derived, Scaled
+from .lower import Derived, Held, Scaled
 from .quantize import Coded, Part, quantized_weights
 from .stats import channels_last
 from .values import Decision
@@ -183,7 +183,7 @@ def _write_by_torch(one: Coded | Merged, factors_of: Callable[[torch.Tensor], Se
                 mine.copy_(other)
 
 
-def renew(derived: Sequence[Derived | Scaled], written: Sequence[Coded | Merged] | None, prepared: dict[Any, Any]) -> None:
+def renew(derived: Sequence[Derived | Scaled | Held], written: Sequence[Coded | Merged] | None, prepared: dict[Any, Any]) -> None:
     """What steps read in place of codes and scales, after those of ``written`` were, or any: scales on a GPU by one launch.
     prepared: see ``write``."""
     at_once = [one for one in derived if isinstance(one, Scaled) and one.target.is_cuda and _kernels() is not None]

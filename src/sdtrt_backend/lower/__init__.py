@@ -18,6 +18,7 @@ from ..quantize import for_engine, for_torchao
 from ..values import Decision, LayerReport, Plan
 from . import inductor_cpu, inductor_cuda, reference, tensorrt, torchao
 from .lowered import Derived as Derived
+from .lowered import Held as Held
 from .lowered import Lowered as Lowered
 from .lowered import Scaled as Scaled
 

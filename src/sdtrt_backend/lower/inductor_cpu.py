@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from .. import ops, programs
+from .. import ops, programs, recurring
 from ..errors import GraphError
 from ..fx import add_constant, arguments, call_arguments, drop_dead, finish, pair
 from ..measure import step_ms
@@ -51,10 +51,36 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     if narrow:
         attention_in_bf16(gm)
     group_norm_by_aten(gm)
+    parts, rest = recurring.apart(gm, example)
+    made = [_program(part, [example[i] for i in places], in_cpp=False) for places, part in parts]
+    held = [recurring.Held(one.call, places, one.constants) for one, (places, _) in zip(made, parts, strict=True)]
+
+    def step(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        return whole.call(*tensors, *(t for part in held for t in part(tensors)))
+
+    layers = sum(n.target in (ops.int8_conv2d, ops.int8_linear) for n in rest.graph.nodes)
+    whole = _program(rest, [*example, *(t for part in held for t in part(example))], layers >= LAYERS_FOR_CPP)
+    packed = [p for one in (*made, whole) for p in one.packed]
+    return Lowered(step, notes=[n for one in (*made, whole) for n in one.notes], derived=[*(p.derived for p in packed), *held],
+                   eight_bit_flops=sum(p.flops for p in packed))
+
+
+@dataclass(frozen=True)
+class _Program:
+    """call: on tensor inputs; constants: what it reads besides them; packed: what of them in another form."""
+
+    call: Callable[..., Sequence[torch.Tensor]]
+    constants: Sequence[torch.Tensor]
+    packed: Sequence[Packed]
+    notes: Sequence[str]
+
+
+def _program(gm: fx.GraphModule, example: Sequence[torch.Tensor], in_cpp: bool) -> _Program:
+    """``gm`` (changed in place) compiled for the shapes of ``example``, or as it was compiled of such a graph before. in_cpp:
+    whether its kernels are called from C++."""
     constants = programs.as_inputs(gm)
     inputs = [*example, *constants]
-    layers = sum(n.target in (ops.int8_conv2d, ops.int8_linear) for n in gm.graph.nodes)
-    settings = {"size_asserts": False, "cpp_wrapper": layers >= LAYERS_FOR_CPP}
+    settings = {"size_asserts": False, "cpp_wrapper": in_cpp}
     name = programs.key(gm, inputs, settings, Path(__file__))
     found = None if name is None else programs.find(name)
     if found is None:
@@ -67,11 +93,7 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
         notes = found["about"]["notes"]
         packed = [Packed.of(given, inputs[given["codes"]], inputs[given["scale"]]) for given in found["about"]["packed"]]
         call = programs.load(found, _named(packed))
-
-    def step(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        return call([*tensors, *constants])
-
-    return Lowered(step, notes=notes, derived=[p.derived for p in packed], eight_bit_flops=sum(p.flops for p in packed))
+    return _Program(lambda *tensors: call([*tensors, *constants]), constants, packed, notes)
 
 
 def _compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any],

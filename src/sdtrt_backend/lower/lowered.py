@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..recurring import Held as Held
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -60,5 +62,5 @@ class Lowered:
     constants: Sequence[torch.Tensor] = ()
     engines: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    derived: Sequence[Derived | Scaled] | None = None
+    derived: Sequence[Derived | Scaled | Held] | None = None
     eight_bit_flops: int | None = None
