@@ -223,7 +223,8 @@ def test_a_new_process_with_empty_caches_compiles_nothing(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     with zipfile.ZipFile(made) as file:
         code = [name for name in file.namelist() if name.endswith(".so")]
-        assert sum(name.startswith("programs/") for name in file.namelist()) == 1
+        # the step, and what it makes of the prompt and of the timestep
+        assert sum(name.startswith("programs/") for name in file.namelist()) == 3
     new = {"SDTRT_CACHE": str(tmp_path / "here"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     run = subprocess.run([sys.executable, "-c", FIRST_STEP, str(made), str(tmp_path / "inductor")],
                          env={**os.environ, **new}, capture_output=True, text=True, check=True)

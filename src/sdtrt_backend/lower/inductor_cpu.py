@@ -51,15 +51,15 @@ def lower(gm: fx.GraphModule, example: Sequence[torch.Tensor], options: Options)
     if narrow:
         attention_in_bf16(gm)
     group_norm_by_aten(gm)
+    in_cpp = sum(n.target in (ops.int8_conv2d, ops.int8_linear) for n in gm.graph.nodes) >= LAYERS_FOR_CPP
     parts, rest = recurring.apart(gm, example)
-    made = [_program(part, [example[i] for i in places], in_cpp=False) for places, part in parts]
+    made = [_program(part, [example[i] for i in places], in_cpp) for places, part in parts]
     held = [recurring.Held(one.call, places, one.constants) for one, (places, _) in zip(made, parts, strict=True)]
 
     def step(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         return whole.call(*tensors, *(t for part in held for t in part(tensors)))
 
-    layers = sum(n.target in (ops.int8_conv2d, ops.int8_linear) for n in rest.graph.nodes)
-    whole = _program(rest, [*example, *(t for part in held for t in part(example))], layers >= LAYERS_FOR_CPP)
+    whole = _program(rest, [*example, *(t for part in held for t in part(example))], in_cpp)
     packed = [p for one in (*made, whole) for p in one.packed]
     return Lowered(step, notes=[n for one in (*made, whole) for n in one.notes], derived=[*(p.derived for p in packed), *held],
                    eight_bit_flops=sum(p.flops for p in packed))
