@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import grab
 from fragments import planned
+from test_families import calibrated_graphs
 from torch import nn
 
 from sdtrt_backend import recurring
@@ -29,6 +30,8 @@ class Twice(nn.Module):
 
     def forward(self, latent, timestep, prompt):
         emb = timestep.float().expand(1, 64) / 1000
+        if self.spoil == "of both":
+            prompt = prompt + self.time[0](emb)
         text = F.dropout(prompt, 0.5, self.spoil == "drawn anew")
         if self.spoil == "written":
             text = text.clone().mul_(2)
@@ -81,7 +84,7 @@ def test_few_products_and_results_without_a_latent_are_no_part():
     assert apart(module, inputs())[0] == {}
 
 
-@pytest.mark.parametrize("spoil", ["drawn anew", "a weight", "large"])
+@pytest.mark.parametrize("spoil", ["drawn anew", "a weight", "large", "of both"])
 def test_what_changes_is_in_no_part(spoil, monkeypatch):
     module, given = Twice(), inputs()
     module.spoil = spoil
@@ -90,6 +93,19 @@ def test_what_changes_is_in_no_part(spoil, monkeypatch):
     if spoil == "large":
         monkeypatch.setattr(recurring, "COMPARED_BYTES", given[PROMPT].nbytes - 1)
     assert list(apart(module, given)[0]) == [(TIMESTEP,)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "flux", "stable_cascade", "z_image"])
+@torch.no_grad()
+def test_a_familys_graph_apart_gives_what_it_gives_as_a_whole(family, monkeypatch):
+    monkeypatch.setattr(recurring, "LEAST", 1)
+    ((captured, args, _),) = calibrated_graphs(family)
+    gm, tensors = bind(captured, args)[0], tensor_inputs(captured, args)
+    parts, rest = recurring.apart(gm, tensors)
+    assert parts
+    made = [t for places, part in parts for t in part(*(tensors[i] for i in places))]
+    assert all(map(torch.equal, gm(*tensors), rest(*tensors, *made)))
 
 
 def counting(results):

@@ -83,12 +83,16 @@ def apart(gm: fx.GraphModule, example: Sequence[torch.Tensor]) -> tuple[list[Par
     if not kept.isdisjoint(graph.output_node().all_input_nodes):
         return [], gm
     work = Counter(read[n] for n in kept if n.target in WEIGHTED)
-    kept = {n for n in kept if work[read[n]] >= LEAST}
+    wanted = {places for places, products in work.items() if products >= LEAST and _comes_again([example[i] for i in places])}
+    kept = {n for n in kept if read[n] in wanted}
     groups: dict[frozenset[int], list[fx.Node]] = {}
     for n in graph.nodes:
         if n in kept and not kept.issuperset(n.users):
             groups.setdefault(read[n], []).append(n)
-    parts = [(tuple(sorted(places)), _part(gm, placeholders, places, results, read)) for places, results in groups.items()]
+    parts = []
+    for places, results in groups.items():
+        order = tuple(sorted(places, key=lambda i: (example[i].numel(), i)))  # small ones are soon seen to differ
+        parts.append((order, _part(gm, [placeholders[i] for i in order], results, read)))
     return parts, _rest(gm, kept, [n for results in groups.values() for n in results]) if parts else gm
 
 
@@ -124,13 +128,20 @@ def _repeats(node: fx.Node) -> bool:
     return all(torch.Tag.nondeterministic_seeded not in getattr(packet, overload).tags for overload in packet.overloads())
 
 
-def _part(gm: fx.GraphModule, placeholders: Sequence[fx.Node], places: frozenset[int], results: Sequence[fx.Node],
+def _comes_again(inputs: Sequence[torch.Tensor]) -> bool:
+    """A timestep comes again in every picture and the prompt at every step, but not the two together."""
+    return not (any(t.dim() < 2 for t in inputs) and any(t.dim() > 2 for t in inputs))
+
+
+def _part(gm: fx.GraphModule, mine: Sequence[fx.Node], results: Sequence[fx.Node],
           read: Mapping[fx.Node, frozenset[int]]) -> fx.GraphModule:
-    """The graph that makes ``results`` of the inputs in these places."""
+    """The graph that makes ``results`` of the inputs ``mine``."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    mine = {placeholders[i] for i in sorted(places)}
+    for n in mine:
+        copies[n] = graph.node_copy(n)
+    places = frozenset().union(*map(read.__getitem__, mine))
     for n in gm.graph.nodes:
-        if n in mine or (n.op != "placeholder" and n in read and read[n] <= places):
+        if n.op != "placeholder" and n in read and read[n] <= places:
             copies[n] = graph.node_copy(n, copies.__getitem__)
     graph.output(tuple(copies[n] for n in results))
     drop_dead(graph)
