@@ -8,14 +8,18 @@ from fragments import planned
 from test_families import calibrated_graphs
 from torch import nn
 
+import sdtrt_backend
 from sdtrt_backend import recurring
 from sdtrt_backend.capture import bind, tensor_inputs
 from sdtrt_backend.lower import LOWERINGS
+from sdtrt_backend.measure import compare
 from sdtrt_backend.merge import renew
 from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import insert
+from sdtrt_backend.state import states
 
 LATENT, TIMESTEP, PROMPT = range(3)  # arguments of the module
+BOUND = 0.1  # of the error of a step
 
 
 class Twice(nn.Module):
@@ -189,3 +193,24 @@ def test_the_step_follows_prompts_timesteps_and_written_codes(monkeypatch):
         renew(one.derived, list(codes.values()), {})
     assert not torch.equal(compared(), before)
     assert calls
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["time", "text"])
+def test_a_weight_that_is_written_in_place_is_seen_at_once(part):
+    torch._dynamo.reset()
+    module = Twice().eval().requires_grad_(False)
+    step = torch.compile(module, backend="sd_int8", options={"engine": "inductor", "calibration_runs": 1})
+    latent, _, prompt = inputs()
+    for timestep in (900, 500, 100) * 3:
+        before = step(latent, torch.tensor(timestep), prompt)
+    assert sdtrt_backend.explain(module).state == "ready"
+    assert any(isinstance(one, recurring.Held) for unit in states(module)[0].units for made in unit.results.values()
+               for one in made.derived)
+    assert compare(before, module(latent, torch.tensor(100), prompt)) < BOUND
+    for p in getattr(module, part)[-1].parameters():
+        p.neg_()
+    own = module(latent, torch.tensor(100), prompt)
+    assert compare(before, own) > 2 * compare(step(latent, torch.tensor(100), prompt), own)
+    assert compare(step(latent, torch.tensor(100), prompt), own) < BOUND
