@@ -1,7 +1,7 @@
 """What a step makes of its prompt or of its timestep alone, kept for the calls in which those come again.
 
 In a picture the prompt is the same at every step, and one picture goes through the timesteps of the one before. Whether an input
-came again is decided by its values, which costs less than a hundredth of what is saved.
+came again is decided by its values.
 """
 
 from __future__ import annotations
