@@ -194,11 +194,11 @@ def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -
         if (found := plain_attention(node)) is None:
             continue
         shape, tokens, dtype = tuple(found[0].meta["val"].shape), found[1].meta["val"].shape[-2], found[0].meta["val"].dtype
-        ms = chooser.attention_fp8_ms(shape, tokens)
-        if ms is not None:
-            ms += sum(max(0.0, quantization_ms(operand, chooser, torch.float8_e4m3fn)) for operand in found[:3])
-            if ms < chooser.attention_ms(shape, tokens, dtype, dtype):
-                faster[node] = found
+        best = chooser.attention_fp8(shape, tokens)
+        if best is not None:
+            passes = sum(max(0.0, quantization_ms(operand, chooser, torch.float8_e4m3fn)) for operand in found[:3])
+            if best.ms + passes < chooser.attention_ms(shape, tokens, dtype, dtype):
+                faster[node] = (best.kernel, *found)
     if not faster:
         return []
     errors = []
@@ -207,12 +207,13 @@ def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -
         def run_node(self, n: fx.Node) -> Any:
             y = super().run_node(n)
             if n in faster:
-                q, k, v = (self.env[operand] for operand in faster[n][:3])
+                kernel, *operands, scale = faster[n]
+                q, k, v = (self.env[operand] for operand in operands)
                 mean = v.mean(2, keepdim=True, dtype=torch.float32)
                 for centred, taken, added in ((False, v, 0.0), (True, v - mean, mean)):
-                    error, scales = fp8_attention_error((q, k, taken), added, faster[n][3], y)
+                    error, scales = fp8_attention_error((q, k, taken), added, scale, y, kernel)
                     if error < ATTENTION_ERROR:
-                        n.meta["fp8_attention"] = ("cudnn", scales, centred)
+                        n.meta["fp8_attention"] = (kernel, scales, centred)
                         errors.append(error)
                         break
             return y
@@ -223,11 +224,12 @@ def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -
 
 
 def fp8_attention_error(operands: Sequence[torch.Tensor], mean: torch.Tensor | float, scale: float,
-                        y: torch.Tensor) -> tuple[float, list[float]]:
+                        y: torch.Tensor, kernel: str) -> tuple[float, list[float]]:
     """(relative error to ``y`` of fp8 attention over q, k and v plus the mean that v is without, scales of q, k and v)."""
     scales = [_power_of_2(t) for t in operands]
     codes = (ops.encode(t.float() / s, None, torch.float8_e4m3fn) for t, s in zip(operands, scales, strict=True))
-    coded = ops.attention_fp8(*codes, torch.tensor(scales, device=y.device), scale, "cudnn").float() * scales[2]
+    both, dtype = torch.tensor(scales, device=y.device), ops.ATTENTION_FP8_OUT[kernel]
+    coded = ops.attention_fp8(*codes, both, scale, dtype, kernel).float() * scales[2]
     return relative_error(coded.unflatten(2, (y.shape[1], -1)).transpose(1, 2) + mean, y), scales
 
 

@@ -141,6 +141,8 @@ dequantize_fp8 = torch.ops.sdtrt_backend.dequantize_fp8.default
 
 # (operator, provider) -> function(*arguments of the operator, variant); providers add theirs when they are imported
 KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
+# kernel of attention_fp8 -> dtype of its result
+ATTENTION_FP8_OUT = {"cudnn": torch.float8_e4m3fn, "fa3": torch.bfloat16, "reference": torch.float8_e4m3fn}
 # operators whose kernels take the name of a variant as their last argument
 VARIED = ("linear8", "linear_gelu8", "conv8", "attention8")
 
@@ -261,7 +263,7 @@ LIBRARY.define("add_layer_norm8(Tensor x, Tensor residual, Tensor? weight, Tenso
 LIBRARY.define("geglu8(Tensor x, Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
 LIBRARY.define("rms_rope8(Tensor x, Tensor? first, Tensor weight, Tensor? first_weight, Tensor cos, Tensor sin, float eps, "
                "Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
-LIBRARY.define("attention_fp8(Tensor q, Tensor k, Tensor v, Tensor scales, float scale, str kernel) -> Tensor")
+LIBRARY.define("attention_fp8(Tensor q, Tensor k, Tensor v, Tensor scales, float scale, ScalarType dtype, str kernel) -> Tensor")
 LIBRARY.define("attention8(Tensor q, Tensor k, Tensor v, float scale, Tensor? out_scale, ScalarType dtype, str kernel) -> Tensor")
 group_norm8 = torch.ops.sdtrt_backend.group_norm8.default
 layer_norm8 = torch.ops.sdtrt_backend.layer_norm8.default
@@ -335,12 +337,12 @@ def _rms_rope8(x: torch.Tensor, first: torch.Tensor | None, weight: torch.Tensor
 
 
 @torch.library.impl(LIBRARY, "attention_fp8", "CompositeExplicitAutograd")
-def _attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,
+def _attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float, dtype: torch.dtype,
                    kernel: str) -> torch.Tensor:
     """softmax(q k^T * scale) v of float8_e4m3fn codes q [b, h, queries, d], k and v [b, h, tokens, d], views with a contiguous
     last dimension; scales fp32 [3]: a code of q, k, v times its scale is the value. The result has v's scale:
-    float8_e4m3fn [b, queries, h * d]."""
-    y: torch.Tensor = _run("attention_fp8", kernel, q, k, v, scales, scale)
+    ``dtype`` [b, queries, h * d], which is the kernel's of ATTENTION_FP8_OUT."""
+    y: torch.Tensor = _run("attention_fp8", kernel, q, k, v, scales, scale, dtype)
     return y
 
 
@@ -386,9 +388,9 @@ def _rms_rope8_fake(x: torch.Tensor, first: torch.Tensor | None, weight: torch.T
 
 @torch.library.register_fake("sdtrt_backend::attention_fp8", lib=LIBRARY)
 def _attention_fp8_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,
-                        kernel: str) -> torch.Tensor:
+                        dtype: torch.dtype, kernel: str) -> torch.Tensor:
     b, h, queries, d = q.shape
-    return q.new_empty((b, queries, h * d))
+    return q.new_empty((b, queries, h * d), dtype=dtype)
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -439,11 +441,11 @@ def reference_rms_rope(x: torch.Tensor, first: torch.Tensor | None, weight: torc
 
 
 def reference_attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,
-                            variant: str = "") -> torch.Tensor:
+                            dtype: torch.dtype) -> torch.Tensor:
     """Plain torch in fp32: probabilities are not rounded to 8 bits, as kernels do."""
     of_q, of_k, _ = scales
     y = torch.nn.functional.scaled_dot_product_attention(q.float() * of_q, k.float() * of_k, v.float(), scale=scale)
-    return encode(y.transpose(1, 2).flatten(2), None, torch.float8_e4m3fn)
+    return encode(y.transpose(1, 2).flatten(2), None, dtype)
 
 
 KERNELS["rms_rope8", "reference"] = reference_rms_rope

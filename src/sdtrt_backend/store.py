@@ -41,6 +41,7 @@ def _gpu_key(device: torch.device) -> dict[str, str]:
             "multiprocessors": str(properties.multi_processor_count), "torch": torch.__version__,
             "cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version()), "driver": _driver(),
             "triton": _version("triton"), "nvidia-cudnn-frontend": _version("nvidia-cudnn-frontend"),
+            "fa3-fwd": _version("fa3-fwd"),
             "kernels": _sources()}
 
 

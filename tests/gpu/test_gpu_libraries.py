@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d
 
 from sdtrt_backend import kernels, ops, stats
 from sdtrt_backend.assign import ATTENTION_ERROR, fp8_attention_error
-from sdtrt_backend.kernels import PROVIDERS, gpu, installed
+from sdtrt_backend.kernels import PROVIDERS, gpu, installed, providers
 from sdtrt_backend.values import DTYPES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -102,32 +102,34 @@ def test_convolution(row, size, taps, stride, padding, added):
     check(row, (x, weight, scale, bias, residual, [stride] * 2, [padding] * 2, torch.float16), expected)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < gpu.ATTENTION_FP8_CAPABILITY,
-                    reason="needs compute capability 9.0")
+@pytest.mark.parametrize("kernel", providers.ATTENTION_FP8)
 @pytest.mark.parametrize(("queries", "tokens", "width"), [(130, 130, 64), (256, 77, 128)])
-def test_attention_in_fp8(queries, tokens, width):
+def test_attention_in_fp8(kernel, queries, tokens, width):
     kernels.register()
+    if (refused := providers.no_attention_fp8(kernel, torch.cuda.get_device_capability())) is not None:
+        pytest.skip(refused)
     torch.manual_seed(queries)
     q, k, v = (torch.randn((2, t, 3, width), device=DEVICE).mul(30).to(torch.float8_e4m3fn).transpose(1, 2)
                for t in (queries, tokens, tokens))
     scales = torch.tensor([0.03, 0.04, 0.02], device=DEVICE)
     scores = torch.softmax(q.double() @ k.double().transpose(-1, -2) * (scales[0] * scales[1] * width**-0.5).double(), -1)
     expected = (scores @ v.double()).transpose(1, 2).flatten(2)
-    y = ops.KERNELS["attention_fp8", "cudnn"](q, k, v, scales, width**-0.5)
+    y = ops.attention_fp8(q, k, v, scales, width**-0.5, ops.ATTENTION_FP8_OUT[kernel], kernel)
     assert stats.relative_error(y, expected) < gpu.ATTENTION_FP8_BOUND
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < gpu.ATTENTION_FP8_CAPABILITY,
-                    reason="needs compute capability 9.0")
-def test_fp8_attention_over_a_video_takes_v_without_its_mean():
+@pytest.mark.parametrize("kernel", providers.ATTENTION_FP8)
+def test_fp8_attention_over_a_video_takes_v_without_its_mean(kernel):
     kernels.register()
+    if (refused := providers.no_attention_fp8(kernel, torch.cuda.get_device_capability())) is not None:
+        pytest.skip(refused)
     torch.manual_seed(0)
     q, k, v = (torch.randn((1, 32760, 4, 128), device=DEVICE, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     v = 0.58 * v + 0.11 * torch.randn((1, 4, 1, 128), device=DEVICE, dtype=torch.bfloat16)
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     mean = v.mean(2, keepdim=True, dtype=torch.float32)
-    with_it, _ = fp8_attention_error((q, k, v), 0.0, 128**-0.5, y)
-    without, _ = fp8_attention_error((q, k, v - mean), mean, 128**-0.5, y)
+    with_it, _ = fp8_attention_error((q, k, v), 0.0, 128**-0.5, y, kernel)
+    without, _ = fp8_attention_error((q, k, v - mean), mean, 128**-0.5, y, kernel)
     print(f"relative error {with_it:.4f} with the mean, {without:.4f} without")
     assert without < ATTENTION_ERROR
     assert without < 0.5 * with_it

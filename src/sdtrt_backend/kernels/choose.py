@@ -68,8 +68,8 @@ class Timed(Chooser, Protocol):
     def attention_ms(self, query: tuple[int, ...], tokens: int, dtype: torch.dtype, out: torch.dtype) -> float:
         """Milliseconds of the fastest way to attention written in ``out``."""
 
-    def attention_fp8_ms(self, query: tuple[int, ...], tokens: int) -> float | None:
-        """Milliseconds of attention over codes q, k, v of float8_e4m3fn, None where no kernel takes them."""
+    def attention_fp8(self, query: tuple[int, ...], tokens: int) -> Choice | None:
+        """The fastest kernel of attention over codes q, k, v of float8_e4m3fn, None where none takes them."""
 
     def quantize_ms(self, numel: int, dtype: torch.dtype) -> float:
         """Milliseconds of a separate pass that reads ``numel`` values of ``dtype`` and writes them in 8 bits."""

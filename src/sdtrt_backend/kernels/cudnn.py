@@ -191,11 +191,11 @@ def attention_plan(problem: Attention, device: int) -> AttentionPlan:
 
 
 def attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, scale: float,
-                  variant: str = "") -> torch.Tensor:
+                  dtype: torch.dtype) -> torch.Tensor:
     """See ``ops.attention_fp8``."""
     of_q, of_k, of_v = ((tuple(t.shape), t.stride()) for t in (q, k, v))
     b, h, queries, d = q.shape
-    y = torch.empty((b, queries, h * d), dtype=q.dtype, device=q.device)
+    y = torch.empty((b, queries, h * d), dtype=dtype, device=q.device)
     with _ONE_AT_A_TIME:
         return attention_plan(Attention(of_q, of_k, of_v, scale), q.device.index)(y, (q, k, v), scales)
 

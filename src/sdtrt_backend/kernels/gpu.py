@@ -40,7 +40,7 @@ SPREAD, LOST = 1.25, 2
 LARGE, LARGE_SPREAD = 2**23, 1.1
 # A configuration of a large linear that comes so near to the highest rate is taken as it is: the best was 1 % faster at most
 NEAR_ENOUGH = 0.9
-ATTENTION_FP8_CAPABILITY = (9, 0)  # of cuDNN's kernel
+ATTENTION_FP8_CAPABILITY = (9, 0)  # of the first GPUs whose attention over fp8 codes is fast
 
 
 class MeasuredChooser:
@@ -166,25 +166,28 @@ class MeasuredChooser:
         name = f"attention {'x'.join(map(str, query))} over {tokens} {str(dtype)[6:]} to {str(out)[6:]}"
         return {kernel: ms for kernel, ms in self._known(name, measure).items() if isinstance(ms, int | float)}
 
-    def attention_fp8_ms(self, query: tuple[int, ...], tokens: int) -> float | None:
+    def attention_fp8(self, query: tuple[int, ...], tokens: int) -> Choice | None:
         """See ``Timed``."""
         def measure() -> dict[str, float | Refusal]:
-            if not providers.installed("cudnn"):
-                return {"cudnn": Refusal("nvidia-cudnn-frontend is not installed", True)}
             capability = torch.cuda.get_device_capability(self.device)
-            if capability < ATTENTION_FP8_CAPABILITY:
-                return {"cudnn": Refusal(f"it needs compute capability {ATTENTION_FP8_CAPABILITY}, this is {capability}", True)}
+            refusals = {kernel: providers.no_attention_fp8(kernel, capability) for kernel in providers.ATTENTION_FP8}
+            times: dict[str, float | Refusal] = {k: Refusal(reason, True) for k, reason in refusals.items() if reason is not None}
+            usable = [k for k in refusals if k not in times]
+            if not usable:
+                return times
             noise = torch.Generator(self.device).manual_seed(0)
             b, h, queries, d = query
             q, k, v = (timing.codes((b, t, h, d), torch.float8_e4m3fn, noise).transpose(1, 2).contiguous().transpose(1, 2)
                        .view(b, t, h, d).transpose(1, 2) for t in (queries, tokens, tokens))
-            tail = ((v.float() * CODES_OF_V).to(v.dtype), torch.ones(3, device=self.device), d**-0.5)
-            expected = ops.KERNELS["attention_fp8", "reference"](q, k, *tail)
-            return {"cudnn": timing.timed(partial(ops.KERNELS["attention_fp8", "cudnn"], q), [k], tail, expected,
-                                          ATTENTION_FP8_BOUND)}
+            given = ((v.float() * CODES_OF_V).to(v.dtype), torch.ones(3, device=self.device), d**-0.5)
+            for kernel in usable:
+                tail = (*given, ops.ATTENTION_FP8_OUT[kernel])
+                expected = ops.KERNELS["attention_fp8", "reference"](q, k, *tail)
+                times[kernel] = timing.timed(partial(ops.KERNELS["attention_fp8", kernel], q), [k], tail, expected,
+                                             ATTENTION_FP8_BOUND)
+            return times
 
-        best = fastest(self._known(f"attention fp8 {'x'.join(map(str, query))} over {tokens}", measure))
-        return None if best is None else best.ms
+        return fastest(self._known(f"attention fp8 {'x'.join(map(str, query))} over {tokens}", measure))
 
     def quantize_ms(self, numel: int, dtype: torch.dtype) -> float:
         """See ``Timed``."""

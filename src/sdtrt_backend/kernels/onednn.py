@@ -91,7 +91,7 @@ class CpuChooser:
         """See ``Timed``."""
         return self.attention_times(query, tokens, dtype, out)["torch"]
 
-    def attention_fp8_ms(self, query: tuple[int, ...], tokens: int) -> float | None:
+    def attention_fp8(self, query: tuple[int, ...], tokens: int) -> Choice | None:
         """None: no CPU has it."""
         return None
 

@@ -61,6 +61,10 @@ PROVIDERS = (
 )
 
 
+# kernel of attention over fp8 codes -> (module, package, first and last major compute capability)
+ATTENTION_FP8 = {"cudnn": ("cudnn", "nvidia-cudnn-frontend", 9, 99), "fa3": ("fa3_fwd_interface", "fa3-fwd", 9, 9)}
+
+
 def provider(op: str, kernel: str, precision: str) -> Provider:
     """The row that a kernel's name comes from; "reference", the plain-torch oracle, has none of its own."""
     name = kernel.partition(":")[0]
@@ -77,7 +81,7 @@ def rows(op: str, precision: str) -> list[Provider]:
 @cache
 def register() -> None:
     """Make the installed providers' functions known to the operators."""
-    from . import cublaslt, cudnn
+    from . import cublaslt, cudnn, fa3
 
     if installed("triton"):
         from . import triton_candidates, triton_norm, triton_rope
@@ -94,6 +98,7 @@ def register() -> None:
     ops.KERNELS["linear_gelu8", "cudnn"] = cudnn.linear_gelu
     ops.KERNELS["conv8", "cudnn"] = cudnn.conv
     ops.KERNELS["attention_fp8", "cudnn"] = cudnn.attention_fp8
+    ops.KERNELS["attention_fp8", "fa3"] = fa3.attention_fp8
 
 
 def missing(precision: str, capability: tuple[int, int]) -> str | None:
@@ -105,6 +110,16 @@ def missing(precision: str, capability: tuple[int, int]) -> str | None:
     convolutions = [p.module for p in PROVIDERS if (p.op, p.precision) == ("conv8", precision)]
     if not any(installed(module) for module in convolutions):
         return f"no package with {precision} kernels is installed: pip install nvidia-cudnn-frontend"
+    return None
+
+
+def no_attention_fp8(kernel: str, capability: tuple[int, int]) -> str | None:
+    """Why a kernel of ATTENTION_FP8 cannot run on a GPU of this compute capability, or None."""
+    module, package, first, last = ATTENTION_FP8[kernel]
+    if not installed(module):
+        return f"{package} is not installed"
+    if not first <= capability[0] <= last:
+        return f"{package} has no fp8 attention for compute capability {capability[0]}.{capability[1]}"
     return None
 
 

@@ -30,7 +30,7 @@ MISTAKES = (TypeError, AttributeError, NameError, AssertionError, LookupError)
 # the shape or type, which will be so in every process
 MEMORY = ("alloc_failed", "allocation_failed", "out of memory", "out_of_memory", "can't allocate memory", "not enough memory")
 REFUSED = ("not_supported", "not supported", "unsupported", "bad_param", "not implemented", "no valid", "no execution plans",
-           "couldn't build plan", "divisible by")
+           "couldn't build plan", "divisible by", "should be a multiple of")
 # Names of classes that mean the same; their libraries may be missing
 REFUSALS = ("cudnnGraphNotSupportedError", "OutOfResources", "CompilationError")
 

@@ -66,7 +66,7 @@ def _in_fp8(gm: fx.GraphModule, node: fx.Node, codes: list[fx.Node], scales: lis
     value = node.meta["val"]
     b, h, queries, d = value.shape
     both = add_constant(gm, f"{node.name}_scales", torch.tensor(scales, device=value.device))
-    y = gm.graph.call_function(ops.attention_fp8, (*codes, both, scale, kernel))
+    y = gm.graph.call_function(ops.attention_fp8, (*codes, both, scale, ops.ATTENTION_FP8_OUT[kernel], kernel))
     y = gm.graph.call_method("to", (y, torch.float32))
     y = gm.graph.call_function(torch.mul, (y, add_constant(gm, f"{node.name}_out_scale", _scalar(node, scales[2]))))
     y = gm.graph.call_method("transpose", (gm.graph.call_method("view", (y, b, queries, h, d)), 1, 2))
