@@ -22,7 +22,7 @@ LAYERS = {
     "arithmetic": ["ops", "emulate", "measure", "latency"],
     "program": ["names", "identity", "calls", "fx", "scalars", "work", "capture", "programs", "recurring",
                 "regions"],
-    "kernels": ["kernels.problem", "kernels.timing", "kernels.measurements", "kernels.cudnn", "kernels.cublaslt",
+    "kernels": ["kernels.problem", "kernels.timing", "kernels.measurements", "kernels.cudnn", "kernels.cublaslt", "kernels.fa3",
                 "kernels.triton_gemm", "kernels.triton_conv", "kernels.triton_norm", "kernels.triton_attention",
                 "kernels.triton_rope", "kernels.triton_candidates", "kernels.triton_weights", "kernels.providers", "kernels.gpu",
                 "kernels.onednn", "kernels.choose", "kernels"],

@@ -81,7 +81,7 @@ def test_only_what_is_made_of_written_codes_is_made_again():
         return Derived(torch.zeros(4, 8), [of.tensors[0][0]], lambda: made.append(of) or of.tensors[0][0].float())
 
     scale = one.tensors[0][1]
-    factor = Scaled(torch.zeros(4), [(scale, 4)], 0.25)
+    factor = Scaled(torch.zeros(4), [(scale, 4, 0.25)])
     renew([derived(one), derived(other), factor], [one], {})
     assert made == [one]
     assert torch.equal(factor.target, scale * 0.25)
@@ -91,4 +91,4 @@ def test_only_what_is_made_of_written_codes_is_made_again():
 
 def test_scales_of_several_weights_lie_one_behind_the_other():
     one, rows = torch.tensor([2.0]), torch.tensor([1.0, 3.0])
-    assert scaled([(one, 3), (rows, 2)], 0.5).tolist() == [1.0, 1.0, 1.0, 0.5, 1.5]
+    assert scaled([(one, 3, 0.5), (rows, 2, 0.25)]).tolist() == [1.0, 1.0, 1.0, 0.25, 0.75]

@@ -13,7 +13,7 @@ from torch import fx
 
 from . import ops
 from .calls import call_arguments, name_of, rearranges
-from .fx import ATTENTION, WORK, by_tanh, pair, plain_attention
+from .fx import ATTENTION, WORK, behind_linear, by_tanh, pair, plain_attention
 from .kernels import Problem, Timed, Unsteady
 from .rules import OPS
 from .stats import relative_error
@@ -30,6 +30,10 @@ PARTS = ("chunk", "split", "unbind", "getitem", "to", "float", "half", "bfloat16
 # of the work of a graph's products and attentions: what another precision could win at most, for it to be worth the seconds that
 # compiling its candidates takes
 LEAST_GAIN = 0.01
+# A GPU at its power limit slows down, and convolutions in fp8 more than in int8: by 1.06 to 1.11 of what calls at the full clock
+# show, by which they are timed (H200, a second of calls in a row of 16x640x64x64, 16x320x128x128 and 16x1280x32x32)
+FP8_CONVOLUTION = 1.06
+ENCODING = "encoding"  # key of ``meta``: that an attention over fp8 codes is all that reads this linear
 PASS_OF_PRODUCT = 0.25  # that GELU's pass takes, of the time of the product in front of it (4096x3072 by 12288x3072, H200)
 
 
@@ -110,7 +114,8 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
     refusals = {precisions[0]: _refusal(problems, chooser, precisions[0])}
     share = max(c.meta.get(WORK, 1.0) for c in calls)
     gelu = len(linears) == 1 and all(map(by_tanh, linears[0].users)) and gelu_pays(linears[0])
-    if gelu or refusals[precisions[0]] or share * max(chooser.room(p, precisions[0]) for p in problems) > LEAST_GAIN:
+    encoding = all(c.meta.get(ENCODING, False) for c in calls)
+    if gelu or encoding or refusals[precisions[0]] or share * max(chooser.room(p, precisions[0]) for p in problems) > LEAST_GAIN:
         refusals |= {other: _refusal(problems, chooser, other) for other in precisions[1:]}  # takes seconds to compile
     taken = [precision for precision, refusal in refusals.items() if refusal is None]
     if not taken:
@@ -123,8 +128,13 @@ def _cheapest(members: Sequence[Decision], nodes: Mapping[str, fx.Node], source:
         return taken[0], ""  # the machine was too busy to tell: what was planned stays
     products = 2 if members[0].two_codes else 1
     times = {p: products * (quantization_ms(source, chooser, DTYPES[p]) + sum(each)) for p, each in narrow.items()}
+    if "fp8" in times:
+        times["fp8"] += products * (FP8_CONVOLUTION - 1) * sum(
+            ms for p, ms in zip(problems, narrow["fp8"], strict=True) if p.op == "conv2d")
     if gelu and "int8" in times:
         times["int8"] -= chooser.gelu_saves(problems[0], DTYPES[precisions[0]])
+    if encoding and "int8" in times:
+        times["int8"] -= chooser.encoding_saves(problems[0])
     fastest = min(times, key=times.__getitem__)
     if times[fastest] >= chooser.gain * sum(wide):
         least = "" if chooser.gain == 1 else f"; 8 bits must save {1 - chooser.gain:.0%}"
@@ -196,7 +206,8 @@ def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -
         shape, tokens, dtype = tuple(found[0].meta["val"].shape), found[1].meta["val"].shape[-2], found[0].meta["val"].dtype
         best = chooser.attention_fp8(shape, tokens)
         if best is not None:
-            passes = sum(max(0.0, quantization_ms(operand, chooser, torch.float8_e4m3fn)) for operand in found[:3])
+            passes = sum(max(0.0, quantization_ms(operand, chooser, torch.float8_e4m3fn)) for operand in found[:3]
+                         if behind_linear(operand) is None)  # an int8 product writes the codes itself
             if best.ms + passes < chooser.attention_ms(shape, tokens, dtype, dtype):
                 faster[node] = (best.kernel, *found)
     if not faster:
@@ -214,6 +225,8 @@ def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -
                     error, scales = fp8_attention_error((q, k, taken), added, scale, y, kernel)
                     if error < ATTENTION_ERROR:
                         n.meta["fp8_attention"] = (kernel, scales, centred)
+                        for linear, _ in filter(None, map(behind_linear, operands[:2] if centred else operands)):
+                            linear.meta[ENCODING] = True
                         errors.append(error)
                         break
             return y

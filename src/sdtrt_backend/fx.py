@@ -16,13 +16,13 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from . import identity
-from .calls import arguments, call_arguments, changes, inputs_changed, name_of, shares, written
+from .calls import arguments, call_arguments, changes, inputs_changed, name_of, rearranges, shares, written
 from .errors import GraphError
 
-__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "by_tanh", "call_arguments", "changes",
-           "described", "drop_dead", "finish", "for_passes", "generated", "inductor", "inputs_changed", "inserting_after",
-           "let_go", "module_path", "pair", "plain_attention", "propagate", "read_through_copies", "start_probing",
-           "start_workers", "written", "written_out"]
+__all__ = ["ATTENTION", "WORK", "add_constant", "alive", "arguments", "await_workers", "behind_linear", "by_tanh",
+           "call_arguments", "chain", "changes", "described", "drop_dead", "finish", "for_passes", "generated", "inductor",
+           "inputs_changed", "inserting_after", "let_go", "module_path", "pair", "plain_attention", "propagate",
+           "read_through_copies", "start_probing", "start_workers", "written", "written_out"]
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 MADE_BY = "made by"  # key of ``meta``: what "val" was computed by and from, as text, and the tensors whose memory it may share
@@ -55,6 +55,24 @@ def plain_attention(node: fx.Node, masked: bool = False) -> tuple[fx.Node, fx.No
     query, key, value = (t.meta["val"].shape for t in (q, k, v))
     plain = len(query) == 4 and key == value and key[:2] == query[:2] and not isinstance(scale, fx.Node)
     return (q, k, v, query[-1] ** -0.5 if scale is None else scale) if plain else None
+
+
+def chain(node: fx.Node, ends: Callable[[fx.Node], bool]) -> tuple[fx.Node, list[fx.Node]] | None:
+    """(the node that ``ends`` accepts, the views from it down to ``node``) where each is read by the next alone."""
+    views: list[fx.Node] = []
+    while not ends(node):
+        if not rearranges(node):
+            return None
+        views.append(node)
+        node = arguments(node)["input"]
+        if len(node.users) != 1:
+            return None
+    return node, views[::-1]
+
+
+def behind_linear(operand: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """(the linear, the views down to ``operand``) where an attention reads nothing else of it, and nobody else anything."""
+    return chain(operand, lambda n: name_of(n) == "linear") if len(operand.users) == 1 else None
 
 
 def by_tanh(node: fx.Node) -> bool:

@@ -194,7 +194,7 @@ def renew(derived: Sequence[Derived | Scaled | Held], written: Sequence[Coded | 
         if written is None or not addresses.isdisjoint(t.data_ptr() for t in other.sources):
             other.renew()
     if at_once:
-        where = [(one.target.data_ptr(), one.factor, *(t.data_ptr() for t in one.sources)) for one in at_once]
+        where = [(one.target.data_ptr(), *((t.data_ptr(), factor) for t, _, factor in one.parts)) for one in at_once]
         if SCALES not in prepared or prepared[SCALES][0] != where:
-            prepared[SCALES] = where, _kernels().Products([(one.target, one.parts, one.factor) for one in at_once])
+            prepared[SCALES] = where, _kernels().Products([(one.target, one.parts) for one in at_once])
         prepared[SCALES][1]()

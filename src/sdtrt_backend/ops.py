@@ -159,7 +159,7 @@ def _run(op: str, kernel: str, *arguments: Any) -> Any:
 def _linear8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
              kernel: str) -> torch.Tensor:
     """x int8 or float8_e4m3fn [..., in], weight likewise [out, in], scale fp32 [out] or [1] (input scale * weight scale),
-    bias [out] -> dtype [..., out] = (x W^T) * scale + bias."""
+    bias [out] -> dtype [..., out] = (x W^T) * scale + bias; of float8_e4m3fn saturated, by kernels whose row writes codes."""
     y: torch.Tensor = _run("linear8", kernel, x, weight, scale, bias, dtype)
     return y
 
@@ -206,7 +206,7 @@ def reference_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
                      variant: str = "") -> torch.Tensor:
     """Plain torch in fp32: the oracle of every linear8 kernel."""
     y = torch.nn.functional.linear(x.float(), weight.float()) * scale
-    return (y if bias is None else y + bias.float()).to(dtype)
+    return encode(y if bias is None else y + bias.float(), None, dtype)
 
 
 def reference_conv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,

@@ -83,6 +83,28 @@ def test_linear_with_gelu(rows, dtype):
     assert taken
 
 
+@pytest.mark.parametrize("row", [r for r in ROWS if r.op == "linear8" and r.writes_codes], ids=lambda r: r.name)
+@pytest.mark.parametrize("rows", [3, 1031])
+def test_linear_that_writes_codes(row, rows):
+    """Saturated where they would be beyond e4m3."""
+    kernels.register()
+    torch.manual_seed(rows)
+    x, weight, bias = codes((rows, 192), row.precision), codes((320, 192), row.precision), torch.randn(320, device=DEVICE) * 50
+    scale = torch.rand(320, device=DEVICE) * 2e-2
+    expected = ops.encode(x.double() @ weight.double().t() * scale + bias.double(), None, torch.float8_e4m3fn)
+    assert int((expected.double().abs() == 448).sum()) > rows
+    taken = 0
+    for variant in chain(*row.variants(row.precision)):
+        try:
+            mine = ops.KERNELS["linear8", row.name](x, weight, scale, bias, torch.float8_e4m3fn, variant)
+        except Exception:  # as above
+            continue
+        taken += 1
+        assert mine.dtype is torch.float8_e4m3fn
+        assert stats.relative_error(mine, expected) < 5e-3, variant  # rounding ties
+    assert taken
+
+
 @pytest.mark.parametrize("row", [r for r in ROWS if r.op == "conv8"], ids=lambda r: f"{r.name}-{r.precision}")
 @pytest.mark.parametrize(("size", "taps", "stride", "padding"), [
     ((2, 64, 13, 9), 3, 1, 1), ((1, 96, 16, 16), 3, 2, 1), ((3, 64, 7, 11), 1, 1, 0)])

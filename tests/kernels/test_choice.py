@@ -300,17 +300,28 @@ def test_the_tokens_of_a_video_take_no_fp8_attention_out_of_the_error_bound(cloc
     def compared(result, expected, bound):
         errors.append((relative_error(result, expected), bound))
 
-    def exact(q, k, v, scales, scale, *variant):
+    def exact(q, k, v, scales, scale, dtype):
         return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).transpose(
             1, 2).flatten(2)
 
     monkeypatch.setattr(providers, "installed", lambda module: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(timing, "checked", compared)
-    monkeypatch.setitem(ops.KERNELS, ("attention_fp8", "cudnn"), exact)
-    assert MeasuredChooser(CPU).attention_fp8_ms((1, 2, 64, 16), tokens) == 5.0
-    ((error, bound),) = errors
+    for kernel in providers.ATTENTION_FP8:
+        monkeypatch.setitem(ops.KERNELS, ("attention_fp8", kernel), exact)
+    assert MeasuredChooser(CPU).attention_fp8((1, 2, 64, 16), tokens) == Choice("cudnn", 5.0)
+    (error, bound), (of_fa3, _) = errors
     assert 0.01 < error < bound / 2
+    assert of_fa3 < error  # its result is not rounded to e4m3
+
+
+def test_attention_over_fp8_codes_is_asked_of_what_is_installed_and_made_for_the_gpu(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(providers, "installed", lambda module: module == "fa3_fwd_interface")
+    chooser = MeasuredChooser(CPU)
+    assert chooser.attention_fp8((1, 2, 64, 16), 77) is None
+    assert chooser.measurements.store.values["attention fp8 1x2x64x16 over 77"] == {
+        "cudnn": "nvidia-cudnn-frontend is not installed", "fa3": "fa3-fwd has no fp8 attention for compute capability 12.0"}
 
 
 def test_a_product_at_the_rate_of_the_fastest_one_has_nothing_to_win(clock, monkeypatch):
@@ -523,7 +534,8 @@ def test_a_race_has_a_winner_on_this_machine():
 def test_what_only_gpus_have_is_not_on_the_cpu(races):
     chooser = CpuChooser(CPU)
     assert chooser.best(FLOAT["linear"], "fp8") is chooser.producer("group_norm8") is None
-    assert chooser.attention_fp8_ms((1, 2, 8, 16), 8) is None
+    assert chooser.attention_fp8((1, 2, 8, 16), 8) is None
+    assert chooser.encoding_saves(FLOAT["linear"]) == 0
     assert chooser.reasons(FLOAT["linear"], "fp8") == ("fp8 kernels need an NVIDIA GPU",)
     assert chooser.attention_times((1, 2, 8, 16), 8, torch.float32, torch.float32) == {"torch": 1.0}
     assert chooser.attention_ms((1, 2, 8, 16), 8, torch.float32, torch.int8) == 2.0  # and a pass that quantises

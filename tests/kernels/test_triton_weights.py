@@ -142,12 +142,12 @@ def test_what_was_put_together_takes_other_strengths():
 def test_products():
     from sdtrt_backend.kernels.triton_weights import Products
 
-    parts = [[(torch.rand(1, device=DEVICE), 1030), (torch.rand(5, device=DEVICE), 5)], [(torch.rand(2000, device=DEVICE), 2000)],
-             [(torch.rand(1, device=DEVICE), 1)]]
-    targets = [torch.full((sum(rows for _, rows in some) + 1,), math.nan, device=DEVICE) for some in parts]
-    Products(list(zip(targets, parts, (0.1, 1.1, 2.1), strict=True)))()
-    for target, some, factor in zip(targets, parts, (0.1, 1.1, 2.1), strict=True):
-        assert torch.equal(target[:-1], scaled(some, factor))
+    parts = [[(torch.rand(1, device=DEVICE), 1030, 0.1), (torch.rand(5, device=DEVICE), 5, 0.2)],
+             [(torch.rand(2000, device=DEVICE), 2000, 1.1)], [(torch.rand(1, device=DEVICE), 1, 2.1)]]
+    targets = [torch.full((sum(rows for _, rows, _ in some) + 1,), math.nan, device=DEVICE) for some in parts]
+    Products(list(zip(targets, parts, strict=True)))()
+    for target, some in zip(targets, parts, strict=True):
+        assert torch.equal(target[:-1], scaled(some))
         assert target[-1].isnan()
 
 

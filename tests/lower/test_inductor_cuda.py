@@ -15,6 +15,8 @@ from torch import nn
 from sdtrt_backend import measure, ops
 from sdtrt_backend.capture import bind
 from sdtrt_backend.fx import propagate
+from sdtrt_backend.kernels import provider
+from sdtrt_backend.lower import inductor_cuda
 from sdtrt_backend.lower.inductor_cuda import to_8_bit_operators
 from sdtrt_backend.lower.producers import simplify
 from sdtrt_backend.quantize import insert
@@ -258,9 +260,39 @@ def test_a_planned_attention_reads_and_writes_fp8(name, centred):
     assert count(gm, ops.attention_fp8) == 1
     assert count(gm, F.scaled_dot_product_attention) == count(gm, ops.attention8) == 0
     assert count(gm, ops.rms_rope8) == (0 if name == "attention" else 2)
+    # q, k and v leave their product as codes, where nothing lies between and it may write all of them
+    in_codes = [n for n in gm.graph.find_nodes(op="call_function", target=ops.linear8) if n.args[4] is torch.float8_e4m3fn]
+    assert len(in_codes) == (name == "attention" and not centred)
+    if in_codes:
+        assert count(gm, torch.clamp) == 2  # of what the products read, and of what the last one does
     _, reference, _ = lower(*MODULES[name])
     with torch.no_grad():
         assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1  # the noise of e4m3, at large scores
+
+
+@pytest.mark.parametrize("why", ["the kernel writes 16 bits only", "q is read by others", "q and k are one"])
+def test_codes_are_made_behind_a_product_that_cannot_write_them(monkeypatch, why):
+    def body(m, x):
+        q = m.q(x)
+        k = q if why == "q and k are one" else m.k(x)
+        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(m.v(x)))
+        y = m.o(y.transpose(1, 2).reshape(2, -1, 64))
+        return y + q if why == "q is read by others" else y
+
+    if why == "the kernel writes 16 bits only":
+        monkeypatch.setattr(inductor_cuda, "provider", lambda *row: replace(provider(*row), writes_codes=False))
+    module = Fragment(body, q=linear, k=linear, v=linear, o=linear)
+    captured, args, decisions, tensors = planned(module, TOKENS)
+    graph, nodes = bind(captured, args)
+    (attention,) = graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    attention.meta["fp8_attention"] = ("reference", [2**-5, 2**-5, 2**-6], False)
+    gm = insert(graph, nodes, decisions)
+    propagate(gm, tensors)
+    to_8_bit_operators(gm, Reference())
+    assert all(n.args[4] is torch.float32 for n in gm.graph.find_nodes(op="call_function", target=ops.linear8))
+    _, reference, _ = lower(module, TOKENS)
+    with torch.no_grad():
+        assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1
 
 
 class InFloat(nn.LayerNorm):

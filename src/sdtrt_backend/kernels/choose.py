@@ -58,6 +58,9 @@ class Timed(Chooser, Protocol):
     def gelu_saves(self, problem: Problem, out: torch.dtype) -> float:
         """Milliseconds that ``gelu_kernel`` saves at least."""
 
+    def encoding_saves(self, problem: Problem) -> float:
+        """Milliseconds that the int8 product of a linear saves by writing float8_e4m3fn where its reader takes that."""
+
     def wide_ms(self, problem: Problem) -> float:
         """Milliseconds of the kernel in the user's precision; it and ``best`` may be ``Unsteady``."""
 

@@ -92,6 +92,13 @@ class MeasuredChooser:
             return 0.0
         return max(0.0, plain.ms + PASS_OF_COPY * self.quantize_ms(problem.x[0] * problem.weight[0], problem.dtype) - found.ms)
 
+    def encoding_saves(self, problem: Problem) -> float:
+        """See ``Timed``."""
+        best = self.best(problem, "int8")
+        if best is None or not providers.provider("linear8", best.kernel, "int8").writes_codes:
+            return 0.0
+        return PASS_OF_COPY * self.quantize_ms(problem.x[0] * problem.weight[0], problem.dtype)
+
     def _with_gelu(self, problem: Problem, out: torch.dtype) -> Choice | None:
         """The configuration that is best for the product alone, with GELU behind it."""
         best = self.best(problem, "int8")

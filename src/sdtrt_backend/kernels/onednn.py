@@ -91,6 +91,10 @@ class CpuChooser:
         """See ``Timed``."""
         return self.attention_times(query, tokens, dtype, out)["torch"]
 
+    def encoding_saves(self, problem: Problem) -> float:
+        """None are saved: nothing on a CPU reads fp8."""
+        return 0.0
+
     def attention_fp8(self, query: tuple[int, ...], tokens: int) -> Choice | None:
         """None: no CPU has it."""
         return None

@@ -21,7 +21,8 @@ class Provider:
     of the fastest; fallback: names of what is timed where all of them are refused.
 
     instead_of: a package that, where it is installed, makes timing this provider a waste: it was always faster.
-    one_scale: takes a scale of one element only; narrow_bias: takes the bias in the result's dtype, not in fp32.
+    one_scale: takes a scale of one element only; narrow_bias: takes the bias in the result's dtype, not in fp32; writes_codes:
+    also writes float8_e4m3fn.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Provider:
     instead_of: str = ""
     one_scale: bool = False
     narrow_bias: bool = False
+    writes_codes: bool = False
 
 
 def _cudnn_variants(precision: str) -> Sequence[tuple[str, ...]]:
@@ -52,7 +54,7 @@ def _one(precision: str) -> Sequence[tuple[str, ...]]:
 
 
 PROVIDERS = (
-    Provider("cudnn", "linear8", "int8", "cudnn", _cudnn_variants, HEURISTIC),
+    Provider("cudnn", "linear8", "int8", "cudnn", _cudnn_variants, HEURISTIC, writes_codes=True),
     Provider("cudnn", "conv8", "int8", "cudnn", _cudnn_variants, HEURISTIC),
     Provider("cudnn", "conv8", "fp8", "cudnn", _cudnn_variants, HEURISTIC),
     *(Provider("triton", op, precision, "triton", _tiles, instead_of="cudnn")
@@ -69,7 +71,7 @@ def provider(op: str, kernel: str, precision: str) -> Provider:
     """The row that a kernel's name comes from; "reference", the plain-torch oracle, has none of its own."""
     name = kernel.partition(":")[0]
     rows = (p for p in PROVIDERS if (p.name, p.op, p.precision) == (name, op, precision))
-    return next(rows, Provider(name, op, precision, "", _one))
+    return next(rows, Provider(name, op, precision, "", _one, writes_codes=True))
 
 
 def rows(op: str, precision: str) -> list[Provider]:

@@ -257,14 +257,14 @@ def _codes(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, scales_pt
 
 
 class Products:
-    """(target, parts, factor): the sources of the parts, each [rows] or [1] and for so many rows, one behind the other, times the
-    factor; fp32, contiguous. All of them by one launch, as torch multiplies them. They must live until then."""
+    """(target, parts): the sources of the parts, each [rows] or [1], for so many rows and times a factor, one behind the other;
+    fp32, contiguous. All of them by one launch, as torch multiplies them. They must live until then."""
 
-    def __init__(self, products: Sequence[tuple[torch.Tensor, Sequence[tuple[torch.Tensor, int]], float]]) -> None:
+    def __init__(self, products: Sequence[tuple[torch.Tensor, Sequence[tuple[torch.Tensor, int, float]]]]) -> None:
         table, factors, most = list[int](), list[float](), 0
-        for target, parts, factor in products:
+        for target, parts in products:
             address = target.data_ptr()
-            for source, rows in parts:
+            for source, rows, factor in parts:
                 table += address, source.data_ptr(), rows, 0 if source.numel() == 1 else 1
                 factors.append(factor)
                 address, most = address + 4 * rows, max(most, rows)

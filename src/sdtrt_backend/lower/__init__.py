@@ -103,10 +103,12 @@ def _measured(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence
     propagate(graph, tensors)
     mark_work(graph)
     measured, always = chooser(tensors[0].device), options.engine == "inductor"
-    decisions = assign(plan.decisions, nodes, measured, options.precision, always)
-    found: dict[str, Any] = {} if tensors[0].is_cpu else {"kernels_ms": kernels_ms(graph, measured)}
+    found: dict[str, Any] = {}
     if options.precision == "fp8" and options.level >= 4:
         found["fp8_attentions"] = len(attentions_in_fp8(graph, tensors, measured))
+    decisions = assign(plan.decisions, nodes, measured, options.precision, always)
+    if not tensors[0].is_cpu:
+        found["kernels_ms"] = kernels_ms(graph, measured)
     return plan.then("measured kernels", decisions, **found)
 
 

@@ -11,10 +11,10 @@ from torch import fx
 
 from .. import ops
 from ..calls import arguments, dimension, name_of, rearranges
-from ..fx import ATTENTION, add_constant, drop_dead, inserting_after, plain_attention
+from ..fx import ATTENTION, add_constant, behind_linear, drop_dead, inserting_after, plain_attention
 from ..kernels import Chooser
 from ..values import FP8_MAX
-from .producers import ADDITIONS, PRODUCTS, concatenated, heads_in_front, operands
+from .producers import ADDITIONS, PRODUCTS, concatenated, heads_in_front, operands, viewed
 
 FP8 = torch.float8_e4m3fn
 SPLITS = ("reshape", "view", "unflatten")  # that may make pairs of neighbours
@@ -51,11 +51,27 @@ def _scalar(like: fx.Node, value: float) -> torch.Tensor:
 
 
 def _coded(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node, mean: fx.Node | None) -> fx.Node:
-    """The operand, less its mean over the tokens where that is given, as fp8 codes, in plain torch for the compiler to fuse."""
-    x = operand if mean is None else gm.graph.call_function(torch.sub, (operand, mean))
+    """The operand, less its mean over the tokens where that is given, as fp8 codes, in plain torch for the compiler to fuse.
+
+    Of a linear's result they are made right behind it: ``meta["encoded"]`` of the linear is then (they, their factor), for a
+    product that writes them itself."""
+    found = behind_linear(operand) if mean is None else None
+    if found is None:
+        return _encoded(gm, operand if mean is None else gm.graph.call_function(torch.sub, (operand, mean)), inverse, operand)
+    linear, views = found
+    factor = getattr(gm, str(inverse.target))
+    with inserting_after(linear):
+        x = _encoded(gm, linear, add_constant(gm, str(inverse.target), factor), linear)
+    linear.meta["encoded"] = (x, float(factor))
+    y = viewed(gm, x, views)
+    y.meta.update(operand.meta)
+    return y
+
+
+def _encoded(gm: fx.GraphModule, x: fx.Node, inverse: fx.Node, like: fx.Node) -> fx.Node:
     x = gm.graph.call_function(torch.mul, (x, inverse))
     x = gm.graph.call_method("to", (gm.graph.call_function(torch.clamp, (x, -FP8_MAX, FP8_MAX)), FP8))
-    x.meta.update(operand.meta)
+    x.meta.update(like.meta)
     return x
 
 

@@ -24,7 +24,7 @@ from ..quantize import QD
 from ..rules import OPS
 from ..values import DTYPES, FP8_MAX, INT8_MAX
 from . import producers
-from .attention import complex_in_real, rewrite_attention
+from .attention import FP8, complex_in_real, rewrite_attention
 from .lowered import Derived, Lowered, Scaled, scaled
 from .producers import ADDITIONS, gelu_by_sigmoid, simplify
 
@@ -203,29 +203,36 @@ def _linears(gm: fx.GraphModule, calls: Sequence[fx.Node], code: fx.Node, x_scal
     p = problem(calls)
     kernel = _kernel(choose, p, precision)
     row = provider("linear8", kernel, precision)
-    scale_parts, joined = ([(scales[0], 1)] if row.one_scale else list(zip(scales, widths, strict=True))), _joined(codes)
+    # attention reads all of it in fp8: the product writes that, as its scales and bias are multiplied by what gives the codes
+    encoded = [c.meta["encoded"] for c in calls if "encoded" in c.meta] if row.writes_codes else []
+    direct = len(encoded) == len(calls)
+    last, factors = ([e[0] for e in encoded], [e[1] for e in encoded]) if direct else (calls, [1.0] * len(calls))
+    scale_parts, joined = [(s, n, x_scale * f) for s, n, f in zip(scales, widths, factors, strict=True)], _joined(codes)
+    if row.one_scale:
+        scale_parts = [(scales[0], 1, x_scale)]
     biases = [None if a["bias"] is None else _constant(gm, a["bias"]).detach() for a in arguments]
     bias = None
     if any(b is not None for b in biases):
-        filled = [scales[0].new_zeros(n) if b is None else b.float() for b, n in zip(biases, widths, strict=True)]
+        filled = [scales[0].new_zeros(n) if b is None else b.float() * f
+                  for b, n, f in zip(biases, widths, factors, strict=True)]
         bias = torch.cat(filled).to(p.dtype if row.narrow_bias else torch.float32)
     name = calls[0].name
     with gm.graph.inserting_before(code.next):
         weight = add_constant(gm, f"{name}_weight", joined)
-        factor = add_constant(gm, f"{name}_scale", scaled(scale_parts, x_scale))
+        factor = add_constant(gm, f"{name}_scale", scaled(scale_parts))
         added = None if bias is None else add_constant(gm, f"{name}_bias", bias)
-        outputs = [gm.graph.call_function(ops.linear8, (code, weight, factor, added, p.dtype, kernel))]
+        outputs = [gm.graph.call_function(ops.linear8, (code, weight, factor, added, FP8 if direct else p.dtype, kernel))]
         if len(calls) > 1:
             parts = gm.graph.call_function(torch.split, (outputs[0], widths, -1))
             outputs = [gm.graph.call_function(operator.getitem, (parts, i)) for i in range(len(calls))]
     derived = gm.meta["derived"]
-    derived.append(Scaled(_constant(gm, factor), scale_parts, x_scale))
+    derived.append(Scaled(_constant(gm, factor), scale_parts))
     if joined.data_ptr() != codes[0].data_ptr():
         derived.append(Derived(joined, codes, lambda: torch.cat(codes)))
-    for call, output in zip(calls, outputs, strict=True):
-        output.meta.update(call.meta)
-        call.replace_all_uses_with(output)
-        gm.graph.erase_node(call)
+    for node, output in zip(last, outputs, strict=True):
+        output.meta.update(node.meta)
+        node.replace_all_uses_with(output)
+    drop_dead(gm.graph)
 
 
 def _conv(gm: fx.GraphModule, call: fx.Node, code: fx.Node, x_scale: float, precision: str, choose: Chooser) -> None:
@@ -235,9 +242,9 @@ def _conv(gm: fx.GraphModule, call: fx.Node, code: fx.Node, x_scale: float, prec
     bias = None if arguments["bias"] is None else _constant(gm, arguments["bias"]).detach().float()
     with gm.graph.inserting_before(call):
         weight = add_constant(gm, f"{call.name}_weight", codes.contiguous(memory_format=torch.channels_last))
-        scale_parts, derived = [(scale, codes.shape[0])], gm.meta["derived"]
-        factor = add_constant(gm, f"{call.name}_scale", scaled(scale_parts, x_scale))
-        derived.append(Scaled(_constant(gm, factor), scale_parts, x_scale))
+        scale_parts, derived = [(scale, codes.shape[0], x_scale)], gm.meta["derived"]
+        factor = add_constant(gm, f"{call.name}_scale", scaled(scale_parts))
+        derived.append(Scaled(_constant(gm, factor), scale_parts))
         if _constant(gm, weight).data_ptr() != codes.data_ptr():
             derived.append(Derived(_constant(gm, weight), (codes,), lambda: codes))
         bias_node = None if bias is None else add_constant(gm, f"{call.name}_bias", bias)

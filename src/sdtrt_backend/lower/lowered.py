@@ -13,25 +13,24 @@ from ..recurring import Held as Held
 
 @dataclass(frozen=True)
 class Scaled:
-    """Scales that a step reads: those of ``parts``, each for so many rows, one behind the other, times ``factor``; fp32."""
+    """Scales that a step reads: those of ``parts``, each for so many rows and times a factor, one behind the other; fp32."""
 
     target: torch.Tensor
-    parts: Sequence[tuple[torch.Tensor, int]]
-    factor: float
+    parts: Sequence[tuple[torch.Tensor, int, float]]
 
     @property
     def sources(self) -> Sequence[torch.Tensor]:
-        return [scale for scale, _ in self.parts]
+        return [scale for scale, _, _ in self.parts]
 
     def renew(self) -> None:
         """See ``Derived``."""
         with torch.inference_mode(self.target.is_inference()):
-            self.target.copy_(scaled(self.parts, self.factor))
+            self.target.copy_(scaled(self.parts))
 
 
-def scaled(parts: Sequence[tuple[torch.Tensor, int]], factor: float) -> torch.Tensor:
+def scaled(parts: Sequence[tuple[torch.Tensor, int, float]]) -> torch.Tensor:
     """See ``Scaled``."""
-    return torch.cat([scale.expand(rows) for scale, rows in parts]) * factor
+    return torch.cat([(scale * factor).expand(rows) for scale, rows, factor in parts])
 
 
 @dataclass(frozen=True)

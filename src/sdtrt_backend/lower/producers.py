@@ -17,8 +17,8 @@ from torch import fx
 
 from .. import ops
 from ..assign import gelu_pays
-from ..calls import arguments, dimension, name_of, rearranges, written
-from ..fx import ATTENTION, add_constant, by_tanh, plain_attention
+from ..calls import arguments, dimension, name_of, written
+from ..fx import ATTENTION, add_constant, by_tanh, chain, plain_attention
 from ..kernels import Problem
 
 # not in place: a kernel that takes the sum along does not write it where others read it under its first operand's name
@@ -74,20 +74,7 @@ def heads_in_front(node: fx.Node) -> bool:
     return name == "transpose" and {dimension(given["dim0"], node), dimension(given["dim1"], node)} == {1, 2}
 
 
-def _chain(node: fx.Node, ends: Callable[[fx.Node], bool]) -> tuple[fx.Node, list[fx.Node]] | None:
-    """(the node that ``ends`` accepts, the views from it down to ``node``) where each is read by the next alone."""
-    views: list[fx.Node] = []
-    while not ends(node):
-        if not rearranges(node):
-            return None
-        views.append(node)
-        node = arguments(node)["input"]
-        if len(node.users) != 1:
-            return None
-    return node, views[::-1]
-
-
-def _viewed(gm: fx.GraphModule, node: fx.Node, views: list[fx.Node]) -> fx.Node:
+def viewed(gm: fx.GraphModule, node: fx.Node, views: list[fx.Node]) -> fx.Node:
     """``views`` applied to another node, in front of the insertion point."""
     for view in views:
         args, kwargs = fx.map_arg((view.args, view.kwargs), {**{n: n for n in view.all_input_nodes},
@@ -117,20 +104,20 @@ def concatenated(node: fx.Node, dim: int) -> Sequence[fx.Node]:
 
 def group_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype, kernel: str) -> fx.Node | None:
     """group_norm [-> silu] [-> views]. A factor per channel goes into the norm's weights, where no silu is between."""
-    found = _chain(source, lambda n: n.target in (torch.nn.functional.silu, torch.nn.functional.group_norm))
+    found = chain(source, lambda n: n.target in (torch.nn.functional.silu, torch.nn.functional.group_norm))
     if found is None:
         return None
     (node, views), silu = found, False
     if node.target is torch.nn.functional.silu:
         silu = True
-        inner = _chain(node.all_input_nodes[0], lambda n: n.target is torch.nn.functional.group_norm)
+        inner = chain(node.all_input_nodes[0], lambda n: n.target is torch.nn.functional.group_norm)
         if inner is None or inner[1] or len(inner[0].users) != 1:
             return None
         node = inner[0]
     if node.meta["val"].dim() != 4 or (factor.numel() > 1 and silu):
         return None
     y = group_norm_call(gm, node, silu, factor, dtype, kernel)
-    return _viewed(gm, y, views) if y is not None else None
+    return viewed(gm, y, views) if y is not None else None
 
 
 def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch.Tensor | None, dtype: torch.dtype,
@@ -234,7 +221,7 @@ def linear_gelu(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype
 def attention(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor | None, dtype: torch.dtype,
               choose: Callable[[tuple[int, ...], int, torch.dtype, torch.dtype], str | None]) -> fx.Node | None:
     """attention -> heads side by side, [batch, queries, heads * width]; ``choose`` names the kernel or declines."""
-    found = _chain(source, lambda n: n.target is ATTENTION)
+    found = chain(source, lambda n: n.target is ATTENTION)
     plain = None if found is None else plain_attention(found[0])
     if found is None or plain is None:
         return None
