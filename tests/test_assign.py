@@ -264,6 +264,8 @@ def test_calls_that_are_never_quantised_or_name_their_arguments_are_read_too():
 def test_behind_an_attention_the_cost_is_the_difference_of_two_kernels(attending):
     (attention,) = attending[0].graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
     assert quantization_ms(attention, Measured(), torch.int8) == 1.0
+    attention.meta["fp8_attention"] = ("cudnn", [1.0, 1.0, 1.0], False)
+    assert quantization_ms(attention, Measured(), torch.int8) == 0.0  # there is a pass over its codes anyway
 
 
 @pytest.fixture
@@ -279,9 +281,9 @@ def one_attention(body):
     return gm, tensors
 
 
-def attend(m, x, also_read=False):
+def attend(m, x, also_read=False, heads=4):
     products = [layer(x) for layer in (m.q, m.k, m.v)]
-    q, k, v = (y.view(2, -1, 4, 16).transpose(1, 2) for y in products)
+    q, k, v = (y.view(2, -1, heads, 64 // heads).transpose(1, 2) for y in products)
     y = F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=False)
     y = m.o(y.transpose(1, 2).reshape(2, -1, 64))
     return y + sum(products) if also_read else y
@@ -318,6 +320,18 @@ def test_an_attention_runs_in_fp8_where_that_is_faster_and_near(attending, monke
 def test_three_passes_count_where_the_products_are_read_by_others_too():
     gm, tensors = one_attention(lambda m, x: attend(m, x, also_read=True))
     assert attentions_in_fp8(gm, tensors, Measured(attention_fp8=2.0)) == []  # 2.0 and three of 0.5, 3.0 in 16 bits
+    assert not any("encoding" in n.meta for n in gm.graph.nodes)
+
+
+def test_narrow_heads_are_compared_as_kernels_take_them(monkeypatch):
+    widths = []
+    reference = ops.KERNELS["attention_fp8", "reference"]
+    monkeypatch.setitem(ops.KERNELS, ("attention_fp8", "cudnn"),
+                        lambda *given: widths.extend(t.shape[-1] for t in given[:3]) or reference(*given))
+    gm, tensors = one_attention(lambda m, x: attend(m, x, heads=8))
+    (error,) = attentions_in_fp8(gm, tensors, Measured(attention_fp8=1.0))  # 1.0 and three passes of 0.5, 3.0 in 16 bits
+    assert 0 < error < 0.08
+    assert widths == [16] * 3
     assert not any("encoding" in n.meta for n in gm.graph.nodes)
 
 

@@ -175,6 +175,8 @@ def quantization_ms(source: fx.Node, chooser: Timed, dtype: torch.dtype) -> floa
     value, node = source.meta["val"], source
     while (rearranges(node) or name_of(node) in PARTS) and node.all_input_nodes:
         node = node.all_input_nodes[0]
+    if "fp8_attention" in node.meta:
+        return 0.0  # a pass over its result there is anyway, whatever that writes
     if (attention := plain_attention(node)) is not None:
         query, key = (a.meta["val"] for a in attention[:2])
         wide, narrow = (chooser.attention_ms(tuple(query.shape), key.shape[-2], query.dtype, d) for d in (query.dtype, dtype))
@@ -207,7 +209,7 @@ def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -
         best = chooser.attention_fp8(shape, tokens)
         if best is not None:
             passes = sum(max(0.0, quantization_ms(operand, chooser, torch.float8_e4m3fn)) for operand in found[:3]
-                         if behind_linear(operand) is None)  # an int8 product writes the codes itself
+                         if _written_by(operand) is None)
             if best.ms + passes < chooser.attention_ms(shape, tokens, dtype, dtype):
                 faster[node] = (best.kernel, *found)
     if not faster:
@@ -225,7 +227,7 @@ def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -
                     error, scales = fp8_attention_error((q, k, taken), added, scale, y, kernel)
                     if error < ATTENTION_ERROR:
                         n.meta["fp8_attention"] = (kernel, scales, centred)
-                        for linear, _ in filter(None, map(behind_linear, operands[:2] if centred else operands)):
+                        for linear in filter(None, map(_written_by, operands[:2] if centred else operands)):
                             linear.meta[ENCODING] = True
                         errors.append(error)
                         break
@@ -236,14 +238,23 @@ def attentions_in_fp8(gm: fx.GraphModule, args: Sequence[Any], chooser: Timed) -
     return errors
 
 
+def _written_by(operand: fx.Node) -> fx.Node | None:
+    """The linear whose int8 product may write the codes of an attention's operand itself."""
+    found = behind_linear(operand) if operand.meta["val"].shape[-1] % ops.ATTENTION_FP8_UNIT == 0 else None
+    return None if found is None else found[0]
+
+
 def fp8_attention_error(operands: Sequence[torch.Tensor], mean: torch.Tensor | float, scale: float,
                         y: torch.Tensor, kernel: str) -> tuple[float, list[float]]:
     """(relative error to ``y`` of fp8 attention over q, k and v plus the mean that v is without, scales of q, k and v)."""
     scales = [_power_of_2(t) for t in operands]
-    codes = (ops.encode(t.float() / s, None, torch.float8_e4m3fn) for t, s in zip(operands, scales, strict=True))
+    width = y.shape[-1]
+    filled = (0, -width % ops.ATTENTION_FP8_UNIT)
+    codes = (torch.nn.functional.pad(ops.encode(t.float() / s, None, torch.float8_e4m3fn), filled)
+             for t, s in zip(operands, scales, strict=True))
     both, dtype = torch.tensor(scales, device=y.device), ops.ATTENTION_FP8_OUT[kernel]
     coded = ops.attention_fp8(*codes, both, scale, dtype, kernel).float() * scales[2]
-    return relative_error(coded.unflatten(2, (y.shape[1], -1)).transpose(1, 2) + mean, y), scales
+    return relative_error(coded.unflatten(2, (y.shape[1], -1)).transpose(1, 2)[..., :width] + mean, y), scales
 
 
 def _power_of_2(t: torch.Tensor) -> float:

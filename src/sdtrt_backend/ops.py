@@ -141,6 +141,8 @@ dequantize_fp8 = torch.ops.sdtrt_backend.dequantize_fp8.default
 
 # (operator, provider) -> function(*arguments of the operator, variant); providers add theirs when they are imported
 KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
+# kernels of attention_fp8 take heads whose width is a multiple of this; others are filled up with codes of 0
+ATTENTION_FP8_UNIT = 16
 # kernel of attention_fp8 -> dtype of its result
 ATTENTION_FP8_OUT = {"cudnn": torch.float8_e4m3fn, "fa3": torch.bfloat16, "reference": torch.float8_e4m3fn}
 # operators whose kernels take the name of a variant as their last argument

@@ -141,6 +141,18 @@ def test_attention_in_fp8(kernel, queries, tokens, width):
 
 
 @pytest.mark.parametrize("kernel", providers.ATTENTION_FP8)
+def test_fp8_attention_of_narrow_heads(kernel):
+    kernels.register()
+    if (refused := providers.no_attention_fp8(kernel, torch.cuda.get_device_capability())) is not None:
+        pytest.skip(refused)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn((2, 300, 8, 40), device=DEVICE, dtype=torch.float16).transpose(1, 2) for _ in range(3))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    error, _ = fp8_attention_error((q, k, v), 0.0, 40**-0.5, y, kernel)
+    assert error < ATTENTION_ERROR
+
+
+@pytest.mark.parametrize("kernel", providers.ATTENTION_FP8)
 def test_fp8_attention_over_a_video_takes_v_without_its_mean(kernel):
     kernels.register()
     if (refused := providers.no_attention_fp8(kernel, torch.cuda.get_device_capability())) is not None:

@@ -270,6 +270,30 @@ def test_a_planned_attention_reads_and_writes_fp8(name, centred):
         assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1  # the noise of e4m3, at large scores
 
 
+@pytest.mark.parametrize("centred", [False, True], ids=["", "without the mean of v"])
+def test_narrow_heads_are_filled_up_to_what_kernels_take(monkeypatch, centred):
+    def body(m, x):
+        y = F.scaled_dot_product_attention(*(layer(x).view(2, -1, 8, 8).transpose(1, 2) for layer in (m.q, m.k, m.v)))
+        return m.o(y.transpose(1, 2).reshape(2, -1, 64))
+
+    widths = []
+    kernel = ops.KERNELS["attention_fp8", "reference"]
+    monkeypatch.setitem(ops.KERNELS, ("attention_fp8", "reference"),
+                        lambda *given: widths.extend(t.shape[-1] for t in given[:3]) or kernel(*given))
+    module = Fragment(body, q=linear, k=linear, v=linear, o=linear)
+    captured, args, decisions, tensors = planned(module, TOKENS)
+    graph, nodes = bind(captured, args)
+    (attention,) = graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    attention.meta["fp8_attention"] = ("reference", [2**-5, 2**-5, 2**-6], centred)
+    gm = insert(graph, nodes, decisions)
+    propagate(gm, tensors)
+    to_8_bit_operators(gm, Reference())
+    _, reference, _ = lower(module, TOKENS)
+    with torch.no_grad():
+        assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1
+    assert widths == [16] * 3
+
+
 @pytest.mark.parametrize("why", ["the kernel writes 16 bits only", "q is read by others", "q and k are one"])
 def test_codes_are_made_behind_a_product_that_cannot_write_them(monkeypatch, why):
     def body(m, x):

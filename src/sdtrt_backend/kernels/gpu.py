@@ -183,7 +183,7 @@ class MeasuredChooser:
             if not usable:
                 return times
             noise = torch.Generator(self.device).manual_seed(0)
-            b, h, queries, d = query
+            b, h, queries, d = (*query[:-1], query[-1] + -query[-1] % ops.ATTENTION_FP8_UNIT)
             q, k, v = (timing.codes((b, t, h, d), torch.float8_e4m3fn, noise).transpose(1, 2).contiguous().transpose(1, 2)
                        .view(b, t, h, d).transpose(1, 2) for t in (queries, tokens, tokens))
             given = ((v.float() * CODES_OF_V).to(v.dtype), torch.ones(3, device=self.device), d**-0.5)

@@ -55,9 +55,12 @@ def _coded(gm: fx.GraphModule, operand: fx.Node, inverse: fx.Node, mean: fx.Node
 
     Of a linear's result they are made right behind it: ``meta["encoded"]`` of the linear is then (they, their factor), for a
     product that writes them itself."""
-    found = behind_linear(operand) if mean is None else None
+    missing = -operand.meta["val"].shape[-1] % ops.ATTENTION_FP8_UNIT
+    found = behind_linear(operand) if mean is None and not missing else None
     if found is None:
-        return _encoded(gm, operand if mean is None else gm.graph.call_function(torch.sub, (operand, mean)), inverse, operand)
+        x = operand if mean is None else gm.graph.call_function(torch.sub, (operand, mean))
+        x = gm.graph.call_function(torch.nn.functional.pad, (x, (0, missing))) if missing else x
+        return _encoded(gm, x, inverse, operand)
     linear, views = found
     factor = getattr(gm, str(inverse.target))
     with inserting_after(linear):
@@ -85,10 +88,13 @@ def _in_fp8(gm: fx.GraphModule, node: fx.Node, codes: list[fx.Node], scales: lis
     y = gm.graph.call_function(ops.attention_fp8, (*codes, both, scale, ops.ATTENTION_FP8_OUT[kernel], kernel))
     y = gm.graph.call_method("to", (y, torch.float32))
     y = gm.graph.call_function(torch.mul, (y, add_constant(gm, f"{node.name}_out_scale", _scalar(node, scales[2]))))
-    y = gm.graph.call_method("transpose", (gm.graph.call_method("view", (y, b, queries, h, d)), 1, 2))
+    y = gm.graph.call_method("view", (y, b, queries, h, d + -d % ops.ATTENTION_FP8_UNIT))
+    if d % ops.ATTENTION_FP8_UNIT:
+        y = gm.graph.call_method("narrow", (y, -1, 0, d))
     if mean is not None:
-        y = gm.graph.call_function(torch.add, (y, mean))
-    y = gm.graph.call_method("to", (y, value.dtype))
+        y = gm.graph.call_function(torch.add, (y, gm.graph.call_method("transpose", (mean, 1, 2))))
+    # heads last until here: whoever puts them side by side again reads it without a copy
+    y = gm.graph.call_method("transpose", (gm.graph.call_method("to", (y, value.dtype)), 1, 2))
     y.meta.update(node.meta)
     return y
 
