@@ -64,6 +64,23 @@ def test_codes_are_those_of_the_weights_with_the_loras(precision, smoothed):
                for (c, s), (b, t) in zip(one.tensors, before, strict=True))
 
 
+def test_a_trained_range_holds_until_a_lora_changes_the_weight():
+    weight, amax = torch.randn(6, 8), torch.rand(6) + 0.5
+    member = Decision(Layer("layer", "linear", "node", "x", weight), "int8", "", weight_amax=amax)
+    one = Coded([member], None, quantized_weights([member], None))
+    ((codes, scale),) = one.tensors
+    assert torch.equal(scale, amax / 127)
+    assert int(codes.abs().max()) == 127  # and what lies beyond it is clipped
+    before, lora = (codes.clone(), scale.clone()), factors(weight)
+    write_all([one], lambda w: [(lora, 1.0)])
+    fresh = coded([added(weight, [(lora, 1.0)])], "linear").tensors[0]
+    assert torch.equal(codes, fresh[0])
+    assert torch.equal(scale, fresh[1])
+    write_all([one], lambda w: [])
+    assert torch.equal(codes, before[0])
+    assert torch.equal(scale, before[1])
+
+
 def test_a_weight_that_stays_in_16_bits_is_written_beside_it():
     weight = torch.randn(6, 8, 3, 3, dtype=torch.bfloat16).contiguous(**LAST)
     kept, one = weight.clone(), Merged(weight, torch.empty_like(weight))

@@ -130,6 +130,20 @@ def test_a_recipe_of_schema_2_is_loaded_and_its_layers_have_no_role(recipe, tmp_
     assert Recipe.load(tmp_path).content_hash() == recipe.content_hash()
 
 
+def test_ranges_of_weights_survive_the_disk_and_schema_3_has_none(recipe, tmp_path):
+    named = replace(recipe, weight_amax={"a.to_q": torch.tensor([0.5, 1.5])}, parts={"controlnet": replace(
+        recipe, smoothing={}, amax_by_timestep={}, weight_amax={"b": torch.tensor([2.0])})})
+    again = Recipe.load(named.save(tmp_path))
+    assert again.content_hash() == named.content_hash() != recipe.content_hash()
+    assert again.weight_amax["a.to_q"].tolist() == [0.5, 1.5]
+    assert again.parts["controlnet"].weight_amax["b"].tolist() == [2.0]
+    recipe.save(tmp_path)
+    body = json.loads((tmp_path / JSON_NAME).read_text()) | {"schema": 3}
+    del body["sha256"]
+    (tmp_path / JSON_NAME).write_text(json.dumps({**body, "sha256": digest(body)}))
+    assert Recipe.load(tmp_path).weight_amax == {}
+
+
 def test_the_content_hash_is_of_all_that_is_saved_and_survives_the_disk(recipe, tmp_path):
     others = [replace(recipe, timesteps=(999.0,)), replace(recipe, smoothing={}), replace(recipe, provenance={"seed": 1}),
               replace(recipe, layers={**recipe.layers, "b": replace(recipe.layers["b"], keep="a reason")}),

@@ -155,6 +155,8 @@ def _kernels() -> Any:
 
 def _for_kernel(one: Coded | Merged, here: Sequence[torch.Tensor], factors_of: FactorsOf, new: Prepared) -> list[Any] | None:
     """What the kernels take for its weights; None where one is not where, or not as, they take it."""
+    if isinstance(one, Coded) and any(d.weight_amax is not None for d in one.members):
+        return None
     found = []
     for (weight, codes, scale, shared), mine in zip(one.parts, here, strict=True):
         factors = factors_of(weight)
@@ -175,7 +177,8 @@ def _write_by_torch(one: Coded | Merged, factors_of: Callable[[torch.Tensor], Se
 
     def with_loras(d: Decision) -> Decision:
         factors = factors_of(d.layer.weight)
-        return replace(d, layer=replace(d.layer, weight=added(d.layer.weight, factors))) if factors else d
+        # the ranges that a weight was trained to are not those of another
+        return replace(d, layer=replace(d.layer, weight=added(d.layer.weight, factors)), weight_amax=None) if factors else d
 
     for pair, new in zip(one.tensors, quantized_weights([with_loras(d) for d in one.members], one.smoothing), strict=True):
         for mine, other in zip(pair, new, strict=True):

@@ -60,7 +60,8 @@ def from_modelopt(make: type[Recipe], module: torch.nn.Module, original: torch.n
     quantizers are enabled: int8, input per tensor, weight per output channel. A layer whose quantizers are disabled is not in
     the recipe, also where it still pays for a pre_quant_scale: the recipe is for the original module, which has none.
     Other enabled quantizers (of norms, of attention) have no place in a recipe; a warning and the provenance name them.
-    Smoothed layers have a factor, so a group, of their own. Unsmoothed siblings of one amax share a group.
+    Smoothed layers have a factor, so a group, of their own. Unsmoothed siblings of one amax share a group. Ranges of weights that
+    are not the weight's own, as quantisation-aware training leaves them, are taken as they are.
 
     original: the module before ``mtq.quantize``, loaded afresh. Smoothing rounds a weight once, to the module's dtype, and a
     fingerprint is of the weight before. Without ``original`` it is recovered when every weight that the rounding allows has the
@@ -75,6 +76,7 @@ def from_modelopt(make: type[Recipe], module: torch.nn.Module, original: torch.n
     layers: dict[str, LayerRecipe] = {}
     smoothing: dict[str, torch.Tensor] = {}
     siblings: dict[tuple[str, float], str] = {}
+    weight_amax: dict[str, torch.Tensor] = {}
     unsmoothed = []
     for name, layer, op in quantized_layers(module):
         divisor = divisor_of(layer)
@@ -83,6 +85,9 @@ def from_modelopt(make: type[Recipe], module: torch.nn.Module, original: torch.n
             continue
         _check(name, layer, op)
         known, amax = original_fingerprint(name, layer, original), float(layer.input_quantizer.amax)
+        trained = layer.weight_quantizer.amax.detach().float().flatten().cpu()
+        if not _own_range(layer.weight, trained):
+            weight_amax[name] = trained
         if divisor is None:
             group = siblings.setdefault((name.rpartition(".")[0], amax), name)
             layers[name] = LayerRecipe(op, known, group, amax)
@@ -97,7 +102,8 @@ def from_modelopt(make: type[Recipe], module: torch.nn.Module, original: torch.n
                     "their tensors unquantised", len(others), ", ".join(others[:3]))
     facts = {"front_door": "modelopt", "algorithm": algorithm, "left_out": others, "unsmoothed": unsmoothed,
              "versions": versions(("sdtrt_backend", "torch", "nvidia-modelopt", "diffusers", "transformers"))}
-    return make(model_hash((name, layer.fingerprint) for name, layer in layers.items()), layers, smoothing, provenance=facts)
+    return make(model_hash((name, layer.fingerprint) for name, layer in layers.items()), layers, smoothing, provenance=facts,
+                weight_amax=weight_amax)
 
 
 @torch.no_grad()
@@ -106,10 +112,10 @@ def to_modelopt(recipe: Recipe, module: torch.nn.Module, original: torch.nn.Modu
     """Write ``recipe`` into a module that ``mtq.quantize`` or ``mto.restore`` returned, in place.
 
     Every layer of the recipe: int8 quantizers, input amax per tensor, pre_quant_scale = 1 / divisor in the weight's dtype,
-    weight W * divisor with max |W * divisor| per output channel. Every other quantizer of the module is disabled, and a
-    pre_quant_scale that such a layer had is taken out of it and of its weight. A factor that the module already has leaves its
-    weight as it is; any other change of a smoothed weight starts from ``original``, or from the weight divided back, which
-    differs by a rounding.
+    weight W * divisor with max |W * divisor| per output channel, or the range that the recipe names. Every other quantizer of the
+    module is disabled, and a pre_quant_scale that such a layer had is taken out of it and of its weight. A factor that the module
+    already has leaves its weight as it is; any other change of a smoothed weight starts from ``original``, or from the weight
+    divided back, which differs by a rounding.
 
     exclude: glob patterns of module paths that stay unquantised. A recipe also holds layers that ``rules.KEEP`` keeps in the
     user's precision; pass its patterns for the layers of sd_int8.
@@ -135,8 +141,10 @@ def to_modelopt(recipe: Recipe, module: torch.nn.Module, original: torch.nn.Modu
         _smooth(name, layer, divisor, original)
         if entry is not None:
             weight = layer.weight.detach()
+            reach = recipe.weight_amax.get(name)
+            own = weight.abs().amax([*range(1, weight.dim())], keepdim=True)
             _set(layer.input_quantizer, None, torch.tensor(amax, device=weight.device))
-            _set(layer.weight_quantizer, 0, weight.abs().amax([*range(1, weight.dim())], keepdim=True))
+            _set(layer.weight_quantizer, 0, own if reach is None else reach.to(own).view_as(own))
 
 
 def quantized_layers(module: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
@@ -212,9 +220,12 @@ def _check(name: str, layer: Any, op: str) -> None:
         raise RecipeError.not_expressible(name, "its output is quantised too")
     if op != "linear" and divisor_of(layer) is not None:
         raise RecipeError.not_expressible(name, "it is a smoothed convolution")
-    weight, amax = layer.weight.detach().float(), layer.weight_quantizer.amax.float().flatten()
-    if not torch.allclose(amax, weight.flatten(1).abs().amax(1), rtol=torch.finfo(layer.weight.dtype).eps, atol=0.0):
-        raise RecipeError.not_expressible(name, "its weight is clipped below max |W| of an output channel")
+
+
+def _own_range(weight: torch.Tensor, amax: torch.Tensor) -> bool:
+    """Whether ``amax`` [out] is max |W| of every output channel, to the rounding of the weight's dtype."""
+    own = weight.detach().float().flatten(1).abs().amax(1).cpu()
+    return torch.allclose(amax, own, rtol=torch.finfo(weight.dtype).eps, atol=0.0)
 
 
 def _check_weight(name: str, layer: Any) -> None:

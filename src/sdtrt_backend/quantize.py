@@ -27,7 +27,7 @@ from .rules import (
     reason_to_keep,
 )
 from .smooth import smooth_source
-from .stats import TINY_AMAX, over_channels, quantize_weight, shared_scale, weight_scale
+from .stats import TINY_AMAX, int8_scale, over_channels, quantize_weight, shared_scale, weight_scale
 from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
 
 QD = torch.ops.quantized_decomposed
@@ -43,7 +43,8 @@ def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], leve
     input then has two codes, see ``rules.TWO_CODES``.
     """
     recipe = covering(recipe, layers)
-    return tuple(_decide(layer, recipe, exclude, level, free_convs, two_codes) for layer in layers)
+    decisions = (_decide(layer, recipe, exclude, level, free_convs, two_codes) for layer in layers)
+    return tuple(replace(d, weight_amax=recipe.weight_amax.get(d.layer.name)) if d.quantized else d for d in decisions)
 
 
 def covering(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
@@ -102,8 +103,8 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
             reason = f"kernels take one code here, and it {calibrated.second}"
     if reason is not None or calibrated is None:
         return Decision(layer, "16-bit", reason or "")
-    twice = calibrated.second
-    if twice is None and any(fnmatchcase(layer.name, pattern) for pattern in two_codes):
+    twice, trained = calibrated.second, layer.name in recipe.weight_amax
+    if twice is None and not trained and any(fnmatchcase(layer.name, pattern) for pattern in two_codes):
         twice = TWO_CODES_REASON
     if free and twice is not None:
         amax, smoothing = recipe.input_of(layer.name, free) if calibrated.plain_amax is None else (calibrated.plain_amax, None)
@@ -197,9 +198,9 @@ def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision
 
 def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(codes, scale) of each weight, times ``smoothing`` (shaped by ``stats.over_channels``): int8 and convolutions per output
-    channel; fp8 linears that read one tensor share one scale, so that they can be one matrix product: a floating-point code
-    loses nothing by it. The codes of such linears lie one behind the other in one tensor, those of convolutions are channels
-    last."""
+    channel, int8 by the range that the decision names, if any; fp8 linears that read one tensor share one scale, so that they can
+    be one matrix product: a floating-point code loses nothing by it. The codes of such linears lie one behind the other in one
+    tensor, those of convolutions are channels last."""
     linears = [d for d in members if d.layer.op == "linear"]
     weights = [d.layer.weight.detach() if smoothing is None else d.layer.weight.detach().float() * smoothing for d in members]
     shared = shared_scale(torch.stack([w.abs().max() for w in weights]).max().float().view(1))
@@ -208,7 +209,7 @@ def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | Non
     result, row = [], 0
     for d, w in zip(members, weights, strict=True):
         if d.precision == "int8":
-            scale = weight_scale(w)
+            scale = int8_scale(d, w)
             codes = quantize_weight(w, scale)
         else:
             scale = shared if d in linears else weight_scale(w, torch.float8_e4m3fn)
@@ -229,5 +230,5 @@ def _weight_constant(gm: fx.GraphModule, decision: Decision, codes: torch.Tensor
     if decision.precision == "fp8":
         return gm.graph.call_function(ops.dequantize_fp8, (q, s, dtype))
     z = add_constant(gm, f"{name}_weight_zero_point", torch.zeros_like(scale, dtype=torch.int64))
-    return gm.graph.call_function(QD.dequantize_per_channel.default, (q, s, z, 0, -INT8_MAX, INT8_MAX, torch.int8),
+    return gm.graph.call_function(QD.dequantize_per_channel.default, (q, s, z, 0, -INT8_MAX - 1, INT8_MAX, torch.int8),
                                   {"out_dtype": dtype})

@@ -21,7 +21,7 @@ from .provenance import one_weight as one_weight
 from .provenance import versions as versions
 from .values import LayerRecipe as LayerRecipe
 
-SCHEMA = 3  # 1: the tensors were recipe.safetensors; 2: layers had no role
+SCHEMA = 4  # 1: the tensors were recipe.safetensors; 2: layers had no role; 3: none had ranges of weights
 FORMAT = Format("recipe", SCHEMA, RecipeError.unreadable, lambda folder, found: RecipeError.newer(folder, found, SCHEMA),
                 old_tensors=r"recipe\.safetensors", old_name=lambda body: "recipe.safetensors")
 JSON_NAME = FORMAT.json_name
@@ -33,7 +33,9 @@ class Recipe:
 
     ``amax_by_timestep``: group -> fp32 [T, 4] (max, min, sum, count of the unsmoothed amax), rows in the order of
     ``timesteps``, noisiest first; a row of zeros where the layer did not run. ``parts``: those of a pipeline's other modules that
-    are called at every timestep, by their names in it: a second denoiser, ControlNets, priors.
+    are called at every timestep, by their names in it: a second denoiser, ControlNets, priors. ``weight_amax``: layer -> max |W|
+    of each output channel that its int8 codes are to reach, after smoothing, fp32 [out], where that is not the weight's own:
+    quantisation-aware training leaves it as it was.
     """
 
     model_hash: str
@@ -43,6 +45,7 @@ class Recipe:
     timesteps: tuple[float, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Recipe] = field(default_factory=dict)
+    weight_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def input_of(self, name: str, free_convs: bool) -> tuple[float, torch.Tensor | None]:
         """(clipping value, divisor per channel [in] or None) of a layer's input. free_convs: see ``rules.FREE_CONVS``."""
@@ -91,7 +94,8 @@ class Recipe:
             "model_hash": self.model_hash, "timesteps": list(self.timesteps), "provenance": dict(self.provenance),
             "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
         tensors = {**{f"smoothing/{k}": v for k, v in self.smoothing.items()},
-                   **{f"amax/{k}": v for k, v in self.amax_by_timestep.items()}}
+                   **{f"amax/{k}": v for k, v in self.amax_by_timestep.items()},
+                   **{f"weight_amax/{k}": v for k, v in self.weight_amax.items()}}
         for name, part in self.parts.items():
             inner, more = part._content()
             body.setdefault("parts", {})[name] = inner
@@ -106,6 +110,7 @@ class Recipe:
             layers={name: LayerRecipe(**layer) for name, layer in body["layers"].items()},
             smoothing={k.removeprefix("smoothing/"): v for k, v in tensors.items() if k.startswith("smoothing/")},
             amax_by_timestep={k.removeprefix("amax/"): v for k, v in tensors.items() if k.startswith("amax/")},
+            weight_amax={k.removeprefix("weight_amax/"): v for k, v in tensors.items() if k.startswith("weight_amax/")},
             timesteps=tuple(body["timesteps"]),
             provenance=dict(body["provenance"]),
             parts={name: cls._of(inner, {k.removeprefix(f"{name}:"): v for k, v in tensors.items() if k.startswith(f"{name}:")})

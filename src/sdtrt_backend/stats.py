@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .values import DTYPES, FP8_MAX, INT8_MAX, Decision
+from .values import FP8_MAX, INT8_MAX, Decision
 
 # Histogram of |x|: 8 bins per octave from 2^-16 to 2^12; the first and last bin take what lies outside.
 OCTAVES = (-16, 12)
@@ -75,6 +75,11 @@ def weight_scale(weight: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch
     return row_scale(weight.detach().float().flatten(1).abs().amax(1), dtype)
 
 
+def int8_scale(decision: Decision, weight: torch.Tensor) -> torch.Tensor:
+    """Of a layer's (smoothed) weight, per output channel, fp32 [out]: by the range that the decision names, if any."""
+    return weight_scale(weight) if decision.weight_amax is None else row_scale(decision.weight_amax.to(weight.device))
+
+
 def row_scale(amax: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
     """max |W| of channels / 127, or 448 for float8_e4m3fn, fp32; of an all-zero channel as if that were 127: its codes are zero
     anyway."""
@@ -88,9 +93,10 @@ def shared_scale(amax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """round(W / s) in [-127, 127], int8, same shape; ``scale`` is per output channel (axis 0)."""
+    """round(W / s) in [-128, 127], int8, same shape; ``scale`` is per output channel (axis 0). -128 is reached where that is less
+    than max |W| / 127 only."""
     s = scale.view(-1, *[1] * (weight.dim() - 1))
-    return (weight.detach().float() / s).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return (weight.detach().float() / s).round().clamp(-INT8_MAX - 1, INT8_MAX).to(torch.int8)
 
 
 def fake_quantize(x: torch.Tensor, scale: float, zero_point: int = 0, largest: int = INT8_MAX) -> torch.Tensor:
@@ -137,7 +143,7 @@ def fake_quantize_weight(decision: Decision, weight: torch.Tensor) -> torch.Tens
     w = weight.detach().float()
     if decision.smoothing is not None:
         w = w * over_channels(decision.smoothing.to(w.device), w)
-    s = weight_scale(w, DTYPES[decision.precision])
+    s = int8_scale(decision, w) if decision.precision == "int8" else weight_scale(w, torch.float8_e4m3fn)
     column = s.view(-1, *[1] * (w.dim() - 1))
     return fake_quantize_fp8(w, column) if decision.precision == "fp8" else quantize_weight(w, s).float() * column
 

@@ -68,7 +68,7 @@ class Decision:
 
     amax: clipping value of the (smoothed) input; smoothing: divisor of the input per channel [in] or None; low, high: smallest
     and largest value seen, where int8 may have a zero point, else None; two_codes: the input has two 8-bit codes, which together
-    are 16 bits, see ``rules.TWO_CODES``.
+    are 16 bits, see ``rules.TWO_CODES``; weight_amax: of int8 codes, see ``Recipe``, or None for the weight's own.
     """
 
     layer: Layer
@@ -80,6 +80,7 @@ class Decision:
     low: float | None = None
     high: float | None = None
     two_codes: bool = False
+    weight_amax: torch.Tensor | None = None
 
     @property
     def quantized(self) -> bool:
