@@ -294,12 +294,14 @@ def test_narrow_heads_are_filled_up_to_what_kernels_take(monkeypatch, centred):
     assert widths == [16] * 3
 
 
-@pytest.mark.parametrize("why", ["the kernel writes 16 bits only", "q is read by others", "q and k are one"])
+@pytest.mark.parametrize("why", ["the kernel writes 16 bits only", "q is read by others", "q and k are one",
+                                 "q and k are one view"])
 def test_codes_are_made_behind_a_product_that_cannot_write_them(monkeypatch, why):
     def body(m, x):
         q = m.q(x)
         k = q if why == "q and k are one" else m.k(x)
-        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(m.v(x)))
+        query = heads(q)
+        y = F.scaled_dot_product_attention(query, query if why == "q and k are one view" else heads(k), heads(m.v(x)))
         y = m.o(y.transpose(1, 2).reshape(2, -1, 64))
         return y + q if why == "q is read by others" else y
 

@@ -204,7 +204,7 @@ def _linears(gm: fx.GraphModule, calls: Sequence[fx.Node], code: fx.Node, x_scal
     kernel = _kernel(choose, p, precision)
     row = provider("linear8", kernel, precision)
     # attention reads all of it in fp8: the product writes that, as its scales and bias are multiplied by what gives the codes
-    encoded = [c.meta["encoded"] for c in calls if "encoded" in c.meta] if row.writes_codes else []
+    encoded = [c.meta["encoded"] for c in calls if "encoded" in c.meta and len(c.users) == 1] if row.writes_codes else []
     direct = len(encoded) == len(calls)
     last, factors = ([e[0] for e in encoded], [e[1] for e in encoded]) if direct else (calls, [1.0] * len(calls))
     scale_parts, joined = [(s, n, x_scale * f) for s, n, f in zip(scales, widths, factors, strict=True)], _joined(codes)
@@ -232,7 +232,9 @@ def _linears(gm: fx.GraphModule, calls: Sequence[fx.Node], code: fx.Node, x_scal
     for node, output in zip(last, outputs, strict=True):
         output.meta.update(node.meta)
         node.replace_all_uses_with(output)
-    drop_dead(gm.graph)
+    if not direct:
+        for call in calls:
+            gm.graph.erase_node(call)
 
 
 def _conv(gm: fx.GraphModule, call: fx.Node, code: fx.Node, x_scale: float, precision: str, choose: Chooser) -> None:
