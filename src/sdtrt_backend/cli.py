@@ -353,8 +353,8 @@ def _machine(compiler: str | None) -> list[tuple[str, str, str]]:
         fits = found is not None and found in requirement.specifier
         advice = "fits" if fits else f"does not fit: pip install '{requirement}'"
         rows.append((requirement.name, found or "not installed", advice))
-    for module, extra in (("cudnn", "cuda"), ("torchao", "torchao"), ("modelopt", "modelopt"), ("tensorrt", "tensorrt"),
-                          ("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx")):
+    for module, extra in (("cudnn", "cuda"), ("fa3_fwd_interface", "fa3"), ("torchao", "torchao"), ("modelopt", "modelopt"),
+                          ("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx")):
         if importlib.util.find_spec(module) is None:
             rows.append((module, "not installed", f"optional: pip install 'sdtrt_backend[{extra}]'"))
     return rows
