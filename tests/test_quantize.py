@@ -9,7 +9,7 @@ from tolerances import TOLERANCES
 
 from sdtrt_backend import measure, stats
 from sdtrt_backend.capture import bind, tensor_inputs
-from sdtrt_backend.quantize import FP8_HEADROOM, QD, insert, plan
+from sdtrt_backend.quantize import FP8_HEADROOM, QD, free_convs, insert, plan, smooth_convs
 from sdtrt_backend.recipe import LayerRecipe, Recipe
 from sdtrt_backend.values import FP8_MAX
 
@@ -66,14 +66,14 @@ def test_an_unquantised_layer_pays_for_no_smoothing(denoiser, graph, recipe, inp
         assert torch.equal(gm(*tensors)[0], denoiser(*inputs))
 
 
-@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("convs", ["plain", "smoothed", "free"])
 @pytest.mark.parametrize("name", ["conv1", "to_q", "ff_out"])
-def test_one_layer_alone_equals_fake_quantisation_written_by_hand(denoiser, graph, recipe, inputs, name, free):
+def test_one_layer_alone_equals_fake_quantisation_written_by_hand(denoiser, graph, recipe, inputs, name, convs):
     others = [layer.name for layer in graph[0].layers if layer.name != name]
-    decisions = plan(graph[0].layers, recipe, tuple(others), free_convs=free)
+    decisions = plan(graph[0].layers, recipe, tuple(others), free_convs=convs == "free", smooth_convs=convs == "smoothed")
     (decision,) = [d for d in decisions if d.quantized]
-    assert (decision.int8_range[1] != 0) == (decision.layer.op == "conv2d" and free)
-    assert (decision.smoothing is None) == (decision.layer.op == "conv2d" and not free)
+    assert (decision.int8_range[1] != 0) == (decision.layer.op == "conv2d" and convs == "free")
+    assert (decision.smoothing is None) == (decision.layer.op == "conv2d" and convs == "plain")
     gm, tensors = quantised(graph, decisions)
     layer = denoiser.get_submodule(name)
     s = torch.ones(1) if decision.smoothing is None else stats.over_channels(decision.smoothing, layer.weight)
@@ -86,6 +86,12 @@ def test_one_layer_alone_equals_fake_quantisation_written_by_hand(denoiser, grap
         hook.remove()
         # a rounding tie may fall to the other side where the norm carries the factor
         assert measure.compare(gm(*tensors), expected) < 2e-3
+
+
+def test_which_convolutions_may_be_smoothed_and_have_a_zero_point():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [smooth_convs(device) for device in (cpu, cuda, torch.device("mps"))] == [True, True, False]
+    assert [free_convs(*of) for of in ((cpu, "int8"), (cpu, "fp8"), (cuda, "int8"))] == [True, False, False]
 
 
 class Keyword(torch.nn.Module):

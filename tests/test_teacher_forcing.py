@@ -462,7 +462,7 @@ def for_the_cpu(made, *, packed=False, narrow=None):
 def for_cuda(made, precision="int8", choose=None):
     captured, args, recipe = made
     tensors = tensor_inputs(captured, args)
-    decisions = plan(captured.layers, recipe, ())
+    decisions = plan(captured.layers, recipe, (), smooth_convs=True)
     if choose is None:
         decisions = [replace(d, precision=precision) if d.quantized else d for d in decisions]
     else:
@@ -478,7 +478,8 @@ def whole_for_cuda(made, precision):
     """(the lowered graph, the Q/DQ graph, tensors) of ``for_cuda``, to be compared as they are."""
     captured, args, recipe = made
     tensors = tensor_inputs(captured, args)
-    decisions = [replace(d, precision=precision) if d.quantized else d for d in plan(captured.layers, recipe, ())]
+    decisions = [replace(d, precision=precision) if d.quantized else d
+                 for d in plan(captured.layers, recipe, (), smooth_convs=True)]
     (reference, _), (gm, _) = q_dq(captured, args, decisions), q_dq(captured, args, decisions)
     propagate(gm, tensors)
     simplify(gm)

@@ -31,7 +31,7 @@ from .measure import compare
 from .metrics import psnr
 from .options import Options
 from .parts import defaults, every_timestep
-from .quantize import free_convs, insert, plan
+from .quantize import free_convs, insert, plan, smooth_convs
 from .recipe import Recipe
 from .rules import layers_of
 from .values import Decision
@@ -236,8 +236,9 @@ def fastest(parts: Sequence[Part], allowed: float) -> list[Part]:
 def decided(module: torch.nn.Module, recipe: Recipe, options: Options) -> tuple[Decision, ...]:
     """The plan of a module that was not captured; only layers that calibration saw."""
     layers = [layer for layer in layers_of(module) if layer.name in recipe.layers]
-    return plan(layers, recipe, options.exclude, options.level, free_convs(layers[0].weight.device, options.precision),
-                options.two_codes)
+    device = layers[0].weight.device
+    return plan(layers, recipe, options.exclude, options.level, free_convs(device, options.precision), options.two_codes,
+                smooth_convs(device))
 
 
 def tried(module: Together, recipe: Recipe, decisions: Mapping[str, Decision], weights: Mapping[str, torch.Tensor],

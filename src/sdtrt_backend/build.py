@@ -20,7 +20,7 @@ from .lower import Derived, Held, Lowered, Lowering, Scaled, choose
 from .names import layer_name
 from .options import Options
 from .programs import inductor
-from .quantize import covering, free_convs, insert, plan
+from .quantize import covering, free_convs, insert, plan, smooth_convs
 from .recipe import Recipe
 from .regions import in_pieces
 from .values import Decision, LayerReport, Plan, Report
@@ -193,8 +193,9 @@ def build(request: Request) -> Ready | Refused:
 def planned_of(captured: Captured, recipe: Recipe, options: Options, lowering: Lowering | None = None,
                nodes: Container[str] | None = None) -> Plan:
     """What rules and recipe say about each layer. nodes: of those whose results are used, where that is known."""
-    free = free_convs(_device(captured), options.precision) and (lowering is None or lowering.free_convs)
-    decisions = plan(captured.layers, recipe, options.exclude, options.level, free, options.two_codes)
+    device, may = _device(captured), lowering is None or lowering.free_convs
+    decisions = plan(captured.layers, recipe, options.exclude, options.level, may and free_convs(device, options.precision),
+                     options.two_codes, may and smooth_convs(device))
     used = tuple(d if nodes is None or d.layer.node in nodes else
                  Decision(d.layer, "16-bit", "nobody uses its result, so it is not computed") for d in decisions)
     return Plan(()).then("rules and recipe", used)

@@ -21,7 +21,7 @@ from PIL import Image
 from . import measure
 from .calibrate import Calibration, observed
 from .errors import SdtrtError
-from .quantize import free_convs, plan
+from .quantize import free_convs, plan, smooth_convs
 from .recipe import Recipe
 from .report import Chart
 from .rules import KEEP, MODULES, TWO_CODES_REASON
@@ -98,7 +98,8 @@ def noise_by_timestep(module: torch.nn.Module, recipe: Recipe, layers: Sequence[
             continue
         layer = Layer(row.name, row.op, "", "", kept.get_parameter("weight"), getattr(kept, "groups", 1))
         (decision,) = plan((layer,), recipe, (), free_convs=free_convs(layer.weight.device, row.precision),
-                           two_codes=(row.name,) if row.reason == TWO_CODES_REASON else ())
+                           two_codes=(row.name,) if row.reason == TWO_CODES_REASON else (),
+                           smooth_convs=smooth_convs(layer.weight.device))
         decisions[row.name] = replace(decision, precision=row.precision)
     noise = _Noise(module, decisions)
     with torch.no_grad(), observed(module, noise):

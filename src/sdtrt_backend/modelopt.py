@@ -137,7 +137,7 @@ def to_modelopt(recipe: Recipe, module: torch.nn.Module, original: torch.nn.Modu
             quantizer.disable()
     for name, layer in found:
         entry = None if name in excluded else recipe.layers.get(name)
-        amax, divisor = (0.0, None) if entry is None else recipe.input_of(name, free_convs=False)
+        amax, divisor = (0.0, None) if entry is None else recipe.input_of(name, smooth_convs=False)
         _smooth(name, layer, divisor, original)
         if entry is not None:
             weight = layer.weight.detach()

@@ -407,6 +407,7 @@ def reference_group_norm(x: torch.Tensor, x2: torch.Tensor | None, shift: torch.
     x = x if x2 is None else torch.cat([x, x2.float()], 1)
     y = torch.nn.functional.group_norm(x, groups, _float(weight), _float(bias), eps)
     y = torch.nn.functional.silu(y) if silu else y
+    out_scale = None if out_scale is None else out_scale.view(1, -1, 1, 1)
     return encode(y, out_scale, dtype).contiguous(memory_format=torch.channels_last)
 
 

@@ -22,7 +22,7 @@ class Options:
     rule: name of a range rule (``rules.RANGE_RULES``).
     percentile: share of the timesteps, from the noisy end, that the range rule looks at; 0 < p <= 1.
     alpha: SmoothQuant migration strength of linears, 0..1; None switches their smoothing off.
-    alpha_conv: the same of convolutions, which are smoothed on the CPU only.
+    alpha_conv: the same of convolutions, on the CPU and on NVIDIA GPUs.
     min_psnr: dB that pictures of prompts that calibrated nothing are to have at least on average, against the user's precision:
         ``calibrate`` measures what each layer brings of the error and of the speed, and names those that get a second
         code or stay unquantised.

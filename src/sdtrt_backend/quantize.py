@@ -20,6 +20,7 @@ from .rules import (
     FREE_CONVS,
     FUSED,
     LEVELS,
+    SMOOTH_CONVS,
     TORCHAO_KEEP,
     TORCHAO_MIN_ROWS,
     TWO_CODES_HEADROOM,
@@ -36,14 +37,15 @@ FP8_HEADROOM = 2.0
 
 
 def plan(layers: Sequence[Layer], recipe: Recipe, exclude: tuple[str, ...], level: float = LEVELS[-1],
-         free_convs: bool = False, two_codes: tuple[str, ...] = ()) -> tuple[Decision, ...]:
+         free_convs: bool = False, two_codes: tuple[str, ...] = (), smooth_convs: bool = False) -> tuple[Decision, ...]:
     """One decision per layer, in graph order: int8 with its range, or the user's precision with the reason.
 
-    free_convs: convolutions may be smoothed and have a zero point, see ``free_convs``; two_codes: patterns of layers whose
-    input then has two codes, see ``rules.TWO_CODES``.
+    smooth_convs: convolutions may be smoothed, see the function of that name; free_convs: they may, and have a zero point, see
+    ``free_convs``; two_codes: patterns of layers whose input then has two codes, see ``rules.TWO_CODES``.
     """
     recipe = covering(recipe, layers)
-    decisions = (_decide(layer, recipe, exclude, level, free_convs, two_codes) for layer in layers)
+    smoothed = free_convs or smooth_convs
+    decisions = (_decide(layer, recipe, exclude, level, free_convs, smoothed, two_codes) for layer in layers)
     return tuple(replace(d, weight_amax=recipe.weight_amax.get(d.layer.name)) if d.quantized else d for d in decisions)
 
 
@@ -63,6 +65,11 @@ def _fused(name: str, recipe: Recipe) -> LayerRecipe | None:
         whole = len(parts) == len(FUSED[last]) and len({p.group for p in parts}) == 1
         return next((p for p in parts if p.keep or p.second), parts[0]) if whole else None
     return next((recipe.layers[path + n] for n, of in FUSED.items() if last in of and path + n in recipe.layers), None)
+
+
+def smooth_convs(device: torch.device) -> bool:
+    """Whether the kernels on ``device`` take smoothed convolutions."""
+    return device.type in SMOOTH_CONVS
 
 
 def free_convs(device: torch.device, precision: str) -> bool:
@@ -88,7 +95,7 @@ def for_torchao(decision: Decision, source: torch.Tensor) -> Decision:
     return decision if reason is None else Decision(decision.layer, "16-bit", reason)
 
 
-def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float, free: bool,
+def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float, free: bool, smoothed: bool,
             two_codes: tuple[str, ...]) -> Decision:
     calibrated = recipe.layers.get(layer.name)
     told = layer if layer.role is not None or calibrated is None else replace(layer, role=calibrated.role)
@@ -109,7 +116,7 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
     if free and twice is not None:
         amax, smoothing = recipe.input_of(layer.name, free) if calibrated.plain_amax is None else (calibrated.plain_amax, None)
         return Decision(layer, "int8", twice, amax * TWO_CODES_HEADROOM, smoothing, calibrated.group, two_codes=True)
-    decision = Decision(layer, "int8", "", *recipe.input_of(layer.name, free), calibrated.group)
+    decision = Decision(layer, "int8", "", *recipe.input_of(layer.name, smoothed), calibrated.group)
     return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 
 

@@ -47,10 +47,10 @@ class Recipe:
     parts: Mapping[str, Recipe] = field(default_factory=dict)
     weight_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def input_of(self, name: str, free_convs: bool) -> tuple[float, torch.Tensor | None]:
-        """(clipping value, divisor per channel [in] or None) of a layer's input. free_convs: see ``rules.FREE_CONVS``."""
+    def input_of(self, name: str, smooth_convs: bool) -> tuple[float, torch.Tensor | None]:
+        """(clipping value, divisor per channel [in] or None) of a layer's input. smooth_convs: see ``rules.SMOOTH_CONVS``."""
         layer = self.layers[name]
-        if layer.op == "conv2d" and layer.plain_amax is not None and not free_convs:
+        if layer.op == "conv2d" and layer.plain_amax is not None and not smooth_convs:
             return layer.plain_amax, None
         return layer.amax, self.smoothing.get(layer.group)
 

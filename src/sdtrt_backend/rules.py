@@ -86,9 +86,10 @@ FUSED: dict[str, tuple[str, ...]] = {
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "to_added_kv": ("add_k_proj", "add_v_proj"),
 }
-# Where convolutions are smoothed and their input has a zero point: in int8 on these devices neither costs anything. Most of them
-# read SiLU's output, which is never below -0.28, so half of the codes of a symmetric range would be lost. Elsewhere kernels
-# take one factor per tensor, and pad with the code 0
+# Where convolutions are smoothed: what writes their input on these devices multiplies by a factor per channel as well as by one
+SMOOTH_CONVS = ("cpu", "cuda")
+# Where their input has a zero point as well, which costs nothing in int8 on these devices. Most of them read SiLU's output, which
+# is never below -0.28, so half of the codes of a symmetric range would be lost. Elsewhere kernels pad with the code 0
 FREE_CONVS = ("cpu",)
 # Layers that read what no norm has tamed: a gated product, or the sum of a transformer's residuals, whose tails are so heavy
 # that outliers of prompts nobody calibrated on are clipped, or take all codes. Where a second product costs little

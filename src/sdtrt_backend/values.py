@@ -44,7 +44,7 @@ class LayerRecipe:
 
     fingerprint: identifies the weight; group: layers of one group read one tensor and share amax and smoothing;
     amax: clipping value after smoothing; alpha: migration strength or None; plain_amax: clipping value without smoothing or
-    None, see ``rules.FREE_CONVS``; low, high: smallest and largest value after smoothing, or None; keep: the sentence why the
+    None, see ``rules.SMOOTH_CONVS``; low, high: smallest and largest value after smoothing, or None; keep: the sentence why the
     layer is to stay in the user's precision, or None; second: the sentence why its input is to have two codes, or to stay in
     the user's precision where kernels take one, or None; role: one of ``roles`` where a graph told it, else "".
     """

@@ -14,7 +14,7 @@ def tensor(*shape, dtype=FP32, mean=0.0, std=1.0):
 
 
 def check_group_norm(c, c2, hw, groups, dtype, out, images=2, silu=True, affine=True, shifted=False, mean=0.0, noise=NOISE,
-                     **config):
+                     per_channel=False, **config):
     from sdtrt_backend.kernels.triton_norm import NormConfig, group_norm
 
     x = tensor(images, c, *hw, dtype=dtype, mean=mean).contiguous(**LAST)
@@ -25,13 +25,13 @@ def check_group_norm(c, c2, hw, groups, dtype, out, images=2, silu=True, affine=
     exact = exact if x2 is None else torch.cat([exact, x2.double()], 1)
     exact = torch.nn.functional.group_norm(exact, groups, *(None if p is None else p.double() for p in (weight, bias)), 1e-5)
     exact = torch.nn.functional.silu(exact) if silu else exact
-    scale = saturating(exact, out)
+    scale = saturating(exact, out, (c + c2,) if per_channel else (1,))
     config = NormConfig(**{"block_c": 32, "rows": 8, "warps": 4, "per_sm": 4, "per_sm_read": 2, **config})
     with poisoned():
         y = group_norm(x, x2, groups, weight, bias, 1e-5, silu, scale, out, shift, config)
     assert y.is_contiguous(**LAST)
     assert y.dtype == out
-    assert_written(y, exact, scale, noise + exact.abs() * 2e-6)
+    assert_written(y, exact, scale.view(1, -1, 1, 1), noise + exact.abs() * 2e-6)
 
 
 if not INTERPRETED:
@@ -67,6 +67,14 @@ def test_group_norm_with_and_without_its_parts(affine, shifted, c2):
 
 
 @on_device
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
+@pytest.mark.parametrize("out", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("c2", [0, 24])
+def test_group_norm_with_a_factor_for_each_channel(c2, out, silu):
+    check_group_norm(40, c2, (7, 5), 8, HALF, out, silu=silu, per_channel=True)
+
+
+@on_device
 @pytest.mark.parametrize("config", [{"block_c": 64}, {"block_c": 128, "rows": 16}, {"rows": 1}, {"rows": 64, "per_sm": 1},
                                     {"per_sm_read": 40, "per_sm": 40}], ids=str)
 def test_group_norm_with_any_tile(config):
@@ -93,8 +101,9 @@ def test_group_norm_refuses_what_it_cannot_write():
     x = tensor(1, 24, 2, 2).contiguous(**LAST)
     with pytest.raises(ValueError, match="multiple of groups"):
         group_norm(x, None, 7, None, None, 1e-5, False, None, FP32)
-    with pytest.raises(ValueError, match="out_scale"):
-        group_norm(x, None, 8, None, None, 1e-5, False, None, INT8)
+    for scale in (None, torch.ones(2, device=DEVICE)):
+        with pytest.raises(ValueError, match="out_scale of 1 or 24 elements"):
+            group_norm(x, None, 8, None, None, 1e-5, False, scale, INT8)
     with pytest.raises(ValueError, match="channels only"):
         group_norm(x, x.half(), 8, None, None, 1e-5, False, None, FP32)
     with pytest.raises(ValueError, match=r"shift is \[2, 24\]"):

@@ -22,9 +22,9 @@ from sdtrt_backend.lower.producers import simplify
 from sdtrt_backend.quantize import insert
 
 
-def lower(module, *inputs, precision="int8"):
-    """(graph for the GPU, Q/DQ graph, tensors)."""
-    captured, args, decisions, tensors = planned(module, *inputs)
+def lower(module, *inputs, precision="int8", **how):
+    """(graph for the GPU, Q/DQ graph, tensors). how: arguments of ``plan``."""
+    captured, args, decisions, tensors = planned(module, *inputs, **how)
     decisions = [replace(d, precision=precision) if d.quantized else d for d in decisions]
 
     def make():
@@ -440,6 +440,28 @@ def test_arguments_may_be_given_by_name_and_calls_as_functions_or_methods(module
     assert count(gm, op) == (0 if op is ops.layer_norm8 else 1)  # a layer norm's kernel has no views behind it
     with torch.no_grad():
         assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize(("body", "kernels"), [
+    (lambda m, x: m.a(F.silu(m.n(x))), 1), (lambda m, x: m.a(m.n(x)), 1),
+    (lambda m, x: m.a(F.silu(m.n(torch.cat([x[:, :24], x[:, 24:]], dim=1)))), 1),
+    (lambda m, x: m.a(F.interpolate(x, scale_factor=2.0)), 0), (lambda m, x: m.a(F.layer_norm(x, (8,))), 0),
+    (lambda m, x: m.a(m.a(x) + x), 0),
+], ids=["silu", "norm", "concatenation", "upsampled", "norm of columns", "twice"])
+def test_a_smoothed_convolution_reads_what_its_factors_are_in(body, kernels, precision):
+    """With the factor of each channel in the kernel that writes the codes, or in the pass that does."""
+    module = Fragment(body, a=lambda: conv(padding=1), n=lambda: nn.GroupNorm(8, 64))
+    uneven = PIXELS * torch.linspace(0.1, 8, 64).view(1, 64, 1, 1)
+    gm, reference, tensors = lower(module, uneven, precision=precision, smooth_convs=True)
+    assert count(gm, ops.group_norm8) == kernels
+    assert not [n for n in gm.graph.nodes if n.meta.get("smoothing")]
+    _, plain, _ = lower(module, uneven, precision=precision)
+    with torch.no_grad():
+        smoothed, exact = gm(*tensors), module(uneven)
+        assert measure.compare(smoothed, reference(*tensors)) < TOLERANCES["rounding_ties"]
+        if precision == "int8" and kernels == 0:  # behind a norm all channels are alike
+            assert measure.compare(smoothed, (exact,)) < measure.compare(plain(*tensors), (exact,))
 
 
 @pytest.mark.parametrize(("make", "taken_in"), [

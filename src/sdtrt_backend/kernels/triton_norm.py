@@ -143,7 +143,7 @@ def _normalise(x_ptr: tl.tensor, x2_ptr: tl.tensor, shift_ptr: tl.tensor, partia
                bias_ptr: tl.tensor, out_scale_ptr: tl.tensor, y_ptr: tl.tensor, pixels: tl.tensor, c1: tl.tensor, c2: tl.tensor,
                width: tl.tensor, chunks: tl.tensor, chunk_read: tl.tensor, chunk: tl.tensor, eps: tl.tensor, SILU: tl.constexpr,
                FAST: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, SPAN: tl.constexpr,
-               GROUPS: tl.constexpr, OVERLAP: tl.constexpr) -> None:
+               GROUPS: tl.constexpr, OVERLAP: tl.constexpr, PER_CHANNEL: tl.constexpr) -> None:
     """The statistics of the groups that touch this block of channels (GROUPS, SPAN channels wide), then the block's pixels.
 
     width: channels of a group; chunk_read, chunks: of ``partial``.
@@ -175,7 +175,7 @@ def _normalise(x_ptr: tl.tensor, x2_ptr: tl.tensor, shift_ptr: tl.tensor, partia
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + image * c1 + c, mask=inside & (first == 0), other=0.0).to(tl.float32)
     if out_scale_ptr is not None:
-        scale = tl.load(out_scale_ptr)
+        scale = tl.load(out_scale_ptr + c_y, mask=inside, other=0.0) if PER_CHANNEL else tl.load(out_scale_ptr)
     if OVERLAP:
         gdc_wait()
 
@@ -225,7 +225,7 @@ def _normalise(x_ptr: tl.tensor, x2_ptr: tl.tensor, shift_ptr: tl.tensor, partia
         if SILU:
             y = silu(y, FAST)
             if out_scale_ptr is not None:
-                y *= scale
+                y *= scale[None, :] if PER_CHANNEL else scale
         tl.store(out + row * channels, encode(y, y_ptr), mask=(rows < count - row) & inside[None, :])
         x = after
 
@@ -250,7 +250,7 @@ def group_norm(x: torch.Tensor, x2: torch.Tensor | None, groups: int, weight: to
     out_scale, rounded and saturated.
 
     x fp16, bf16 or fp32 [n, c, h, w], x2 likewise [n, c2, h, w], both channels last (copied if not); weight, bias
-    [c + c2]; shift [n, c]; out_scale fp32, one element = 1 / scale of the result. Returns ``dtype`` [n, c + c2, h, w],
+    [c + c2]; shift [n, c]; out_scale fp32 [1] or [c + c2]. Returns ``dtype`` [n, c + c2, h, w],
     channels last. Deterministic; no host synchronisation.
     """
     last = torch.channels_last
@@ -262,7 +262,8 @@ def group_norm(x: torch.Tensor, x2: torch.Tensor | None, groups: int, weight: to
     check(channels % groups == 0, f"channels ({channels}) are a multiple of groups ({groups})")
     check(x2 is None or (x2.dtype == x.dtype and x2.shape == (n, c2, h, w)), "x and x2 differ in channels only")
     check(shift is None or shift.shape == (n, c1), f"shift is [{n}, {c1}]")
-    check(dtype not in EIGHT_BIT or (out_scale is not None and out_scale.numel() == 1), "8-bit results need one out_scale")
+    check(dtype not in EIGHT_BIT or (out_scale is not None and out_scale.numel() in (1, channels)),
+          f"8-bit results need an out_scale of 1 or {channels} elements")
     y = torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=last)
     width, sms = channels // groups, programs(x.device)
     blocks, touched, span = _spans((c1, c2) if c2 else (c1,), width, config.block_c)
@@ -273,11 +274,12 @@ def group_norm(x: torch.Tensor, x2: torch.Tensor | None, groups: int, weight: to
     shift = None if shift is None else shift.contiguous()
     partial = torch.empty((n, chunks, 2, channels), dtype=torch.float32, device=x.device)
     overlap = config.overlap and x.is_cuda
+    scale = out_scale if dtype in EIGHT_BIT else None
     tile = {"BLOCK_C": config.block_c, "ROWS": config.rows, "OVERLAP": overlap, "num_warps": config.warps}
     _channel_statistics[(blocks, chunks, n)](x, x2, shift, partial, pixels, c1, c2, chunk_read, **tile)
     _normalise[(blocks, triton.cdiv(pixels, chunk), n)](
-        x, x2, shift, partial, weight, bias, out_scale if dtype in EIGHT_BIT else None, y, pixels, c1, c2, width, chunks,
-        chunk_read, chunk, eps, SILU=silu, FAST=config.fast_silu and x.is_cuda and dtype in EIGHT_BIT,
+        x, x2, shift, partial, weight, bias, scale, y, pixels, c1, c2, width, chunks, chunk_read, chunk, eps, SILU=silu,
+        FAST=config.fast_silu and x.is_cuda and dtype in EIGHT_BIT, PER_CHANNEL=scale is not None and scale.numel() > 1,
         CHUNKS=max(1, 256 * config.warps // span), SPAN=span, GROUPS=triton.next_power_of_2(touched),
         **({"launch_pdl": True} if overlap else {}), **tile)
     return y

@@ -35,8 +35,8 @@ class Lowering:
     refusal: why it cannot be used on a device, or None; refine: the plan for what its kernels take; lower: graph with Q/DQ,
     example tensors, options -> Lowered; none_left: the sentence where ``refine`` left nothing in 8 bits, from its last decision;
     graphed: whether the step becomes a CUDA graph on a GPU; free_convs: whether its convolutions may be smoothed and have a zero
-    point; timed: whether its time counts; may_be_slower: whether it must be raced against the compiled 16-bit step; counts:
-    whether executed 8-bit FLOPs can be counted; flops: counted FLOPs -> those of the model's own work.
+    point, where the device's may; timed: whether its time counts; may_be_slower: whether it must be raced against the compiled
+    16-bit step; counts: whether executed 8-bit FLOPs can be counted; flops: counted FLOPs -> those of the model's own work.
     """
 
     name: str
@@ -143,7 +143,7 @@ LOWERINGS = {row.name: row for row in (
              # a step that is faster than the 16-bit products, convolutions and attention alone, which torch.compile calls as they
              # are, is faster than any compiler of the same calls
              may_be_slower=lambda t: t.step_ms >= t.kernels_ms),
-    Lowering("tensorrt", _by_tensorrt, _for_engines, tensorrt.lower, flops=_with_engines),
+    Lowering("tensorrt", _by_tensorrt, _for_engines, tensorrt.lower, free_convs=False, flops=_with_engines),
     Lowering("torchao", _by_torchao, _for_torchao, torchao.lower, free_convs=False,
              none_left=lambda d: f"TorchAO runs no layer of this module ({d.layer.name}: {d.reason})"),
 )}

@@ -143,20 +143,22 @@ def _produced(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: 
     """The 8-bit tensor from the kernel that computes ``source``, which nobody else reads."""
     if len(source.users) != 1:
         return None
+    of_images = factor.dim() == 3  # a factor per channel [c, 1, 1]: the other kernels' channels are the last dimension
     for name, produce in PRODUCERS.items():
-        kernel = choose.producer(name)
+        kernel = choose.producer(name) if name == "group_norm8" or not of_images else None
         made = None if kernel is None else produce(gm, source, factor, dtype, kernel)
         if made is not None:
             return made
-    return (producers.linear_gelu(gm, source, factor, dtype, choose.gelu_kernel)
+    return None if of_images else (producers.linear_gelu(gm, source, factor, dtype, choose.gelu_kernel)
             or producers.attention(gm, source, factor, dtype, choose.attention_kernel))
 
 
 def _plain(gm: fx.GraphModule, quantize: fx.Node, source: fx.Node, inverse: torch.Tensor, dtype: torch.dtype) -> fx.Node:
     """source * inverse, rounded and saturated. The factor is a buffer: equal layers then have equal kernel source."""
     call = gm.graph.call_function
-    # two dimensions: Inductor would write a smaller constant into the kernel's source
-    x = call(torch.mul, (source, add_constant(gm, f"{quantize.name}_inverse_scale", inverse.view(1, -1))))
+    # two dimensions or more: Inductor would write a smaller constant into the kernel's source
+    inverse = inverse.unsqueeze(0) if inverse.dim() == 3 else inverse.view(1, -1)  # per channel of images [c, 1, 1], or of tokens
+    x = call(torch.mul, (source, add_constant(gm, f"{quantize.name}_inverse_scale", inverse)))
     if dtype is torch.int8:
         x = call(torch.clamp, (call(torch.round, (x,)), -INT8_MAX - 1, INT8_MAX))
     else:

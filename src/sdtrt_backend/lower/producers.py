@@ -103,7 +103,7 @@ def concatenated(node: fx.Node, dim: int) -> Sequence[fx.Node]:
 
 
 def group_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype: torch.dtype, kernel: str) -> fx.Node | None:
-    """group_norm [-> silu] [-> views]. A factor per channel goes into the norm's weights, where no silu is between."""
+    """group_norm [-> silu] [-> views]."""
     found = chain(source, lambda n: n.target in (torch.nn.functional.silu, torch.nn.functional.group_norm))
     if found is None:
         return None
@@ -114,7 +114,7 @@ def group_norm(gm: fx.GraphModule, source: fx.Node, factor: torch.Tensor, dtype:
         if inner is None or inner[1] or len(inner[0].users) != 1:
             return None
         node = inner[0]
-    if node.meta["val"].dim() != 4 or (factor.numel() > 1 and silu):
+    if node.meta["val"].dim() != 4:
         return None
     y = group_norm_call(gm, node, silu, factor, dtype, kernel)
     return viewed(gm, y, views) if y is not None else None
@@ -129,13 +129,8 @@ def group_norm_call(gm: fx.GraphModule, node: fx.Node, silu: bool, factor: torch
     affine = _affine(gm, given)
     if affine is None:
         return None
-    (weight, bias), out_scale = affine, None
-    if factor is not None and factor.numel() > 1:
-        weight = factor.view(-1) * (1.0 if weight is None else weight.float())
-        bias = None if bias is None else bias.float() * factor.view(-1)
-        out_scale = add_constant(gm, f"{node.name}_out_scale", torch.ones_like(factor.view(-1)[:1]))
-    elif factor is not None:
-        out_scale = add_constant(gm, f"{node.name}_out_scale", factor.float().view(1))
+    weight, bias = affine
+    out_scale = None if factor is None else add_constant(gm, f"{node.name}_out_scale", factor.float().view(-1))
     parts, added_up = concatenated(x, 1), operands(x, ADDITIONS)
     if len(parts) == 2 and parts[0].meta["val"].dtype is parts[1].meta["val"].dtype:
         x, x2 = parts
