@@ -151,14 +151,16 @@ class Paths:
 
     def norm_sizes(self, node, args, kwargs, sizes):
         """Of a group or layer norm: every rounding of the size of the input, or of what is added up to its mean, over the
-        deviation."""
+        deviation; and of torch's sum of squares, from which that of the mean is taken, half of which is in the deviation."""
         x = args[0]
         group = node.target is F.group_norm
         names = ("input", "num_groups", "weight", "bias", "eps") if group else ("input", "shape", "weight", "bias", "eps")
         all_given = dict(zip(names, args, strict=False)) | kwargs
         rows = x.reshape(x.shape[0] * all_given["num_groups"], -1) if group else x
         deviation = (rows.var(-1, correction=0, keepdim=True) + all_given.get("eps", 1e-5)).sqrt()
-        m = ((sizes[0].reshape(rows.shape) + rows.abs().mean(-1, keepdim=True)) / deviation).reshape(x.shape)
+        mean = rows.mean(-1, keepdim=True)
+        m = (sizes[0].reshape(rows.shape) + rows.abs().mean(-1, keepdim=True)) / deviation
+        m = (m + (rows - mean).abs() / deviation * (mean / deviation).square() / 2).reshape(x.shape)
         shape = (1, -1, *[1] * (x.dim() - 2)) if group else (-1,)
         for name, join in (("weight", torch.mul), ("bias", torch.add)):
             if all_given.get(name) is not None:
