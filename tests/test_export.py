@@ -213,7 +213,7 @@ def test_the_users_pipeline_is_left_as_it_was(pipe, recipe, exported):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_command_line_builds_an_engine_of_dynamic_batch_and_resolution(pipe, recipe, exported, tmp_path):
     for package in ("onnxscript", RTX):
         pytest.importorskip(package, reason="building engines needs pip install 'sdtrt_backend[onnx]' tensorrt_rtx")

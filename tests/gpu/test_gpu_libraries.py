@@ -124,12 +124,17 @@ def test_convolution(row, size, taps, stride, padding, added):
     check(row, (x, weight, scale, bias, residual, [stride] * 2, [padding] * 2, torch.float16), expected)
 
 
-@pytest.mark.parametrize("kernel", providers.ATTENTION_FP8)
+@pytest.fixture(params=providers.ATTENTION_FP8)
+def kernel(request):
+    """Of attention over fp8 codes."""
+    kernels.register()
+    if (refused := providers.no_attention_fp8(request.param, torch.cuda.get_device_capability())) is not None:
+        pytest.skip(refused)
+    return request.param
+
+
 @pytest.mark.parametrize(("queries", "tokens", "width"), [(130, 130, 64), (256, 77, 128)])
 def test_attention_in_fp8(kernel, queries, tokens, width):
-    kernels.register()
-    if (refused := providers.no_attention_fp8(kernel, torch.cuda.get_device_capability())) is not None:
-        pytest.skip(refused)
     torch.manual_seed(queries)
     q, k, v = (torch.randn((2, t, 3, width), device=DEVICE).mul(30).to(torch.float8_e4m3fn).transpose(1, 2)
                for t in (queries, tokens, tokens))
@@ -140,11 +145,7 @@ def test_attention_in_fp8(kernel, queries, tokens, width):
     assert stats.relative_error(y, expected) < gpu.ATTENTION_FP8_BOUND
 
 
-@pytest.mark.parametrize("kernel", providers.ATTENTION_FP8)
 def test_fp8_attention_of_narrow_heads(kernel):
-    kernels.register()
-    if (refused := providers.no_attention_fp8(kernel, torch.cuda.get_device_capability())) is not None:
-        pytest.skip(refused)
     torch.manual_seed(0)
     q, k, v = (torch.randn((2, 300, 8, 40), device=DEVICE, dtype=torch.float16).transpose(1, 2) for _ in range(3))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -152,11 +153,7 @@ def test_fp8_attention_of_narrow_heads(kernel):
     assert error < ATTENTION_ERROR
 
 
-@pytest.mark.parametrize("kernel", providers.ATTENTION_FP8)
 def test_fp8_attention_over_a_video_takes_v_without_its_mean(kernel):
-    kernels.register()
-    if (refused := providers.no_attention_fp8(kernel, torch.cuda.get_device_capability())) is not None:
-        pytest.skip(refused)
     torch.manual_seed(0)
     q, k, v = (torch.randn((1, 32760, 4, 128), device=DEVICE, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     v = 0.58 * v + 0.11 * torch.randn((1, 4, 1, 128), device=DEVICE, dtype=torch.bfloat16)

@@ -246,17 +246,22 @@ def test_another_embedding_or_norm_is_left_as_it_is(other):
         assert measure.compare(gm(*tensors), reference(*tensors)) < TOLERANCES["rounding_ties"]
 
 
-@pytest.mark.parametrize("centred", [False, True], ids=["", "without the mean of v"])
-@pytest.mark.parametrize("name", ["rotary", "rotary single", "rotary complex", "rotary by image", "attention"])
-def test_a_planned_attention_reads_and_writes_fp8(name, centred):
-    captured, args, decisions, tensors = planned(*MODULES[name])
+def lower_in_fp8(module, *inputs, centred=False):
+    """(graph for the GPU whose attention was planned in fp8, Q/DQ graph without it, tensors)."""
+    captured, args, decisions, tensors = planned(module, *inputs)
     graph, nodes = bind(captured, args)
     (attention,) = graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
     attention.meta["fp8_attention"] = ("reference", [2**-5, 2**-5, 2**-6], centred)
     gm = insert(graph, nodes, decisions)
     propagate(gm, tensors)
     simplify(gm)
-    to_8_bit_operators(gm, Reference())
+    return to_8_bit_operators(gm, Reference()), lower(module, *inputs)[1], tensors
+
+
+@pytest.mark.parametrize("centred", [False, True], ids=["", "without the mean of v"])
+@pytest.mark.parametrize("name", ["rotary", "rotary single", "rotary complex", "rotary by image", "attention"])
+def test_a_planned_attention_reads_and_writes_fp8(name, centred):
+    gm, reference, tensors = lower_in_fp8(*MODULES[name], centred=centred)
     assert count(gm, ops.attention_fp8) == 1
     assert count(gm, F.scaled_dot_product_attention) == count(gm, ops.attention8) == 0
     assert count(gm, ops.rms_rope8) == (0 if name == "attention" else 2)
@@ -265,7 +270,6 @@ def test_a_planned_attention_reads_and_writes_fp8(name, centred):
     assert len(in_codes) == (name == "attention" and not centred)
     if in_codes:
         assert count(gm, torch.clamp) == 2  # of what the products read, and of what the last one does
-    _, reference, _ = lower(*MODULES[name])
     with torch.no_grad():
         assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1  # the noise of e4m3, at large scores
 
@@ -281,14 +285,7 @@ def test_narrow_heads_are_filled_up_to_what_kernels_take(monkeypatch, centred):
     monkeypatch.setitem(ops.KERNELS, ("attention_fp8", "reference"),
                         lambda *given: widths.extend(t.shape[-1] for t in given[:3]) or kernel(*given))
     module = Fragment(body, q=linear, k=linear, v=linear, o=linear)
-    captured, args, decisions, tensors = planned(module, TOKENS)
-    graph, nodes = bind(captured, args)
-    (attention,) = graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-    attention.meta["fp8_attention"] = ("reference", [2**-5, 2**-5, 2**-6], centred)
-    gm = insert(graph, nodes, decisions)
-    propagate(gm, tensors)
-    to_8_bit_operators(gm, Reference())
-    _, reference, _ = lower(module, TOKENS)
+    gm, reference, tensors = lower_in_fp8(module, TOKENS, centred=centred)
     with torch.no_grad():
         assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1
     assert widths == [16] * 3
@@ -308,15 +305,8 @@ def test_codes_are_made_behind_a_product_that_cannot_write_them(monkeypatch, why
     if why == "the kernel writes 16 bits only":
         monkeypatch.setattr(inductor_cuda, "provider", lambda *row: replace(provider(*row), writes_codes=False))
     module = Fragment(body, q=linear, k=linear, v=linear, o=linear)
-    captured, args, decisions, tensors = planned(module, TOKENS)
-    graph, nodes = bind(captured, args)
-    (attention,) = graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-    attention.meta["fp8_attention"] = ("reference", [2**-5, 2**-5, 2**-6], False)
-    gm = insert(graph, nodes, decisions)
-    propagate(gm, tensors)
-    to_8_bit_operators(gm, Reference())
+    gm, reference, tensors = lower_in_fp8(module, TOKENS)
     assert all(n.args[4] is torch.float32 for n in gm.graph.find_nodes(op="call_function", target=ops.linear8))
-    _, reference, _ = lower(module, TOKENS)
     with torch.no_grad():
         assert 0 < measure.compare(gm(*tensors), reference(*tensors)) < 0.1
 
