@@ -138,8 +138,7 @@ def test_both_must_be_in_8_bits():
     propagate(graph, tensors)
 
     def changed(name, **how):
-        mine = [replace(d, **how) if d.layer.name == name else d for d in decisions]
-        return {d.layer.name: d for d in rotate_heads(mine, nodes)}
+        return {d.layer.name: d for d in rotate_heads([replace(d, **how) if d.layer.name == name else d for d in decisions], nodes)}
 
     assert names(changed("to_out", precision="16-bit")) == names(changed("to_v", precision="16-bit")) == (set(), set())
     assert names(changed("to_out", precision="fp8")) == (set(), set())  # a floating-point code has no range to win

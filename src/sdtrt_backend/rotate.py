@@ -12,11 +12,10 @@ from dataclasses import replace
 from torch import fx
 
 from .calls import arguments, heads_in_front, name_of, rearranges
-from .fx import behind_linear
+from .fx import ATTENTION, behind_linear, plain_attention
 from .stats import ROTATED
 from .values import Decision
 
-ATTENTION = "scaled_dot_product_attention"  # torch's own and torch.export's
 CONVERSIONS = ("to", "float", "half", "bfloat16")
 APART, TOGETHER = ("view", "reshape", "unflatten"), ("view", "reshape", "flatten")
 
@@ -43,27 +42,26 @@ def _values_behind(x: fx.Node) -> fx.Node | None:
     """The linear that writes the values of the attention whose result ``x`` is, heads side by side; None where anything else
     reads one of the tensors between, or the heads lie otherwise."""
     views: list[fx.Node] = []
-    while name_of(x) != ATTENTION:
-        if _readers(x) != 1 or not (rearranges(x) or name_of(x) in CONVERSIONS):
+    while x.target is not ATTENTION:
+        if len(x.users) != 1 or not (rearranges(x) or name_of(x) in CONVERSIONS):
             return None
         if rearranges(x):
             views.append(x)
         x = x.all_input_nodes[0]
-    given = arguments(x)
-    query, key, value = (given[name] for name in ("query", "key", "value"))
-    if _readers(x) != 1 or value in (query, key) or value.meta["val"].dim() != 4 or given["enable_gqa"] or given["dropout_p"]:
+    attention = plain_attention(x, masked=True)
+    if len(x.users) != 1 or attention is None or len(views) != 2:
         return None
-    found = behind_linear(value)
-    if found is None or len(views) != 2 or len(found[1]) != 2:
+    together, in_front = views
+    query, key, value, _ = attention
+    width = value.meta["val"].shape[-1]
+    found = None if value in (query, key) else behind_linear(value)
+    if found is None or len(found[1]) != 2 or width % ROTATED:
         return None
-    (together, in_front), (linear, (apart, swapped)) = views, found
-    heads, width = value.meta["val"].shape[1], value.meta["val"].shape[-1]
-    # whatever is in front of them, the last dimensions tell how the channels lie
-    as_heads = name_of(apart) in APART and apart.meta["val"].shape[-2:] == (heads, width) and heads_in_front(swapped)
-    side_by_side = name_of(together) in TOGETHER and together.meta["val"].shape[-1] == heads * width and heads_in_front(in_front)
-    return linear if as_heads and side_by_side and width % ROTATED == 0 else None
-
-
-def _readers(node: fx.Node) -> int:
-    """torch.export asserts what it knows of a tensor that is converted."""
-    return sum(name_of(user) != "_assert_tensor_metadata" for user in node.users)
+    linear, (apart, swapped) = found
+    batch, heads, tokens, _ = value.meta["val"].shape
+    queries = x.meta["val"].shape[2]
+    as_heads = (name_of(apart) in APART and tuple(apart.meta["val"].shape) == (batch, tokens, heads, width)
+                and heads_in_front(swapped))
+    side_by_side = (name_of(together) in TOGETHER and tuple(together.meta["val"].shape) == (batch, queries, heads * width)
+                    and heads_in_front(in_front))
+    return linear if as_heads and side_by_side else None

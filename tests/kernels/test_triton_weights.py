@@ -78,8 +78,7 @@ def check(made):
         rows = scale.view(-1, *[1] * (whole.dim() - 1))
         codes = quantize_weight(whole, scale.expand(len(whole))) if write.codes.dtype is INT8 else (
             (whole / rows).clamp(-448, 448).to(FP8))
-        in_scale = [other for other in made if other[0].shared == write.shared] if write.shared else [(write, factors)]
-        if not any(f or any(other.rotations) for other, f in in_scale):
+        if not factors and not any(write.rotations) and (write.shared is None or not any(f for other, f in made if other.shared == write.shared)):
             assert torch.equal(write.scale, scale)
             assert torch.equal(write.codes.float(), codes.float())
             continue
