@@ -5,7 +5,7 @@
 
 serve: ``--clients`` a pipeline ask for ``--count`` pictures each, again and again, for ``--duration`` seconds after all are warm.
 batch: ``--pictures`` a pipeline, by when their files were written, without the first and last call of each actor: it has begun
-to draw by then, and has not run out of prompts. Writes scaling_gpu.json, or scaling_cpu.json. Needs ``sdtrt_backend[cli]``.
+to draw by then, and has not run out of prompts. Writes scaling_gpu.json, or scaling_cpu.json. Needs ``sdtrt_backend[serve]``.
 """
 
 from __future__ import annotations
