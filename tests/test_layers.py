@@ -26,7 +26,7 @@ LAYERS = {
                 "kernels.triton_gemm", "kernels.triton_conv", "kernels.triton_norm", "kernels.triton_attention",
                 "kernels.triton_rope", "kernels.triton_candidates", "kernels.triton_weights", "kernels.providers", "kernels.gpu",
                 "kernels.onednn", "kernels.choose", "kernels"],
-    "plan": ["smooth", "quantize", "assign", "partition"],
+    "plan": ["smooth", "quantize", "rotate", "assign", "partition"],
     "calibration": ["parts", "observe", "resume", "budget", "pictures", "calibrate"],
     "lowerings": ["engine", "lower.lowered", "lower.reference", "lower.producers", "lower.attention", "lower.inductor_cpu",
                   "lower.inductor_cuda", "lower.torchao", "lower.onnx", "lower.tensorrt", "lower"],

@@ -37,6 +37,7 @@ from sdtrt_backend.lower.inductor_cuda import to_8_bit_operators
 from sdtrt_backend.lower.producers import simplify
 from sdtrt_backend.options import Options
 from sdtrt_backend.quantize import QD, insert, plan
+from sdtrt_backend.rotate import rotate_heads
 from sdtrt_backend.rules import OPS, TWO_CODES
 from sdtrt_backend.values import FP8_MAX
 
@@ -444,6 +445,8 @@ def trace(name, dtype, device):
 def q_dq(captured, args, decisions):
     """(Q/DQ graph, names of its 8-bit layers)."""
     graph, nodes = bind(captured, args)
+    propagate(graph, tensor_inputs(captured, args))
+    decisions = rotate_heads(decisions, nodes)
     names = {nodes[d.layer.node].name: d for d in decisions if d.quantized}
     return insert(graph, nodes, decisions), names
 

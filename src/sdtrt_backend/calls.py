@@ -284,6 +284,14 @@ def rearranges(node: fx.Node) -> bool:
     return isinstance(given.get("input"), fx.Node) and "dtype" not in given  # view(dtype) reads the bits as other numbers
 
 
+def heads_in_front(node: fx.Node) -> bool:
+    """Whether the call swaps dimensions 1 and 2 of four: [batch, tokens, heads, width] and the other way round."""
+    given, name = arguments(node), name_of(node)
+    if name == "permute":
+        return [dimension(d, node) for d in given["dims"]] == [0, 2, 1, 3]
+    return name == "transpose" and {dimension(given["dim0"], node), dimension(given["dim1"], node)} == {1, 2}
+
+
 def _nodes(values: Iterable[Any]) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(list(values), found.append)

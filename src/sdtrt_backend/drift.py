@@ -103,6 +103,9 @@ def widest(decision: Decision, recipe: Recipe) -> float:
     the maximum clip on purpose, and that is no drift."""
     table, smoothing = recipe.amax_by_timestep.get(decision.group), decision.smoothing
     seen = 0.0 if table is None else float(table[:, 0].max()) / (1.0 if smoothing is None else float(smoothing.max()))
+    if decision.rotated:  # the same share of what was seen is clipped
+        plain = recipe.layers[decision.layer.name].plain_amax
+        seen = seen * decision.amax / plain if plain else 0.0
     return max(decision.amax * (FP8_HEADROOM if decision.precision == "fp8" else 1.0), seen)
 
 

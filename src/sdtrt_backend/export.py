@@ -26,6 +26,7 @@ from .parts import denoiser_name
 from .pictures import asked
 from .quantize import for_engine, insert, plan
 from .recipe import Recipe, fingerprint, write_atomically
+from .rotate import rotate_heads
 from .rules import ENGINE_MIN_SM, LEVELS, MODULES
 from .timesteps import TIMESTEP_NAMES
 from .values import Decision
@@ -126,6 +127,7 @@ def export_onnx(pipe: Any, recipe: Recipe | str | os.PathLike[str], folder: str 
             captured, values = trace(module, calls[-1], _varying(calls))  # the largest: a size of 1 would become a constant
         decisions = tuple(for_engine(d, precision, flavour) for d in plan(captured.layers, recipe, exclude, level))
         graph, nodes = bind(captured, values)
+        decisions = rotate_heads(decisions, nodes)
         graph = insert(graph, nodes, decisions)
         inputs = [_tensors(call) for call in calls]
         used = {n.name: inputs[-1][n.name] for n in graph.graph.find_nodes(op="placeholder")}

@@ -157,15 +157,18 @@ def _for_kernel(one: Coded | Merged, here: Sequence[torch.Tensor], factors_of: F
     """What the kernels take for its weights; None where one is not where, or not as, they take it."""
     if isinstance(one, Coded) and any(d.weight_amax is not None for d in one.members):
         return None
-    found = []
-    for (weight, codes, scale, shared), mine in zip(one.parts, here, strict=True):
+    found, smoothing, rotated = [], one.smoothing if isinstance(one, Coded) else None, [(False, False)]
+    if isinstance(one, Coded):
+        rotated = [d.rotations for d in one.members]
+        if any(map(any, rotated)) and not any(factors_of(weight) for weight, *_ in one.parts):
+            return None  # without LoRAs codes are what they were, to the bit, and torch sums in another order
+    for (weight, codes, scale, shared), mine, rotations in zip(one.parts, here, rotated, strict=True):
         factors = factors_of(weight)
         if len({f.up.dtype for f, _ in factors}) > 1:
             factors = [(replace(f, up=f.up.float(), down=f.down.float()), name) for f, name in factors]
         new.factors += [f for f, _ in factors]
         places = [(f, new.strengths.setdefault((name, f.scale), len(new.strengths))) for f, name in factors]
-        smoothing = one.smoothing if isinstance(one, Coded) else None
-        found.append(_kernels().to_write(mine, codes, scale, smoothing, id(one) if shared else None, places)
+        found.append(_kernels().to_write(mine, codes, scale, smoothing, id(one) if shared else None, places, rotations)
                      if mine.device == codes.device else None)
     return None if None in found else found
 

@@ -59,13 +59,15 @@ class Calibration:
     """Streaming statistics: memory grows with layers and timesteps, not with samples.
 
     total_step: calls of a trajectory for rules of ``rules.BY_CALL``, whose timestep is the count of calls modulo this; else 0.
-    inputs: group -> timestep -> InputStats; ranges: group -> (smallest, largest value) [channels] over all calls;
+    inputs: group -> timestep -> InputStats; ranges: group -> (smallest, largest value) [channels] over all calls; rotated:
+    group -> amax of the rotated tensor (``stats.rotate``) over all calls, where that can be, of groups of one layer;
     group_of: layer -> group (the first layer that reads the same tensor); roles: layer -> ``roles``, where there is a graph.
     """
 
     total_step: int = 0
     inputs: dict[str, dict[float, InputStats]] = field(default_factory=dict)
     ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    rotated: dict[str, float] = field(default_factory=dict)
     group_of: dict[str, str] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class Calibration:
     buckets: Buckets = field(default_factory=Buckets)
     trajectories: Trajectories = field(default_factory=Trajectories)
     _bucket: float = 0.0
+    _shared: set[str] = field(default_factory=set)
     _seen: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,6 +121,7 @@ class Calibration:
         assert seen is not None
         self.group_of.setdefault(name, seen[1])
         if not first:
+            self._shared.add(seen[1])
             return
         low, high = stats.channel_range(x, channel_axis)
         channels = torch.maximum(low.abs(), high.abs())
@@ -128,6 +132,9 @@ class Calibration:
         group = self.group_of[name]
         known = self.ranges.get(group, (low, high))
         self.ranges[group] = torch.minimum(known[0], low), torch.maximum(known[1], high)
+        alone = group not in self._shared  # as what attention gives is read; of fewer than three dimensions it is not
+        if alone and op == "linear" and x.dim() > 2 and not x.shape[-1] % stats.ROTATED:
+            self.rotated[group] = max(self.rotated.get(group, 0.0), float(stats.rotate(x.detach()).abs().max()))
         self._add(self.inputs.setdefault(group, {}), self._bucket, InputStats.of_call(channels, histogram))
 
     def timesteps(self) -> list[float]:
@@ -173,10 +180,13 @@ class Calibration:
                 weight_amax = torch.stack([self.weight_amax[m] for m in members]).amax(0)
                 s = smoothing[group] = stats.smoothing_factor(channel_amax, weight_amax, alpha)
                 amax = float((channel_amax / s).max())
+            # of its range as much as the rule takes of the range that is not rotated
+            taken = plain / max(float(tensor.maximum.max()), stats.TINY_AMAX)
+            rotated = self.rotated[group] * taken if group in self.rotated and len(members) == 1 else None
             low, high = float((self.ranges[group][0] / s).min()), float((self.ranges[group][1] / s).max())
             for name in members:
                 layers[name] = LayerRecipe(self.ops[name], self.fingerprints[name], group, amax, alpha, plain, low, high,
-                                           role=self.roles.get(name, ""))
+                                           role=self.roles.get(name, ""), rotated_amax=rotated)
         facts = {"rule": options.rule, "percentile": options.percentile, "alpha": options.alpha,
                  "alpha_conv": options.alpha_conv, "versions": versions(),
                  "skipped_nonfinite": dict(sorted(self.nonfinite.items())), **provenance}

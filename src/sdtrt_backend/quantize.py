@@ -28,7 +28,7 @@ from .rules import (
     reason_to_keep,
 )
 from .smooth import smooth_source
-from .stats import TINY_AMAX, int8_scale, over_channels, quantize_weight, shared_scale, weight_scale
+from .stats import TINY_AMAX, int8_scale, over_channels, quantize_weight, rotate, rotated_weight, shared_scale, weight_scale
 from .values import DTYPES, FP8_MAX, INT8_MAX, Decision, Layer
 
 QD = torch.ops.quantized_decomposed
@@ -116,7 +116,8 @@ def _decide(layer: Layer, recipe: Recipe, exclude: tuple[str, ...], level: float
     if free and twice is not None:
         amax, smoothing = recipe.input_of(layer.name, free) if calibrated.plain_amax is None else (calibrated.plain_amax, None)
         return Decision(layer, "int8", twice, amax * TWO_CODES_HEADROOM, smoothing, calibrated.group, two_codes=True)
-    decision = Decision(layer, "int8", "", *recipe.input_of(layer.name, smoothed), calibrated.group)
+    decision = Decision(layer, "int8", "", *recipe.input_of(layer.name, smoothed), calibrated.group,
+                        rotated_amax=calibrated.rotated_amax)
     return replace(decision, low=calibrated.low, high=calibrated.high) if layer.op == "conv2d" and free else decision
 
 
@@ -143,8 +144,9 @@ class Coded:
                 for d, pair in zip(self.members, self.tensors, strict=True)]
 
 
-# (ids of weights that read one tensor, precision, device, dtype, whether smoothed, two codes) -> what they are in 8 bits
-Codes = dict[tuple[tuple[int, ...], str, torch.device, torch.dtype, bool, bool], Coded]
+# (ids of weights that read one tensor, precision, device, dtype, whether smoothed, two codes, whether each is rotated and turned)
+# -> what they are in 8 bits
+Codes = dict[tuple[tuple[int, ...], str, torch.device, torch.dtype, bool, bool, tuple[tuple[bool, bool], ...]], Coded]
 
 
 def by_tensor(decisions: Sequence[Decision]) -> Iterator[tuple[Any, list[Decision], torch.Tensor | None]]:
@@ -159,7 +161,7 @@ def by_tensor(decisions: Sequence[Decision]) -> Iterator[tuple[Any, list[Decisio
         if smoothing is not None:
             smoothing = over_channels(smoothing.to(like.device), like)
         yield (tuple(id(d.layer.weight) for d in members), first.precision, like.device, like.dtype, smoothing is not None,
-               first.two_codes), members, smoothing
+               first.two_codes, tuple(d.rotations for d in members)), members, smoothing
 
 
 def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[Decision],
@@ -181,8 +183,18 @@ def insert(gm: fx.GraphModule, nodes: dict[str, fx.Node], decisions: Sequence[De
         for d, node, weight in zip(members, readers, known[key].tensors, strict=True):
             with gm.graph.inserting_before(node):
                 dequantized = _weight_constant(gm, d, *weight)
-            node.args, node.kwargs = tuple({**call_arguments(node), "input": quantized, "weight": dequantized}.values()), {}
+                bias = _turned(gm, d, call_arguments(node)["bias"])
+            changed = {"input": quantized, "weight": dequantized, "bias": bias}
+            node.args, node.kwargs = tuple({**call_arguments(node), **changed}.values()), {}
     return finish(gm)
+
+
+def _turned(gm: fx.GraphModule, decision: Decision, bias: fx.Node | None) -> fx.Node | None:
+    """The bias of a layer whose output is rotated."""
+    if bias is None or not decision.turned:
+        return bias
+    value = getattr(gm, str(bias.target)).detach()
+    return add_constant(gm, f"{decision.layer.node}_turned_bias", rotate(value).to(value.dtype))
 
 
 def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision) -> fx.Node:
@@ -204,12 +216,13 @@ def _quantize_activation(gm: fx.GraphModule, source: fx.Node, decision: Decision
 
 
 def quantized_weights(members: Sequence[Decision], smoothing: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(codes, scale) of each weight, times ``smoothing`` (shaped by ``stats.over_channels``): int8 and convolutions per output
-    channel, int8 by the range that the decision names, if any; fp8 linears that read one tensor share one scale, so that they can
-    be one matrix product: a floating-point code loses nothing by it. The codes of such linears lie one behind the other in one
-    tensor, those of convolutions are channels last."""
+    """(codes, scale) of each weight, times ``smoothing`` (shaped by ``stats.over_channels``), rotated: int8 and convolutions per
+    output channel, int8 by the range that the decision names, if any; fp8 linears that read one tensor share one scale, so that
+    they can be one matrix product: a floating-point code loses nothing by it. The codes of such linears lie one behind the other
+    in one tensor, those of convolutions are channels last."""
     linears = [d for d in members if d.layer.op == "linear"]
-    weights = [d.layer.weight.detach() if smoothing is None else d.layer.weight.detach().float() * smoothing for d in members]
+    weights = [rotated_weight(d, d.layer.weight.detach() if smoothing is None else d.layer.weight.detach().float() * smoothing)
+               for d in members]
     shared = shared_scale(torch.stack([w.abs().max() for w in weights]).max().float().view(1))
     joined = torch.empty((sum(d.layer.weight.shape[0] for d in linears), *(linears or members)[0].layer.weight.shape[1:]),
                          dtype=DTYPES[members[0].precision], device=weights[0].device)

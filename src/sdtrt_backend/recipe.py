@@ -21,7 +21,8 @@ from .provenance import one_weight as one_weight
 from .provenance import versions as versions
 from .values import LayerRecipe as LayerRecipe
 
-SCHEMA = 4  # 1: the tensors were recipe.safetensors; 2: layers had no role; 3: none had ranges of weights
+# 1: the tensors were recipe.safetensors; 2: layers had no role; 3: none had ranges of weights; 4: or of rotated inputs
+SCHEMA = 5
 FORMAT = Format("recipe", SCHEMA, RecipeError.unreadable, lambda folder, found: RecipeError.newer(folder, found, SCHEMA),
                 old_tensors=r"recipe\.safetensors", old_name=lambda body: "recipe.safetensors")
 JSON_NAME = FORMAT.json_name

@@ -90,14 +90,14 @@ def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tens
             f"range/{group}": torch.stack(c.ranges[group]),
         }
     facts = {"layers": {name: [op, c.fingerprints[name], c.group_of[name]] for name, op in c.ops.items()},
-             "timesteps": {group: list(at) for group, at in c.inputs.items()}, "nonfinite": c.nonfinite,
+             "timesteps": {group: list(at) for group, at in c.inputs.items()}, "nonfinite": c.nonfinite, "rotated": c.rotated,
              "buckets": [[key, *span] for key, span in c.buckets.spans.items()], "trajectories": vars(c.trajectories)}
     return facts, tensors
 
 
 def unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], total_step: int) -> Calibration:
     """What ``pack`` took apart, to the bit, dictionaries in the same order."""
-    c = Calibration(total_step, nonfinite=dict(facts["nonfinite"]))
+    c = Calibration(total_step, nonfinite=dict(facts["nonfinite"]), rotated=dict(facts.get("rotated", {})))
     for name, (op, weight, group) in facts["layers"].items():
         c.ops[name], c.fingerprints[name], c.group_of[name] = op, weight, group
         c.weight_amax[name] = tensors[f"weight_amax/{name}"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -14,6 +16,7 @@ OCTAVES = (-16, 12)
 BINS_PER_OCTAVE = 8
 BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
 HISTOGRAM_SAMPLE = 4096  # elements looked at per call: a full log2 would triple the cost of calibration
+ROTATED = 64  # channels that are rotated together: a power of 4, and of most models the width of a head, or half of it
 TINY_AMAX = 2.0**-24  # below this a tensor is all zeros for int8
 
 
@@ -119,6 +122,25 @@ def channels_last(weight: torch.Tensor) -> bool:
     return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@cache
+def _hadamard(device: torch.device) -> torch.Tensor:
+    """The regular Hadamard matrix of ROTATED channels, its own inverse, fp32: a row of another sign than its neighbours in every
+    four keeps a common mean from gathering in one channel."""
+    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
+    h = torch.ones(1, 1)
+    while len(h) < ROTATED:
+        h = torch.kron(h, four / 2)
+    return h.to(device)
+
+
+def rotate(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Every ROTATED neighbours along ``dim``, whose length is a multiple of that, times an orthogonal matrix that is its own
+    inverse: outliers of one channel become a little of each (QuaRot, Ashkboos et al. 2024). fp32, of the same shape."""
+    moved = x.float().movedim(dim, -1)
+    turned: torch.Tensor = moved.unflatten(-1, (-1, ROTATED)) @ _hadamard(x.device)
+    return turned.flatten(-2).movedim(-1, dim)
+
+
 def smoothing_factor(act_amax: torch.Tensor, weight_amax: torch.Tensor, alpha: float) -> torch.Tensor:
     """SmoothQuant (Xiao et al. 2022, eq. 4): s_j = max|X_j|^alpha / max|W_j|^(1-alpha), input divided by s_j.
 
@@ -130,7 +152,9 @@ def smoothing_factor(act_amax: torch.Tensor, weight_amax: torch.Tensor, alpha: f
 
 
 def fake_quantize_input(decision: Decision, x: torch.Tensor) -> torch.Tensor:
-    """A layer's input, smoothed, in 8 bits and back, fp32."""
+    """A layer's input, smoothed, in 8 bits and back, fp32; of a rotated one rotated back."""
+    if decision.rotated:
+        return rotate(fake_quantize_input(replace(decision, rotated=False), rotate(x)))
     if decision.smoothing is not None:
         x = x / over_channels(decision.smoothing.to(x.device), decision.layer.weight)
     if decision.precision == "fp8":
@@ -138,8 +162,19 @@ def fake_quantize_input(decision: Decision, x: torch.Tensor) -> torch.Tensor:
     return fake_quantize(x, *decision.int8_range, decision.largest_code)
 
 
+def rotated_weight(decision: Decision, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight [out, in], its input and its output rotated where the decision says so."""
+    for turned, dim in ((decision.rotated, 1), (decision.turned, 0)):
+        if turned:
+            weight = rotate(weight, dim)
+    return weight
+
+
 def fake_quantize_weight(decision: Decision, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's weight, times its smoothing factor, in 8 bits and back, fp32."""
+    """A layer's weight, times its smoothing factor, in 8 bits and back, fp32; of a rotated one rotated back."""
+    if decision.rotated or decision.turned:
+        plain = replace(decision, rotated=False, turned=False)
+        return rotated_weight(decision, fake_quantize_weight(plain, rotated_weight(decision, weight.detach())))
     w = weight.detach().float()
     if decision.smoothing is not None:
         w = w * over_channels(decision.smoothing.to(w.device), w)

@@ -44,8 +44,9 @@ class LayerRecipe:
 
     fingerprint: identifies the weight; group: layers of one group read one tensor and share amax and smoothing;
     amax: clipping value after smoothing; alpha: migration strength or None; plain_amax: clipping value without smoothing or
-    None, see ``rules.SMOOTH_CONVS``; low, high: smallest and largest value after smoothing, or None; keep: the sentence why the
-    layer is to stay in the user's precision, or None; second: the sentence why its input is to have two codes, or to stay in
+    None, see ``rules.SMOOTH_CONVS``; low, high: smallest and largest value after smoothing, or None; rotated_amax: clipping value
+    of the rotated input (``stats.rotate``), without smoothing, or None; keep: the sentence why the layer is to stay in the user's
+    precision, or None; second: the sentence why its input is to have two codes, or to stay in
     the user's precision where kernels take one, or None; role: one of ``roles`` where a graph told it, else "".
     """
 
@@ -60,6 +61,7 @@ class LayerRecipe:
     keep: str | None = None
     second: str | None = None
     role: str = ""
+    rotated_amax: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Decision:
 
     amax: clipping value of the (smoothed) input; smoothing: divisor of the input per channel [in] or None; low, high: smallest
     and largest value seen, where int8 may have a zero point, else None; two_codes: the input has two 8-bit codes, which together
-    are 16 bits, see ``rules.TWO_CODES``; weight_amax: of int8 codes, see ``Recipe``, or None for the weight's own.
+    are 16 bits, see ``rules.TWO_CODES``; weight_amax: of int8 codes, see ``Recipe``, or None for the weight's own; rotated_amax:
+    amax, were the input rotated, or None; rotated: it is, by whoever writes it, and the weight with it; turned: the output is,
+    by the weight and the bias, for those who read it.
     """
 
     layer: Layer
@@ -81,10 +85,18 @@ class Decision:
     high: float | None = None
     two_codes: bool = False
     weight_amax: torch.Tensor | None = None
+    rotated_amax: float | None = None
+    rotated: bool = False
+    turned: bool = False
 
     @property
     def quantized(self) -> bool:
         return self.precision != "16-bit"
+
+    @property
+    def rotations(self) -> tuple[bool, bool]:
+        """(whether its input is rotated, whether its output is)."""
+        return self.rotated, self.turned
 
     @property
     def largest_code(self) -> int:

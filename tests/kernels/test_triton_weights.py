@@ -10,7 +10,7 @@ from interpreted import DEVICE, FP8, INT8, INTERPRETED, on_device, run_interpret
 
 from sdtrt_backend.lower.lowered import scaled
 from sdtrt_backend.merge import Factors
-from sdtrt_backend.stats import over_channels, quantize_weight, shared_scale, weight_scale
+from sdtrt_backend.stats import over_channels, quantize_weight, rotate, shared_scale, weight_scale
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 LAST = {"memory_format": torch.channels_last}
@@ -26,9 +26,11 @@ class Given(NamedTuple):
     scale: torch.Tensor
     smoothing: torch.Tensor
     shared: str
+    rotations: tuple
 
 
-def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, shared=None, factor=None):
+def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, shared=None, factor=None,
+         rotations=(False, False)):
     w = torch.randn(shape, device=DEVICE).to(dtype)
     w = w.contiguous(**LAST) if last and len(shape) == 4 else w
     smoothing = torch.rand(shape[1], device=DEVICE) + 0.5 if smoothed else None
@@ -43,14 +45,17 @@ def make(shape, dtype, code, ranks, last=False, codes_last=True, smoothed=True, 
     in_order = [(Factors(down, up, 1.0).beside(w), s) if factor is None else (Factors(down.flatten(1), up, 1.0), s)
                 for up, down, s in factors]
     scale = None if code not in (INT8, FP8) else torch.full((shape[0] if shared is None else 1,), math.nan, device=DEVICE)
-    return Given(w, in_order, codes, scale, smoothing, shared), factors
+    return Given(w, in_order, codes, scale, smoothing, shared, rotations), factors
 
 
 def with_loras(write, factors):
     whole = write.weight.float()
     for up, down, strength in factors:
         whole = whole + (up.float() @ down.float().flatten(1)).view(whole.shape) * strength
-    return whole if write.smoothing is None else whole * over_channels(write.smoothing, whole)
+    whole = whole if write.smoothing is None else whole * over_channels(write.smoothing, whole)
+    for rotated, dim in zip(write.rotations, (1, 0), strict=True):
+        whole = rotate(whole, dim) if rotated else whole
+    return whole
 
 
 def check(made):
@@ -59,7 +64,7 @@ def check(made):
 
     expected, strengths = [with_loras(*one) for one in made], [strength for g, _ in made for _, strength in g.factors]
     places = iter(range(len(strengths)))
-    Writes([to_write(g.weight, g.codes, g.scale, g.smoothing, g.shared, [(f, next(places)) for f, _ in g.factors])
+    Writes([to_write(g.weight, g.codes, g.scale, g.smoothing, g.shared, [(f, next(places)) for f, _ in g.factors], g.rotations)
             for g, _ in made], torch.device(DEVICE))(strengths)
     for (write, factors), whole in zip(made, expected, strict=True):
         if write.scale is None:
@@ -73,7 +78,8 @@ def check(made):
         rows = scale.view(-1, *[1] * (whole.dim() - 1))
         codes = quantize_weight(whole, scale.expand(len(whole))) if write.codes.dtype is INT8 else (
             (whole / rows).clamp(-448, 448).to(FP8))
-        if not factors and (write.shared is None or not any(f for other, f in made if other.shared == write.shared)):
+        in_scale = [other for other in made if other[0].shared == write.shared] if write.shared else [(write, factors)]
+        if not any(f or any(other.rotations) for other, f in in_scale):
             assert torch.equal(write.scale, scale)
             assert torch.equal(write.codes.float(), codes.float())
             continue
@@ -103,6 +109,16 @@ def test_rows_of_several_fp8_weights_share_a_scale():
     check([make(shape, BF16, FP8, ranks, shared=name) for shape, ranks, name in
            (((5, 24), (4,), "a"), ((70, 24), (), "a"), ((6, 40), (), "b"), ((8, 40), (), "b"))]
           + [make((6, 4, 3, 3), BF16, FP8, (2,))])
+
+
+@on_device
+@pytest.mark.parametrize("code", [INT8, FP8], ids=str)
+def test_rotated_weights(code):
+    """Of its input, of its output, of both; beside others in one launch, in one scale too."""
+    check([make(shape, HALF, code, ranks, rotations=rotations) for shape, rotations in (
+        ((72, 192), (True, False)), ((128, 72), (False, True)), ((192, 64), (True, True)), ((64, 64), (False, False)))
+        for ranks in ((), (4,), (33, 16))]
+        + [make((n, 64), HALF, FP8, (8,), shared="qkv", rotations=(False, n == 64)) for n in (64, 128) if code is FP8])
 
 
 @on_device

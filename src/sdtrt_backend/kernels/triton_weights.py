@@ -1,8 +1,9 @@
 """Weights with LoRAs, in 8 bits, of all layers of a model by two Triton kernels.
 
-W + sum(strength * up @ down), times the smoothing of its input channel, in fp32: the first pass over the weights takes the
-largest value of every row, from which torch makes the scales, the second one writes codes. Without LoRAs they are those that
-torch itself makes, to the bit. The same code runs on CPU tensors under TRITON_INTERPRET=1, set before triton is first imported.
+W + sum(strength * up @ down), times the smoothing of its input channel and rotated, in fp32: the first pass over the weights
+takes the largest value of every row, from which torch makes the scales, the second one writes codes. Without LoRAs those of what
+is not rotated are what torch itself makes, to the bit. The same code runs on CPU tensors under TRITON_INTERPRET=1, set before
+triton is first imported.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of its kernels.
@@ -20,11 +21,11 @@ import torch
 import triton  # type: ignore[import, unused-ignore]
 import triton.language as tl  # type: ignore[import, unused-ignore]
 
-from ..stats import channels_last, row_scale, shared_scale
+from ..stats import ROTATED, channels_last, rotate, row_scale, shared_scale
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.int8: tl.int8,
          torch.float8_e4m3fn: tl.float8e4nv}
-BLOCK_ROWS, BLOCK_K, BLOCK_RANK, WARPS = 64, 128, 32, 4
+BLOCK_ROWS, BLOCK_K, BLOCK_RANK, WARPS = ROTATED, 2 * ROTATED, 32, 4
 BLOCK_SCALES = 1024
 ALIGNMENT = 16  # bytes, and elements of a row, with which the kernels load and store whole vectors
 # Of a weight in the table: pointers to it, its smoothing, codes and scale; rows; elements of a row; elements from one step of the
@@ -32,6 +33,7 @@ ALIGNMENT = 16  # bytes, and elements of a row, with which the kernels load and 
 # the place of a code, and to the channel; what a row adds to the place of its scale; its slot among the scales, what a row adds
 # to that; its first LoRA, and the first of the next weight
 COLUMNS = tl.constexpr(16)
+TOGETHER = tl.constexpr(ROTATED)
 ENTRY = tl.constexpr(4)  # of a LoRA: pointers to its factors, rank, place of its strength
 
 
@@ -52,10 +54,11 @@ class Factors(Protocol):
 @dataclass(frozen=True, eq=False, slots=True)
 class Write:
     """One weight to be written. kind: what all weights of one launch have in common: dtypes of the weight, its factors and its
-    codes; whether codes are in the order of the weight; whether all rows begin at multiples of ALIGNMENT. columns: its first ones
+    codes; whether codes are in the order of the weight; whether all rows begin at multiples of ALIGNMENT; whether the input and
+    the output are rotated. columns: its first ones
     in the table; entries: its LoRAs; shared: name of the scale that it shares."""
 
-    kind: tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool]
+    kind: tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool, tuple[bool, bool]]
     columns: tuple[int, ...]
     entries: list[int]
     rows: int
@@ -68,14 +71,15 @@ def where(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None)
 
 
 def to_write(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None = None, smoothing: torch.Tensor | None = None,
-             shared: Hashable = None, factors: Sequence[tuple[Factors, int]] = ()) -> Write | None:
+             shared: Hashable = None, factors: Sequence[tuple[Factors, int]] = (),
+             rotations: tuple[bool, bool] = (False, False)) -> Write | None:
     """A weight with LoRAs and its codes; None where they are not laid out as the kernels take them, which is contiguous or
     channels last.
 
     weight: [out, in, ...] of any floating-point dtype, in memory that the GPU reads; codes: int8 or float8_e4m3fn with their
     scale, fp32 [out] or [1], or without one of the weight's dtype; smoothing: fp32, ``in`` elements; shared: equal for weights
-    of one scale, None where each row has its own; factors: of one dtype, each with the place of its strength. All of them must
-    live until they were written.
+    of one scale, None where each row has its own; factors: of one dtype, each with the place of its strength; rotations: of the
+    weight's input and of its output, see ``stats.rotate``. All of them must live until they were written.
     """
     layout = _layout(weight.shape, weight.stride(), weight.dtype)
     code_layout = _layout(codes.shape, codes.stride(), codes.dtype)
@@ -92,7 +96,7 @@ def to_write(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | No
         up, down, rank, dtype = one.up.data_ptr(), one.down.data_ptr(), len(one.down), one.up.dtype
         entries += up, down, rank, place
         bits |= up | down | rank
-    kind = weight.dtype, dtype, codes.dtype, last == code_layout[3], bits % ALIGNMENT == 0
+    kind = weight.dtype, dtype, codes.dtype, last == code_layout[3], bits % ALIGNMENT == 0, rotations
     return Write(kind, columns, entries, rows, shared)
 
 
@@ -125,19 +129,21 @@ class Writes:
             self.launches.append((grid, numbers[first:], kind))
             first += COLUMNS.value * len(alike)
         self.entries, self.shared, self.slots, self.device = numbers[first:], len(shared), slots, device
+        self.hadamard = rotate(torch.eye(ROTATED, device=device))
 
     def __call__(self, strengths: Sequence[float]) -> None:
         """Write the codes and scales of all, on the current stream, without waiting for it."""
         sizes = {"ROWS": BLOCK_ROWS, "K": BLOCK_K, "RANK": BLOCK_RANK, "num_warps": WARPS}
-        scales, given = torch.zeros(self.slots, device=self.device), (self.entries, _table(strengths, self.device, "f"))
+        scales = torch.zeros(self.slots, device=self.device)
+        given = self.entries, _table(strengths, self.device, "f"), self.hadamard
         codes = torch.int8
-        for grid, rows, (weight, factor, code, _, aligned) in self.launches:
+        for grid, rows, (weight, factor, code, _, aligned, rotations) in self.launches:
             if code.itemsize == 1:
-                _amax[grid](rows, *given, scales, TYPES[weight], TYPES[factor], aligned, **sizes)
+                _amax[grid](rows, *given, scales, TYPES[weight], TYPES[factor], aligned, *rotations, **sizes)
                 codes = code
         scales = torch.cat([shared_scale(scales[: self.shared]), row_scale(scales[self.shared :], codes)])
-        for grid, rows, (weight, factor, code, same, aligned) in self.launches:
-            _codes[grid](rows, *given, scales, TYPES[weight], TYPES[factor], TYPES[code], same, aligned, **sizes)
+        for grid, rows, (weight, factor, code, same, aligned, rotations) in self.launches:
+            _codes[grid](rows, *given, scales, TYPES[weight], TYPES[factor], TYPES[code], same, aligned, *rotations, **sizes)
 
 
 def _table(numbers: Sequence[float], device: torch.device, kind: str = "q") -> torch.Tensor:
@@ -172,9 +178,10 @@ def _up(up: tl.tensor, rank: tl.tensor, rows: tl.tensor, start: tl.tensor, limit
 
 
 @triton.jit
-def _values(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, rows: tl.tensor, k: tl.tensor, first_up: tl.tensor,
-            WEIGHT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr) -> tl.tensor:
-    """A tile of a weight with its LoRAs, smoothed, fp32; zeros outside of the weight. first_up: see ``_first_up``."""
+def _values(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, hadamard_ptr: tl.tensor, rows: tl.tensor, k: tl.tensor,
+            first_up: tl.tensor, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ROTATED: tl.constexpr,
+            TURNED: tl.constexpr, RANK: tl.constexpr) -> tl.tensor:
+    """A tile of a weight with its LoRAs, smoothed and rotated, fp32; zeros outside of the weight. first_up: see ``_first_up``."""
     length, limit = _length(table + 5, ALIGNED), tl.load(table + 4)
     k_inside = (k < length)[None, :]
     weight, first = _pointer(table, WEIGHT, ALIGNED), tl.load(table + 14)
@@ -196,6 +203,14 @@ def _values(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, rows: tl
         inner = tl.load(table + 6).to(tl.int32)
         channel = k // inner * tl.load(table + 9) + k % inner * tl.load(table + 10)
         y *= tl.load(smoothing.to(tl.pointer_type(tl.float32)) + channel, mask=k < length, other=1.0)[None, :]
+    if ROTATED or TURNED:  # as many rows as are rotated together, and a multiple of as many columns
+        i = tl.arange(0, TOGETHER)
+        hadamard = tl.load(hadamard_ptr + i[:, None] * TOGETHER + i[None, :])
+        if TURNED:
+            y = tl.dot(hadamard, y, input_precision="tf32x3")
+        if ROTATED:
+            parts = tl.reshape(y, (y.shape[0] * y.shape[1] // TOGETHER, TOGETHER))
+            y = tl.reshape(tl.dot(parts, hadamard, input_precision="tf32x3"), y.shape)
     return y
 
 
@@ -212,8 +227,9 @@ def _first_up(table: tl.tensor, entries: tl.tensor, rows: tl.tensor, FACTOR: tl.
 
 
 @triton.jit
-def _amax(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, amax_ptr: tl.tensor, WEIGHT: tl.constexpr,
-          FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr) -> None:
+def _amax(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, hadamard_ptr: tl.tensor, amax_ptr: tl.tensor,
+          WEIGHT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr,
+          ROWS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr) -> None:
     """amax [slots], fp32, zeros before: the largest absolute value of what has one scale."""
     table += COLUMNS * tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -223,15 +239,16 @@ def _amax(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, amax_ptr: 
     up = _first_up(table, entries, rows, FACTOR, ALIGNED, RANK)
     amax = tl.zeros((ROWS,), tl.float32)
     for start in range(0, _length(table + 5, ALIGNED), K):
-        y = _values(table, entries, strengths, rows, start + tl.arange(0, K), up, WEIGHT, FACTOR, ALIGNED, RANK)
+        y = _values(table, entries, strengths, hadamard_ptr, rows, start + tl.arange(0, K), up, WEIGHT, FACTOR, ALIGNED, ROTATED,
+                    TURNED, RANK)
         amax = tl.maximum(amax, tl.max(tl.abs(y), 1))
     tl.atomic_max(amax_ptr + tl.load(table + 12) + rows * tl.load(table + 13), amax, mask=rows < limit)
 
 
 @triton.jit
-def _codes(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, scales_ptr: tl.tensor, WEIGHT: tl.constexpr,
-           FACTOR: tl.constexpr, CODE: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-           K: tl.constexpr, RANK: tl.constexpr) -> None:
+def _codes(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, hadamard_ptr: tl.tensor, scales_ptr: tl.tensor,
+           WEIGHT: tl.constexpr, FACTOR: tl.constexpr, CODE: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr,
+           ROTATED: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr) -> None:
     """Codes, and scales where they belong. scales: of the slots, fp32."""
     table += COLUMNS * tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -245,7 +262,7 @@ def _codes(table: tl.tensor, entries: tl.tensor, strengths: tl.tensor, scales_pt
         tl.store(tl.load(table + 3).to(tl.pointer_type(tl.float32)) + rows * tl.load(table + 11), scale, mask=inside)
     for start in range(0, length, K):
         k = start + tl.arange(0, K)
-        y = _values(table, entries, strengths, rows, k, up, WEIGHT, FACTOR, ALIGNED, RANK)
+        y = _values(table, entries, strengths, hadamard_ptr, rows, k, up, WEIGHT, FACTOR, ALIGNED, ROTATED, TURNED, RANK)
         if CODE.is_int():
             # 1.5 * 2^23: fp32 holds only integers there, so the addition rounds, to even
             y = (tl.div_rn(y, scale[:, None]) + 12582912.0) - 12582912.0

@@ -15,6 +15,7 @@ from ..fx import propagate
 from ..kernels import CAPABILITY, chooser, missing
 from ..options import Options
 from ..quantize import for_engine, for_torchao
+from ..rotate import rotate_heads
 from ..values import Decision, LayerReport, Plan
 from . import inductor_cpu, inductor_cuda, reference, tensorrt, torchao
 from .lowered import Derived as Derived
@@ -95,8 +96,9 @@ def _by_torchao(options: Options, device: torch.device) -> str | None:
 
 def _for_the_reference(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor],
                        options: Options) -> Plan:
-    return plan if options.precision == "int8" else plan.then(
-        "precision", [replace(d, precision=options.precision) if d.quantized else d for d in plan.decisions])
+    propagate(graph, tensors)
+    plan = plan.then("precision", [replace(d, precision=options.precision) if d.quantized else d for d in plan.decisions])
+    return plan.then("rotation", rotate_heads(plan.decisions, nodes))
 
 
 def _measured(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor], options: Options) -> Plan:
@@ -109,7 +111,7 @@ def _measured(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence
     decisions = assign(plan.decisions, nodes, measured, options.precision, always)
     if not tensors[0].is_cpu:
         found["kernels_ms"] = kernels_ms(graph, measured)
-    return plan.then("measured kernels", decisions, **found)
+    return plan.then("measured kernels", decisions, **found).then("rotation", rotate_heads(decisions, nodes))
 
 
 def _for_engines(plan: Plan, graph: fx.GraphModule, nodes: Nodes, tensors: Sequence[torch.Tensor], options: Options) -> Plan:

@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..calls import arguments, dimension, name_of, rearranges
+from ..calls import arguments, dimension, heads_in_front, name_of, rearranges
 from ..fx import ATTENTION, add_constant, behind_linear, drop_dead, inserting_after, plain_attention
 from ..kernels import Chooser
 from ..values import FP8_MAX
-from .producers import ADDITIONS, PRODUCTS, concatenated, heads_in_front, operands, viewed
+from .producers import ADDITIONS, PRODUCTS, concatenated, operands, viewed
 
 FP8 = torch.float8_e4m3fn
 SPLITS = ("reshape", "view", "unflatten")  # that may make pairs of neighbours

@@ -17,7 +17,7 @@ from torch import fx
 
 from .. import ops
 from ..assign import gelu_pays
-from ..calls import arguments, dimension, name_of, written
+from ..calls import arguments, dimension, heads_in_front, name_of, written
 from ..fx import ATTENTION, add_constant, by_tanh, chain, plain_attention
 from ..kernels import Problem
 
@@ -64,14 +64,6 @@ def gelu_by_sigmoid(gm: fx.GraphModule) -> None:
 def _dropout_is_idle(node: fx.Node) -> bool:
     given = arguments(node)
     return bool(given["p"] == 0.0 or given["training"] is False)
-
-
-def heads_in_front(node: fx.Node) -> bool:
-    """Whether the call swaps dimensions 1 and 2 of four: [batch, tokens, heads, width] and the other way round."""
-    given, name = arguments(node), name_of(node)
-    if name == "permute":
-        return [dimension(d, node) for d in given["dims"]] == [0, 2, 1, 3]
-    return name == "transpose" and {dimension(given["dim0"], node), dimension(given["dim1"], node)} == {1, 2}
 
 
 def viewed(gm: fx.GraphModule, node: fx.Node, views: list[fx.Node]) -> fx.Node:
