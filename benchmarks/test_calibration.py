@@ -42,7 +42,7 @@ def statistics_bytes(pipe, prompts):
         latents(pipe, prompts)
     tensors = [t for at in calibration.inputs.values() for s in at.values() for t in vars(s).values()]
     tensors += [t for low_high in calibration.ranges.values() for t in low_high]
-    tensors += calibration.weight_amax.values()
+    tensors += [*calibration.power.values(), *(t for w in calibration.weights.values() for t in (w.amax, w.energy, w.peak))]
     return sum(t.nbytes for t in {id(t): t for t in tensors if isinstance(t, torch.Tensor)}.values())
 
 

@@ -160,7 +160,7 @@ def test_a_group_has_one_range_and_one_factor_from_its_largest_weights(denoiser,
     calibration = Calibration()
     with torch.no_grad(), observed(denoiser, calibration):
         denoiser(*inputs)
-    recipe = calibration.recipe(Options(alpha=0.5), {})
+    recipe = calibration.recipe(Options(rule="max", alpha=0.5), {})
     assert len({(recipe.layers[n].amax, recipe.layers[n].group) for n in ("to_q", "to_k", "to_v")}) == 1
     _, channel = calibration.amax("to_q")
     expected = (channel.maximum.amax(0) / denoiser.to_v.weight.detach().abs().amax(0)).sqrt()
@@ -212,11 +212,11 @@ def test_grouped_convolutions_have_a_range_and_no_smoothing(groups, also):
     if also:
         calibration.observe("same", "conv2d", x, module[1].weight, 1)
     calibration.observe("1", "conv2d", module[0](x), module[1].weight, 1)
-    recipe = calibration.recipe(Options(), {})
+    recipe = calibration.recipe(Options(rule="max"), {})
     assert ("0" in recipe.smoothing) == (groups == 1)
-    assert recipe.layers["0"].alpha == (0.5 if groups == 1 else None)
+    assert recipe.layers["0"].alpha == ("fitted" if groups == 1 else None)
     assert recipe.layers["0"].plain_amax == pytest.approx(float(x.abs().max()))
-    assert recipe.layers["1"].alpha == 0.5
+    assert recipe.layers["1"].alpha == "fitted"
     assert set(recipe.layers) == {"0", "1", *["same"] * also}
 
 
@@ -248,7 +248,7 @@ def test_a_tensor_written_in_place_is_another_tensor():
     calibration.start_call(1.0)
     calibration.observe("before", "linear", x, torch.ones(16, 16), -1)
     calibration.observe("after", "linear", x.mul_(100), torch.ones(16, 16), -1)
-    assert calibration.recipe(Options(alpha=None), {}).layers["after"].amax == 100.0
+    assert calibration.recipe(Options(rule="max", alpha=None), {}).layers["after"].amax == 100.0
 
 
 class Keywords(torch.nn.Module):

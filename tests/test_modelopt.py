@@ -122,7 +122,7 @@ def check_calibration(calibration, ours, recipe):
             assert entry.amax == float(tensor.maximum.max())
             continue
         smoothed += 1
-        seen, weight = channel.maximum.amax(0), calibration.weight_amax[name]
+        seen, weight = channel.maximum.amax(0), calibration.weights[name].amax
         expected = (seen.pow(ALPHA) / weight.pow(1 - ALPHA)).clamp(1e-4, 1e4)
         torch.testing.assert_close(recipe.smoothing[name], expected)
         assert entry.amax == pytest.approx(float((seen / expected).max()), rel=1e-6)

@@ -28,6 +28,14 @@ def test_a_wrong_value_names_the_option_and_what_came(name, value):
     assert repr(value) in str(caught.value) or repr(tuple(value)) in str(caught.value)
 
 
+def test_the_smoothing_of_convolutions_alone_may_be_fitted():
+    assert Options.parse({"alpha_conv": "fitted"}) == Options()
+    with pytest.raises(OptionError, match=r"'alpha_conv' expects a number in \[0, 1\], 'fitted' or None"):
+        Options.parse({"alpha_conv": "best"})
+    with pytest.raises(OptionError, match=r"'alpha' expects a number in \[0, 1\] or None"):
+        Options.parse({"alpha": "fitted"})
+
+
 @pytest.mark.parametrize("value", [True, "0.5", None])
 def test_a_percentile_is_a_number_and_not_a_truth_value(value):
     with pytest.raises(OptionError, match="number in"):

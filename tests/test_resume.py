@@ -281,7 +281,7 @@ def test_a_save_that_stops_half_way_leaves_the_one_before(finished, tmp_path, ki
     calibrations, _ = ResumeFolder(finished, settings).load("unet")
     folder.save(calibrations, 1)
     before = contents(tmp_path)
-    next(iter(calibrations["unet"].weight_amax.values())).add_(1)  # other tensors
+    next(iter(calibrations["unet"].weights.values())).amax.add_(1)  # other tensors
     with killed_before(JSON_NAME):
         folder.save(calibrations, 2)
     assert folder.load("unet")[1] == 1

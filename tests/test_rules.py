@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdtrt_backend.rules import KEEP, LEVELS, RANGE_RULES, AmaxByTimestep, level_of, reason_to_keep
-from sdtrt_backend.stats import log_histogram
+from sdtrt_backend.stats import HEADROOM, log_histogram
 from sdtrt_backend.values import Layer
 
 
@@ -15,8 +15,8 @@ def histogram(scale):
 # three timesteps, noisiest first; two calls each
 RECORD = AmaxByTimestep(torch.tensor([8.0, 4.0, 2.0]), torch.tensor([6.0, 3.0, 1.0]), torch.tensor([14.0, 7.0, 3.0]),
                         torch.tensor([2.0, 2.0, 2.0]), histogram(1))
-EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "quartile_max": 6.0, "min_max": 2.0, "min_mean": 1.5, "mean_mean": 4.0,
-            "global_min": 1.0, "modelopt_min_max": 2.0, "modelopt_min_mean": 1.0, "modelopt_mean_max": 14 / 3,
+EXPECTED = {"max": 8.0, "mean_max": 14 / 3, "wide": HEADROOM * 14 / 3, "quartile_max": 6.0, "min_max": 2.0, "min_mean": 1.5,
+            "mean_mean": 4.0, "global_min": 1.0, "modelopt_min_max": 2.0, "modelopt_min_mean": 1.0, "modelopt_mean_max": 14 / 3,
             "modelopt_global_min": 1.0, "value_999": 8.0, "value_9999": 8.0, "mse": 8.0}
 
 

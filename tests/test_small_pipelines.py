@@ -33,6 +33,7 @@ SAY = 0.1
 SURE = 2.0  # standard errors that the difference to text-to-image stays below its bound, as pictures are few
 ALL = os.environ.get("SDTRT_PIPELINES") == "all"
 JUDGES = 24  # pictures
+MORE_JUDGES = 96  # where these leave it open
 # and their pictures; the others take a minute or two each: SDTRT_PIPELINES=all
 QUICK = {"flux controlnet": 8, "flux img2img 0.8": 8}
 
@@ -344,7 +345,7 @@ def drawn(name: str, count: int, engine: str = "reference") -> Drawn:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.text and (ALL or name in QUICK)])
 def test_pictures_are_as_near_to_full_precision_as_those_of_text_to_image(name):
-    count, row = JUDGES if ALL else QUICK[name], ROWS[name]
+    count = JUDGES if ALL else QUICK[name]
     found = drawn(name, count)
     assert (found.report.state, found.report.fallbacks) == ("ready", ()), found.report
     first, *others = found.parts
@@ -353,8 +354,15 @@ def test_pictures_are_as_near_to_full_precision_as_those_of_text_to_image(name):
     for part, rows in layers.items():
         assert sum(la.precision == "int8" for la in rows) > 0.5 * len(rows), f"{part}: {found.report}"
         assert all(la.precision == "int8" or la.reason for la in rows)
-    # picture by picture: of one caption and noise, so that what the caption makes hard is on both sides
-    lost = drawn(row.text, count).psnr(row.masked) - found.psnr(row.masked)
-    error = lost.std(ddof=1) / count**0.5
-    assert lost.mean() + SURE * error < TOLERANCES["pipeline_db"], (
-        f"{found.psnr(row.masked).mean():.2f} dB, text-to-image {lost.mean():.2f} (standard error {error:.2f}) more")
+    lost, error = behind(name, count)
+    if lost < TOLERANCES["pipeline_db"] <= lost + SURE * error:
+        lost, error = behind(name, MORE_JUDGES)
+    assert lost + SURE * error < TOLERANCES["pipeline_db"], f"{lost:.2f} dB behind text-to-image (standard error {error:.2f})"
+
+
+def behind(name: str, count: int) -> tuple[float, float]:
+    """(mean of the dB that a row is behind text-to-image, its standard error), picture by picture: of one caption and noise, so
+    that what the caption makes hard is on both sides."""
+    row = ROWS[name]
+    lost = drawn(row.text, count).psnr(row.masked) - drawn(name, count).psnr(row.masked)
+    return float(lost.mean()), float(lost.std(ddof=1) / count**0.5)

@@ -68,6 +68,65 @@ def test_channels_that_are_zero_are_not_smoothed():
     assert s.tolist() == [1.0, 1.0, 1.0]
 
 
+def rounding_noise(x, w, s):
+    """Relative error of a product whose input, over s, and weight, times s, are in int8."""
+    amax = float((stats.expected_amax(x.abs().amax(0)) / s).max())
+    codes = stats.fake_quantize(x / s, amax / INT8_MAX)
+    weight = w * s
+    rounded = stats.quantize_weight(weight, stats.weight_scale(weight)).float() * stats.weight_scale(weight)[:, None]
+    return stats.relative_error(codes @ rounded.T, x @ w.T)
+
+
+@pytest.fixture
+def uneven():
+    """(x [rows, in], W [out, in]): channels of ranges that lie two decades apart, a tail in some, weights that lie one apart."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4096, 64, generator=generator) * torch.logspace(-1, 1, 64)
+    x[:, ::5] = x[:, ::5] ** 3 / x[:, ::5].abs().amax(0) ** 2
+    order = torch.randperm(64, generator=generator)
+    return x, torch.randn(96, 64, generator=generator) * torch.logspace(0, 1, 64)[order]
+
+
+def fitted(x, w, span=2.0):
+    return stats.fitted_smoothing(stats.expected_amax(x.abs().amax(0)), x.square().mean(0), [stats.WeightStats.of(w)], span)
+
+
+def test_fitted_factors_leave_less_noise_than_any_strength_of_smoothing(uneven):
+    x, w = uneven
+    s = fitted(x, w)
+    torch.testing.assert_close((x / s) @ (w * s).T, x @ w.T, rtol=1e-4, atol=1e-3)
+    others = [stats.smoothing_factor(x.abs().amax(0), w.abs().amax(0), alpha) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert rounding_noise(x, w, s) < 0.95 * min(rounding_noise(x, w, other) for other in (*others, torch.ones(64)))
+
+
+def test_fitted_factors_of_a_convolution_are_those_of_the_same_taps_beside_each_other(uneven):
+    _, w = uneven
+    taps = torch.stack([w, 0.1 * w], -1).unsqueeze(-1)
+    found, expected = stats.WeightStats.of(taps), stats.WeightStats.of(w)
+    torch.testing.assert_close(found.energy, 1.01 * expected.energy)
+    assert torch.equal(found.peak, expected.peak)
+    assert torch.equal(found.amax, expected.amax)
+    assert found.products == 2 * expected.products == 2 * 96
+
+
+def test_channels_that_are_zero_cost_the_fitted_ones_nothing(uneven):
+    x, w = (t.clone() for t in uneven)
+    without = fitted(x[:, 2:], w[:, 2:])
+    x[:, 0] = 0
+    w[:, 1] = 0
+    s = fitted(x, w)
+    assert bool(s.isfinite().all())
+    assert float(s.min()) > 0
+    assert rounding_noise(x, w, s) <= 1.05 * rounding_noise(x[:, 2:], w[:, 2:], without)
+    assert bool(fitted(torch.zeros(8, 64), w).isfinite().all())
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_channel_power_is_the_mean_square_of_each_channel(noise, axis):
+    dims = [d for d in range(3) if d != axis % 3]
+    torch.testing.assert_close(stats.channel_power(noise, axis), noise.square().mean(dims))
+
+
 @pytest.mark.parametrize("axis", [1, -1])
 def test_channel_range_is_the_smallest_and_the_largest_value_of_each_channel(noise, axis):
     dims = [d for d in range(3) if d != axis % 3]

@@ -16,12 +16,13 @@ import torch
 
 from . import names, stats
 from .errors import CalibrationError
-from .options import Options
+from .options import FITTED, Options
 from .recipe import LayerRecipe, Recipe, fingerprint, model_hash, versions
 from .rules import MODULES, OPS, SIDE_BRANCH, AmaxByTimestep, range_rule
 from .timesteps import TIMESTEP_NAMES, Buckets, Trajectories, timestep_value
 
 ALPHA_OPTIONS = {"linear": "alpha", "conv2d": "alpha_conv"}
+FITTED_OP = "conv2d"  # operations whose smoothing may be fitted: their inputs' power is observed
 
 
 @dataclass
@@ -59,7 +60,8 @@ class Calibration:
     """Streaming statistics: memory grows with layers and timesteps, not with samples.
 
     total_step: calls of a trajectory for rules of ``rules.BY_CALL``, whose timestep is the count of calls modulo this; else 0.
-    inputs: group -> timestep -> InputStats; ranges: group -> (smallest, largest value) [channels] over all calls; rotated:
+    inputs: group -> timestep -> InputStats; ranges: group -> (smallest, largest value) [channels] over all calls; power: group ->
+    sum over calls of the mean square [channels], of groups that begin with a convolution; weights: layer -> WeightStats; rotated:
     group -> amax of the rotated tensor (``stats.rotate``) over all calls, where that can be, of groups of one layer;
     group_of: layer -> group (the first layer that reads the same tensor); roles: layer -> ``roles``, where there is a graph.
     """
@@ -67,11 +69,12 @@ class Calibration:
     total_step: int = 0
     inputs: dict[str, dict[float, InputStats]] = field(default_factory=dict)
     ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    power: dict[str, torch.Tensor] = field(default_factory=dict)
     rotated: dict[str, float] = field(default_factory=dict)
     group_of: dict[str, str] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
-    weight_amax: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, stats.WeightStats] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     buckets: Buckets = field(default_factory=Buckets)
@@ -111,8 +114,7 @@ class Calibration:
         if name not in self.ops:
             self.ops[name] = op
             self.fingerprints[name] = fingerprint(weight)
-            w = weight.detach().float().abs()
-            self.weight_amax[name] = w.amax([d for d in range(w.dim()) if d != 1]).cpu()
+            self.weights[name] = stats.WeightStats.of(weight)
         tensor = (id(x), 0 if x.is_inference() else x._version)  # written in place, it is another tensor
         seen = self._seen.get(tensor)
         first = seen is None or seen[0]() is not x  # a dead tensor's id may have been given to this one
@@ -132,6 +134,9 @@ class Calibration:
         group = self.group_of[name]
         known = self.ranges.get(group, (low, high))
         self.ranges[group] = torch.minimum(known[0], low), torch.maximum(known[1], high)
+        if self.ops[group] == FITTED_OP:
+            power = stats.channel_power(x, channel_axis)
+            self.power[group] = self.power[group] + power if group in self.power else power
         alone = group not in self._shared  # as what attention gives is read; of fewer than three dimensions it is not
         if alone and op == "linear" and x.dim() > 2 and not x.shape[-1] % stats.ROTATED:
             self.rotated[group] = max(self.rotated.get(group, 0.0), float(stats.rotate(x.detach()).abs().max()))
@@ -173,13 +178,19 @@ class Calibration:
             amax = plain = float(rule(tensor))
             s = torch.ones_like(channel.maximum[0])
             # a grouped convolution, which has no 8-bit kernel, has fewer input channels in its weight than in its input
-            alike = len(ops) == 1 and all(len(self.weight_amax[m]) == len(s) for m in members)
+            weights = [self.weights[m] for m in members]
+            alike = len(ops) == 1 and all(len(w.amax) == len(s) for w in weights)
             alpha = getattr(options, ALPHA_OPTIONS[ops.pop()]) if alike else None
             if alpha is not None:
-                channel_amax = rule(channel)
-                weight_amax = torch.stack([self.weight_amax[m] for m in members]).amax(0)
-                s = smoothing[group] = stats.smoothing_factor(channel_amax, weight_amax, alpha)
-                amax = float((channel_amax / s).max())
+                if alpha == FITTED:  # to all that was seen: no channel has codes to spare
+                    ends = -self.ranges[group][0], self.ranges[group][1]
+                    channel_amax = stats.expected_amax(torch.maximum(*ends))
+                    power = self.power[group] / sum(at.count for at in self.inputs[group].values())
+                    s = stats.fitted_smoothing(channel_amax, power, weights, stats.range_span(channel_amax, ends))
+                else:
+                    channel_amax = rule(channel)
+                    s = stats.smoothing_factor(channel_amax, torch.stack([w.amax for w in weights]).amax(0), alpha)
+                smoothing[group], amax = s, float((channel_amax / s).max())
             # of its range as much as the rule takes of the range that is not rotated
             taken = plain / max(float(tensor.maximum.max()), stats.TINY_AMAX)
             rotated = self.rotated[group] * taken if group in self.rotated and len(members) == 1 else None

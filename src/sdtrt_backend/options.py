@@ -12,6 +12,8 @@ from .errors import OptionError
 from .metrics import BEST_PSNR
 from .rules import ENGINES, LEVELS, LORA_POLICIES, RANGE_RULES, RESTS, TENSORRT, TWO_CODES
 
+FITTED = "fitted"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -22,7 +24,8 @@ class Options:
     rule: name of a range rule (``rules.RANGE_RULES``).
     percentile: share of the timesteps, from the noisy end, that the range rule looks at; 0 < p <= 1.
     alpha: SmoothQuant migration strength of linears, 0..1; None switches their smoothing off.
-    alpha_conv: the same of convolutions, on the CPU and on NVIDIA GPUs.
+    alpha_conv: the same of convolutions, on the CPU and on NVIDIA GPUs; "fitted" takes the factors that leave the least noise
+        (``stats.fitted_smoothing``).
     min_psnr: dB that pictures of prompts that calibrated nothing are to have at least on average, against the user's precision:
         ``calibrate`` measures what each layer brings of the error and of the speed, and names those that get a second
         code or stay unquantised.
@@ -55,10 +58,10 @@ class Options:
 
     recipe: str | None = None
     calibration_runs: int = 2
-    rule: str = "mean_max"
+    rule: str = "wide"
     percentile: float = 1.0
     alpha: float | None = 0.35
-    alpha_conv: float | None = 0.5
+    alpha_conv: float | str | None = FITTED
     min_psnr: float | None = None
     max_error: float = 0.2
     output_psnr: float | None = None
@@ -107,9 +110,9 @@ class Options:
             check(name, isinstance(count, int) and not isinstance(count, bool) and count >= 1, "an integer >= 1")
         check("rule", isinstance(values.get("rule"), str) and values["rule"] in RANGE_RULES, f"one of {', '.join(RANGE_RULES)}")
         check("percentile", number("percentile") and 0 < values["percentile"] <= 1, "a number in (0, 1]")
-        for name in ("alpha", "alpha_conv"):
-            strength = values.get(name) is None or (number(name) and 0 <= values[name] <= 1)
-            check(name, strength, "a number in [0, 1] or None")
+        for name, fitted in (("alpha", ""), ("alpha_conv", FITTED)):
+            strength = values.get(name) in (None, fitted or None) or (number(name) and 0 <= values[name] <= 1)
+            check(name, strength, f"a number in [0, 1]{fitted and f', {fitted!r}'} or None")
         for name in ("min_psnr", "output_psnr"):
             check(name, values.get(name) is None or (number(name) and 0 < values[name] < BEST_PSNR),
                   f"a number in (0, {BEST_PSNR:g}) or None")

@@ -16,8 +16,11 @@ from .errors import CalibrationError
 from .files import Format, make_private
 from .observe import Calibration, InputStats
 from .recipe import fingerprint, model_hash, versions
+from .stats import WeightStats
 
-SCHEMA = 2  # 1: the tensors were calibration-<finished prompts>.safetensors, and pictures were counted otherwise
+# 1: the tensors were calibration-<finished prompts>.safetensors, and pictures were counted otherwise; 2: of a weight only the
+# largest value was kept, which is too little to go on
+SCHEMA = 3
 FORMAT = Format("calibration", SCHEMA, CalibrationError.kept_unreadable,
                 lambda folder, found: CalibrationError.kept_unreadable(
                     folder, f"it has schema {found}, this version reads up to {SCHEMA}"),
@@ -76,10 +79,11 @@ def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tens
     """(JSON value, name -> tensor) of all that was observed, T timesteps in the order of their first visit.
 
     Per group: ``channels`` fp32 [T, 3, channels] (max, min, sum), ``tensor`` fp64 [T, 4] (max, min, sum, count), ``histogram``
-    int64 [T, bins], ``range`` fp32 [2, channels]; per layer: ``weight_amax`` fp32 [channels].
+    int64 [T, bins], ``range`` fp32 [2, channels], ``power`` fp32 [channels] of some; per layer: ``weight`` fp32 [3, channels]
+    (largest, energy, peak).
     """
     c = calibration
-    tensors = {f"weight_amax/{name}": amax for name, amax in c.weight_amax.items()}
+    tensors = {f"weight/{name}": torch.stack([w.amax, w.energy, w.peak]) for name, w in c.weights.items()}
     for group, at in c.inputs.items():
         rows = list(at.values())
         tensors |= {
@@ -88,8 +92,10 @@ def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tens
                                             dtype=torch.float64),
             f"histogram/{group}": torch.stack([r.histogram for r in rows]),
             f"range/{group}": torch.stack(c.ranges[group]),
+            **({f"power/{group}": c.power[group]} if group in c.power else {}),
         }
-    facts = {"layers": {name: [op, c.fingerprints[name], c.group_of[name]] for name, op in c.ops.items()},
+    facts = {"layers": {name: [op, c.fingerprints[name], c.group_of[name], c.weights[name].products]
+                        for name, op in c.ops.items()},
              "timesteps": {group: list(at) for group, at in c.inputs.items()}, "nonfinite": c.nonfinite, "rotated": c.rotated,
              "buckets": [[key, *span] for key, span in c.buckets.spans.items()], "trajectories": vars(c.trajectories)}
     return facts, tensors
@@ -98,12 +104,15 @@ def pack(calibration: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tens
 def unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], total_step: int) -> Calibration:
     """What ``pack`` took apart, to the bit, dictionaries in the same order."""
     c = Calibration(total_step, nonfinite=dict(facts["nonfinite"]), rotated=dict(facts.get("rotated", {})))
-    for name, (op, weight, group) in facts["layers"].items():
+    for name, (op, weight, group, products) in facts["layers"].items():
         c.ops[name], c.fingerprints[name], c.group_of[name] = op, weight, group
-        c.weight_amax[name] = tensors[f"weight_amax/{name}"]
+        amax, energy, peak = tensors[f"weight/{name}"]
+        c.weights[name] = WeightStats(amax, energy, peak, products)
     for group, timesteps in facts["timesteps"].items():
         low, high = tensors[f"range/{group}"]
         c.ranges[group] = low, high
+        if f"power/{group}" in tensors:
+            c.power[group] = tensors[f"power/{group}"]
         numbers = tensors[f"tensor/{group}"].tolist()
         rows = zip(timesteps, tensors[f"channels/{group}"], numbers, tensors[f"histogram/{group}"], strict=True)
         c.inputs[group] = {t: InputStats(channels[0], channels[1], channels[2], amax, amin, total, histogram, int(count))

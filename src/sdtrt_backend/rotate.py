@@ -13,6 +13,7 @@ from torch import fx
 
 from .calls import arguments, heads_in_front, name_of, rearranges
 from .fx import behind_linear
+from .rules import ROTATED_ON
 from .stats import ROTATED
 from .values import Decision
 
@@ -26,7 +27,8 @@ def rotate_heads(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node]) ->
 
     nodes: captured name -> node of the bound graph, with shapes in ``meta["val"]``.
     """
-    layers = {nodes[d.layer.node]: d for d in decisions if d.quantized and d.layer.op == "linear" and d.weight_amax is None}
+    layers = {nodes[d.layer.node]: d for d in decisions if d.quantized and d.layer.op == "linear" and d.weight_amax is None
+              and d.layer.weight.device.type in ROTATED_ON}
     changed: dict[str, Decision] = {}
     for node, d in layers.items():
         if d.precision != "int8" or d.two_codes or not d.rotated_amax:

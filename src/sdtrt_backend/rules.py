@@ -91,6 +91,8 @@ SMOOTH_CONVS = ("cpu", "cuda")
 # Where their input has a zero point as well, which costs nothing in int8 on these devices. Most of them read SiLU's output, which
 # is never below -0.28, so half of the codes of a symmetric range would be lost. Elsewhere kernels pad with the code 0
 FREE_CONVS = ("cpu",)
+# Where the values of attention are rotated (``rotate``): where that was measured
+ROTATED_ON = ("cpu",)
 # Layers that read what no norm has tamed: a gated product, or the sum of a transformer's residuals, whose tails are so heavy
 # that outliers of prompts nobody calibrated on are clipped, or take all codes. Where a second product costs little
 # (``FREE_CONVS``: 2 % of the bundled model's step), their input is held in two codes, and their kernel runs for each of them
@@ -192,6 +194,7 @@ class AmaxByTimestep:
 RANGE_RULES: dict[str, Callable[[AmaxByTimestep], torch.Tensor]] = {
     "max": lambda a: a.maximum.amax(0),
     "mean_max": lambda a: a.maximum.mean(0),
+    "wide": lambda a: stats.HEADROOM * a.maximum.mean(0),
     "quartile_max": lambda a: a.maximum.quantile(0.75, 0),  # the widest quarter of the timesteps is clipped
     "min_max": lambda a: a.maximum.amin(0),
     "min_mean": lambda a: a.mean().amin(0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,6 +17,10 @@ BINS_PER_OCTAVE = 8
 BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
 HISTOGRAM_SAMPLE = 4096  # elements looked at per call: a full log2 would triple the cost of calibration
 ROTATED = 64  # channels that are rotated together: a power of 4, and of most models the width of a head, or half of it
+TRIED_REACHES = 41  # of a smoothed weight, from the least one to a hundred times that, see ``fitted_smoothing``
+HEADROOM = 1.15  # of ranges, for prompts that calibrated nothing
+SHRINKAGE = 0.25  # of the ranges of a tensor's channels towards its largest
+ROW_PEAK = 1.6  # the largest of a row of a smoothed weight, to what its channels have on average
 TINY_AMAX = 2.0**-24  # below this a tensor is all zeros for int8
 
 
@@ -60,6 +64,12 @@ def mse_clip(histogram: torch.Tensor) -> float:
 def _upper_ends() -> torch.Tensor:
     """|x| at the end of each bin, fp64 [BINS]."""
     return torch.pow(2.0, OCTAVES[0] + torch.arange(1, BINS + 1, dtype=torch.float64) / BINS_PER_OCTAVE)
+
+
+def channel_power(x: torch.Tensor, channel_axis: int) -> torch.Tensor:
+    """Mean of x^2 of every channel, fp32 [channels] on the CPU."""
+    dims = [d for d in range(x.dim()) if d != channel_axis % x.dim()]
+    return x.detach().float().square().mean(dims).cpu()
 
 
 def channel_range(x: torch.Tensor, channel_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,6 +159,59 @@ def smoothing_factor(act_amax: torch.Tensor, weight_amax: torch.Tensor, alpha: f
     s = act_amax.clamp_min(TINY_AMAX).pow(alpha) / weight_amax.clamp_min(TINY_AMAX).pow(1 - alpha)
     live = (act_amax > TINY_AMAX) & (weight_amax > TINY_AMAX)
     return torch.where(live, s.clamp(1e-4, 1e4), torch.ones_like(s))
+
+
+@dataclass(frozen=True)
+class WeightStats:
+    """What fits the smoothing of an input to a weight [out, in, ...]: per input channel its largest |W|, its energy (the sum of
+    W^2) and its peak (the root mean square, over the rows, of a row's largest |W|), fp32 [in]; products: of one input channel."""
+
+    amax: torch.Tensor
+    energy: torch.Tensor
+    peak: torch.Tensor
+    products: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> WeightStats:
+        w = weight.detach().float().flatten(2) if weight.dim() > 2 else weight.detach().float().unsqueeze(-1)
+        row_amax = w.abs().amax(2)
+        return cls(row_amax.amax(0).cpu(), w.square().sum((0, 2)).cpu(), row_amax.square().mean(0).sqrt().cpu(),
+                   w.shape[0] * w.shape[2])
+
+
+def expected_amax(seen: torch.Tensor) -> torch.Tensor:
+    """How far channels are expected to reach on prompts that calibrated nothing, by how far they were seen to, both [channels]:
+    further, and most where a channel was seldom awake."""
+    return HEADROOM * seen ** (1 - SHRINKAGE) * seen.max() ** SHRINKAGE
+
+
+def range_span(amax: torch.Tensor, ends: Sequence[torch.Tensor]) -> float:
+    """Of ranges that reach -ends[0] and ends[1], in units of ``amax``, all [channels]: 1 where all begin at zero, 2 at most."""
+    return sum(float((end / amax.clamp_min(TINY_AMAX)).max().clamp(0, 1)) for end in ends)
+
+
+def fitted_smoothing(act_amax: torch.Tensor, act_power: torch.Tensor, weights: Sequence[WeightStats],
+                     span: float) -> torch.Tensor:
+    """The factors s, fp32 [in], that leave the least noise of rounding x / s and W * s to 8 bits in W x.
+
+    A step of the input's codes is D = span / 255 for every s_j >= a_j, and the noise D^2 / 12 * sum_j s_j^2 E_j; that of the
+    weight's codes (P / 127)^2 / 12 * n * sum_j m_j / s_j^2 for every s_j <= P / p_j, where a is ``act_amax``, m ``act_power``
+    (the mean of x^2), E, p and n energy, peak and products of the weights, and P the largest of a row of the smoothed weight.
+    Within these bounds the sum is least at s_j^4 = (P / 127)^2 n m_j / (D^2 E_j). P is tried from the least that leaves room.
+
+    span: of the range to the larger of its ends, 1 of one that begins at zero and 2 of a symmetric one. Channels that are zero
+    get the largest factor that costs the weights nothing.
+    """
+    live, amax, power = act_amax > TINY_AMAX, act_amax.clamp_min(TINY_AMAX), act_power.clamp_min(TINY_AMAX**2)
+    energy = (torch.stack([w.energy for w in weights]).sum(0) * live).clamp_min(TINY_AMAX**2)
+    peak = ROW_PEAK * torch.stack([w.peak for w in weights]).amax(0).clamp_min(TINY_AMAX)
+    step, products = span / (2 * INT8_MAX + 1), sum(w.products for w in weights)
+    reach = (amax * peak).max() * torch.logspace(0, 2, TRIED_REACHES).unsqueeze(-1)
+    row_step = reach / INT8_MAX
+    s = (row_step.square() * products * power / (step**2 * energy)).pow(0.25)
+    s = torch.where(live, s, torch.inf).clamp_min(amax).minimum(reach / peak)
+    noise = step**2 * (s.square() * energy).sum(1) + row_step.square().squeeze(1) * products * (power / s.square()).sum(1)
+    return s[noise.argmin()].clamp(1e-4, 1e4)
 
 
 def fake_quantize_input(decision: Decision, x: torch.Tensor) -> torch.Tensor:

@@ -43,18 +43,18 @@ class LayerRecipe:
     """Calibrated input of one layer.
 
     fingerprint: identifies the weight; group: layers of one group read one tensor and share amax and smoothing;
-    amax: clipping value after smoothing; alpha: migration strength or None; plain_amax: clipping value without smoothing or
-    None, see ``rules.SMOOTH_CONVS``; low, high: smallest and largest value after smoothing, or None; rotated_amax: clipping value
-    of the rotated input (``stats.rotate``), without smoothing, or None; keep: the sentence why the layer is to stay in the user's
-    precision, or None; second: the sentence why its input is to have two codes, or to stay in
-    the user's precision where kernels take one, or None; role: one of ``roles`` where a graph told it, else "".
+    amax: clipping value after smoothing; alpha: migration strength, "fitted" or None; plain_amax: clipping value without
+    smoothing or None, see ``rules.SMOOTH_CONVS``; low, high: smallest and largest value after smoothing, or None; rotated_amax:
+    clipping value of the rotated input (``stats.rotate``), without smoothing, or None; keep: the sentence why the layer is to
+    stay in the user's precision, or None; second: the sentence why its input is to have two codes, or to stay in the user's
+    precision where kernels take one, or None; role: one of ``roles`` where a graph told it, else "".
     """
 
     op: str
     fingerprint: str
     group: str
     amax: float
-    alpha: float | None = None
+    alpha: float | str | None = None
     plain_amax: float | None = None
     low: float | None = None
     high: float | None = None
