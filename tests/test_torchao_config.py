@@ -109,7 +109,7 @@ def test_a_gated_product_has_two_codes_and_keeps_its_outliers(dtype, tmp_path):
     expected = plain(x).detach()
     scale = stats.weight_scale(plain.weight)
     weight = stats.quantize_weight(plain.weight, scale).float() * scale[:, None]
-    exact = nn.functional.linear(stats.fake_quantize(x, 1600 / 32767, 0, 32767), weight, plain.bias).detach()
+    exact = nn.functional.linear(stats.fake_quantize(x, stats.HEADROOM * 1600 / 32767, 0, 32767), weight, plain.bias).detach()
     fresh = copy.deepcopy(module)
     quantize_(module, SDInt8Config(recipe), filter_fn=layers)
     y = module.ff.net[2](x.to(dtype))

@@ -152,6 +152,8 @@ def fit(denoiser: torch.nn.Module, recipe: Recipe, options: Options, draw: Draw,
         for _ in range(ROUNDS):
             allowed *= 10 ** ((sure - target - MARGIN_DB) / 10)  # less when it fell short, more when it had more than asked for
             before, kept = kept, fastest(parts, allowed)
+            if kept == before and best is None:
+                continue  # what fell short falls short again: less is allowed, until that changes what is kept
             if kept == before or (len(kept) == len(parts) and not any(p.two_codes for p in kept)):
                 break
             mean, sure = judged(kept)
