@@ -108,6 +108,27 @@ def test_noise_is_that_of_each_layer_alone_at_each_timestep(denoiser):
     assert heatmaps.noise_chart(grid).image.width == 1000
 
 
+@pytest.mark.parametrize("rotations", [(True, False), (False, True), (True, True)])
+def test_the_noise_of_a_rotated_layer_is_that_of_the_rotated_one(rotations):
+    layer, x = torch.nn.Linear(128, 64), torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    x[..., 3] *= 40  # an outlier, which a rotation shares among channels
+    module, calibration = torch.nn.Sequential(layer), Calibration()
+    with torch.no_grad(), observed(module, calibration):
+        module(x)
+    recipe = calibration.recipe(Options(alpha=None), {})
+    row = LayerReport("0", "linear", (), "int8", "", "", 1.0, rotations=rotations)
+    (found,) = heatmaps.noise_by_timestep(module, recipe, [row], [((x,), {})]).values[0]
+    rotated, turned = rotations
+    amax = recipe.layers["0"].rotated_amax if rotated else recipe.layers["0"].amax
+    w = stats.rotate(layer.weight.detach(), 1) if rotated else layer.weight.detach()
+    w = stats.rotate(w, 0) if turned else w
+    x8 = stats.fake_quantize(stats.rotate(x) if rotated else x, amax / INT8_MAX)
+    scale = stats.weight_scale(w)
+    y8 = x8 @ (stats.quantize_weight(w, scale) * scale[:, None]).T
+    y = x @ layer.weight.detach().T
+    assert found == pytest.approx(stats.sqnr_db(stats.rotate(y8) if turned else y8, y), abs=0.02)
+
+
 def test_a_heat_map_colours_by_value_and_writes_names_timesteps_and_scale():
     grid = heatmaps.Grid(("one.layer", "another"), STEPS, np.array([[10.0, 20.0, 30.0], [10.0, math.nan, 50.0]]))
     figure = heatmaps.heat_map(grid, "a title", "dB", 10, 30)

@@ -354,7 +354,7 @@ def _layer_reports(captured: Captured, args: Sequence[Any], decisions: Sequence[
         sqnr, flops = measure.layer_noise(d, arguments, observer.current.target)  # type: ignore[arg-type]
         precision = d.precision if d.quantized else _dtype(d.layer.weight)
         rows.append(LayerReport(name, op, tuple(d.layer.weight.shape), precision, where[n] if d.quantized else "inductor",
-                                d.reason, d.amax if d.quantized else None, sqnr, flops))
+                                d.reason, d.amax if d.quantized else None, sqnr, flops, rotations=d.rotations))
 
     observer = Measure(captured.graph, names, see)
     observer.run(*args)

@@ -100,6 +100,8 @@ def noise_by_timestep(module: torch.nn.Module, recipe: Recipe, layers: Sequence[
         (decision,) = plan((layer,), recipe, (), free_convs=free_convs(layer.weight.device, row.precision),
                            two_codes=(row.name,) if row.reason == TWO_CODES_REASON else (),
                            smooth_convs=smooth_convs(layer.weight.device))
+        rotated, turned = row.rotations
+        decision = replace(decision.with_rotated_input() if rotated else decision, turned=turned)
         decisions[row.name] = replace(decision, precision=row.precision)
     noise = _Noise(module, decisions)
     with torch.no_grad(), observed(module, noise):

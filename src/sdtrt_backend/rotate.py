@@ -35,7 +35,7 @@ def rotate_heads(decisions: Sequence[Decision], nodes: Mapping[str, fx.Node]) ->
             continue
         values = _values_behind(arguments(node)["input"])
         if values in layers:
-            changed[d.layer.node] = replace(d, rotated=True, amax=d.rotated_amax, smoothing=None)
+            changed[d.layer.node] = d.with_rotated_input()
             writer = layers[values]
             changed[writer.layer.node] = replace(changed.get(writer.layer.node, writer), turned=True)
     return tuple(changed.get(d.layer.node, d) for d in decisions)

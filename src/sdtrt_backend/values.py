@@ -93,6 +93,11 @@ class Decision:
     def quantized(self) -> bool:
         return self.precision != "16-bit"
 
+    def with_rotated_input(self) -> Decision:
+        """The same, its input and its weight rotated, of a decision that has ``rotated_amax``."""
+        assert self.rotated_amax is not None
+        return replace(self, rotated=True, amax=self.rotated_amax, smoothing=None)
+
     @property
     def rotations(self) -> tuple[bool, bool]:
         """(whether its input is rotated, whether its output is)."""
@@ -143,6 +148,7 @@ class LayerReport:
 
     shape: of its weight; sqnr_db: signal to quantisation noise of its output, dB; flops: 2 * MAC of a call; amax: None where it
     stays in the user's precision, for ``reason``. where: the graphs that the row is about, in a report of several of them.
+    rotations: of its input and of its output, as in ``Decision``.
     """
 
     name: str
@@ -155,6 +161,7 @@ class LayerReport:
     sqnr_db: float | None = None
     flops: int = 0
     where: tuple[str, ...] = ()
+    rotations: tuple[bool, bool] = (False, False)
 
 
 @dataclass(frozen=True)
